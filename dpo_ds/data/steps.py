@@ -1,0 +1,88 @@
+"""Which pairs make a step, and how a step's pairs are dealt to ranks and micro-batches.
+
+Which pairs: by (seed, epoch, step) alone. How they are dealt: by token counts, so that every rank gets the same number
+of micro-batches and, in each, about the same number of tokens. The step's loss is the sum over its pairs divided by
+their number, so neither the number of ranks nor the size of a micro-batch moves the curve.
+"""
+
+import heapq
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Every step of a run, in order: `global_batch` pairs a step, for `steps` steps, through `pairs` pairs."""
+
+    pairs: int
+    global_batch: int
+    steps: int
+    seed: int
+
+    @classmethod
+    def of(cls, pairs: int, global_batch: int, epochs: float, max_steps: int | None, seed: int) -> "Schedule":
+        steps = max_steps if max_steps is not None else max(1, round(math.ceil(pairs / global_batch) * epochs))
+        return cls(pairs, global_batch, steps, seed)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """The last step of an epoch takes what is left: smaller, not dropped."""
+        return math.ceil(self.pairs / self.global_batch)
+
+    def step(self, number: int) -> np.ndarray:
+        """Indices of the pairs of step `number` (from 0)."""
+        epoch, within = divmod(number, self.steps_per_epoch)
+        order = np.random.default_rng([self.seed, epoch]).permutation(self.pairs)
+        return order[within * self.global_batch : (within + 1) * self.global_batch]
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Pairs that one rank scores in one forward. Weight 0: this rank has run out of pairs, but must still take part
+    in the collectives of a forward and backward, so it runs one that counts for nothing."""
+
+    indices: tuple[int, ...]
+    weight: float = 1.0
+
+
+def deal(indices: Iterable[int], lengths: np.ndarray, ranks: int, micro_batch_tokens: int) -> list[list[MicroBatch]]:
+    """Deals pairs to ranks: [rank][micro-batch], as many micro-batches on every rank, each within the token limit.
+
+    indices: the pairs; lengths: packed tokens (P + C + R) of every pair of the set. Raises ValueError if one pair
+    alone is over the limit.
+    """
+    order = sorted((int(i) for i in indices), key=lambda i: (-lengths[i], i))
+    longest = int(lengths[order[0]])
+    if longest > micro_batch_tokens:
+        raise ValueError(too_small(micro_batch_tokens, longest))
+    rounds = math.ceil(int(lengths[order].sum()) / (ranks * micro_batch_tokens))
+    while (bins := _spread(order, lengths, rounds * ranks, micro_batch_tokens)) is None:
+        rounds += 1
+    # The heaviest bins together in one round: ranks that wait for each other in collectives then wait least.
+    bins.sort(key=lambda pairs: (-sum(int(lengths[i]) for i in pairs), pairs))
+    idle = MicroBatch((order[-1],), weight=0.0)  # the shortest pair costs least
+    dealt = [MicroBatch(tuple(pairs)) if pairs else idle for pairs in bins]
+    return [dealt[rank::ranks] for rank in range(ranks)]
+
+
+def _spread(order: list[int], lengths: np.ndarray, count: int, limit: int) -> list[list[int]] | None:
+    """Longest pair first, each into the lightest of `count` bins; None if one then overflows the limit."""
+    bins: list[list[int]] = [[] for _ in range(count)]
+    heap = [(0, number) for number in range(count)]
+    for i in order:
+        load, number = heap[0]
+        if load + lengths[i] > limit:
+            return None
+        bins[number].append(i)
+        heapq.heapreplace(heap, (load + int(lengths[i]), number))
+    return bins
+
+
+def too_small(micro_batch_tokens: int, longest: int) -> str:
+    return (
+        f"--micro_batch_tokens {micro_batch_tokens} cannot hold the longest pair, which packs to {longest} tokens: "
+        "raise it to that, or lower --max_length"
+    )

@@ -1,0 +1,187 @@
+"""Policy and reference as DeepSpeed engines: the only file that calls deepspeed.initialize.
+
+Models load partitioned under ZeRO-3 (transformers does it while an HfDeepSpeedConfig is alive), never whole on every
+rank. Dropout is off: policy and reference must be one function of the tokens.
+"""
+
+import contextlib
+import ctypes
+import gc
+import io
+from pathlib import Path
+
+import deepspeed
+import torch
+from transformers import AutoModelForCausalLM, get_scheduler
+from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
+
+from dpo_ds.config import Options
+from dpo_ds.lora import add_lora
+from dpo_ds.scoring import attention
+from dpo_ds.scoring.packed import PackedBatch
+from dpo_ds.scoring.scorer import PairScorer
+from dpo_ds.tiers import reference_config
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+class Engine:
+    """A DeepSpeed engine that scores packed batches and, if it is a policy's, learns from them."""
+
+    def __init__(self, engine):
+        self.deepspeed = engine
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device(self.deepspeed.device)
+
+    @property
+    def model(self):
+        """The transformers model, or peft's wrapper of it."""
+        return self.deepspeed.module.model
+
+    def __call__(self, batch: PackedBatch) -> torch.Tensor:
+        """logps [B, 2] with a graph: to be followed by `backward`."""
+        return self.deepspeed(batch.to(self.device))
+
+    def score(self, batch: PackedBatch) -> torch.Tensor:
+        """logps [B, 2] without a graph. Under ZeRO-3 a policy must have been through `backward` once before."""
+        self.deepspeed.eval()
+        try:
+            with torch.no_grad():
+                return self.deepspeed(batch.to(self.device))
+        finally:
+            self.deepspeed.train()
+
+    def score_base(self, batch: PackedBatch) -> torch.Tensor:
+        """logps [B, 2] of LoRA's base weights: the adapters are scaled to 0, which keeps ZeRO-3's trace (unlike
+        disable_adapter, which invalidates it at every switch)."""
+        layers = [(module, dict(module.scaling)) for module in self.model.modules() if hasattr(module, "lora_A")]
+        for module, scaling in layers:
+            module.scaling = dict.fromkeys(scaling, 0.0)
+        try:
+            return self.score(batch)
+        finally:
+            for module, scaling in layers:
+                module.scaling = scaling
+
+    def backward(self, loss: torch.Tensor, last: bool) -> None:
+        """Adds the loss's gradients to the step's; `last` says that `step` comes next."""
+        self.deepspeed.set_gradient_accumulation_boundary(last)
+        self.deepspeed.backward(loss)
+
+    def step(self) -> tuple[float, bool]:
+        """Applies the step's gradients. Returns their norm before clipping and whether the step was applied (not if
+        they overflowed)."""
+        norm = None
+        if isinstance(self.deepspeed.optimizer, torch.optim.Optimizer):  # stage 0 in fp32: DeepSpeed keeps no norm
+            norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+        self.deepspeed.step()
+        norm = self.deepspeed.get_global_grad_norm() if norm is None else norm
+        return float(norm), self.deepspeed.was_step_applied()
+
+    @property
+    def learning_rate(self) -> float:
+        return self.deepspeed.get_lr()[0]
+
+    def close(self) -> None:
+        """Gives the engine's memory back, to the allocator and from there to the machine."""
+        engine, self.deepspeed = self.deepspeed, None
+        engine.destroy()
+        for parameter in engine.module.parameters():
+            # ZeRO's hooks and groups form cycles with the parameters: empty those, so that no straggler holds weights.
+            parameter.data = torch.empty(0, dtype=parameter.dtype)
+            parameter.grad = None
+            if hasattr(parameter, "ds_tensor"):
+                parameter.ds_tensor = None
+        del engine
+        release_memory()
+
+
+def release_memory() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    try:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)  # glibc keeps freed blocks for itself otherwise
+    except OSError:
+        pass
+
+
+def policy_engine(folder: Path, config: dict, options: Options, *, checkpointing: bool, total_steps: int) -> Engine:
+    """The model to train: all its weights, or LoRA adapters on frozen ones."""
+    model = _load(folder, config, options)
+    if options.lora:
+        model = add_lora(model, options)
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.train()
+    scorer = PairScorer(model)
+    engine = _initialize(
+        model=scorer,
+        model_parameters=_parameter_groups(scorer, options.weight_decay),
+        config=config,
+        lr_scheduler=lambda optimizer: get_scheduler(
+            {"constant": "constant_with_warmup"}.get(options.lr_scheduler, options.lr_scheduler),
+            optimizer,
+            num_warmup_steps=round(options.warmup_ratio * total_steps),
+            num_training_steps=total_steps,
+        ),
+    )
+    if config["zero_optimization"]["stage"] == 0 and options.precision == "bf16":
+        _forget_first_step(engine.basic_optimizer)
+    return Engine(engine)
+
+
+def _initialize(**arguments):
+    with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints memory tables while it builds engines
+        engine, *_ = deepspeed.initialize(**arguments)
+    return engine
+
+
+def _forget_first_step(optimizer) -> None:
+    """DeepSpeed's bf16 optimizer at stage 0 allocates Adam's state by a step with zero gradients, and leaves it
+    counted: the first real update would come out at 0.74 of its size."""
+    optimizer.state.clear()
+    for group in optimizer.param_groups:
+        group.pop("step", None)  # FusedAdam counts here
+
+
+def reference_engine(folder: Path, config: dict, options: Options) -> Engine:
+    """The frozen model that DPO measures against, without an optimizer. `config` is the policy's."""
+    config = reference_config(config)
+    model = _load(folder, config, options)
+    model.requires_grad_(False)
+    return Engine(_initialize(model=PairScorer(model), config=config))
+
+
+def _load(folder: Path, config: dict, options: Options):
+    # transformers looks for this object while it loads, and partitions under stage 3; it holds only a weak reference.
+    alive = HfDeepSpeedConfig(config)
+    if config["zero_optimization"]["stage"] != 3:
+        unset_hf_deepspeed_config()
+    model = AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype=DTYPES[options.precision],
+        attn_implementation=attention.NAME,
+        trust_remote_code=options.trust_remote_code,
+        use_safetensors=True,
+    )
+    del alive
+    unset_hf_deepspeed_config()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    return model
+
+
+def _parameter_groups(scorer: PairScorer, weight_decay: float) -> list[dict]:
+    """Trainable parameters; with weight decay, biases and norms (one dimension) in a group without it."""
+    trained = [p for p in scorer.parameters() if p.requires_grad]
+    if weight_decay == 0:
+        return [{"params": trained}]
+    # Under ZeRO-3 a parameter is an empty placeholder: its real shape is in ds_shape.
+    matrices = [p for p in trained if len(getattr(p, "ds_shape", p.shape)) > 1]
+    vectors = [p for p in trained if len(getattr(p, "ds_shape", p.shape)) <= 1]
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]

@@ -1,0 +1,250 @@
+"""Training weights to a plain Hugging Face folder, LoRA merged in, streamed layer by layer into safetensors shards.
+
+    python -m dpo_ds.export --checkpoint runs/x/checkpoints/step-000100 --output_dir merged
+
+No process ever holds more than a shard and a layer beyond its own partition. A run's end exports from the live engine,
+each shard written by another rank; the command does the same from a checkpoint, on one CPU process.
+"""
+
+import argparse
+import json
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from transformers.core_model_loading import revert_weight_conversion
+
+from dpo_ds import __version__, checkpoint, models, world
+from dpo_ds.config import Options
+from dpo_ds.shards import CheckpointWeights
+
+SHARD_BYTES = 5_000_000_000  # transformers' own default is of this size
+
+# (names in the training model, whether this rank wants them) -> the whole tensors, or None where they are not wanted
+Fetch = Callable[[list[str], bool], dict[str, torch.Tensor] | None]
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A tensor of the exported model: a parameter or buffer as it is, or a weight with its adapter."""
+
+    name: str  # as the plain model calls it
+    source: str  # as the training model calls it
+    bytes: int
+    adapter: tuple[str, str, float, bool] | None = None  # lora_A, lora_B, scaling, stored transposed (Conv1D)
+
+    @property
+    def sources(self) -> list[str]:
+        return [self.source, *(self.adapter[:2] if self.adapter else ())]
+
+    def merge(self, fetched: dict[str, torch.Tensor]) -> torch.Tensor:
+        """The tensor in its own dtype; with an adapter, W + scaling * B A computed in fp32."""
+        weight = fetched[self.source]
+        if self.adapter is None:
+            return weight
+        down, up, scaling, transposed = self.adapter
+        update = scaling * (fetched[up].float() @ fetched[down].float())
+        return (weight.float() + (update.t() if transposed else update)).to(weight.dtype)
+
+
+def layers(model, itemsize: int) -> Iterator[list[Tensor]]:
+    """The tensors to export, a transformer layer at a time; those outside of layers one by one.
+
+    `model` is a causal LM or peft's wrapper of one, live (partitioned or not) or on the meta device.
+    """
+    group: list[Tensor] = []
+    previous = None
+    for tensor in _tensors(model, itemsize):
+        layer = re.match(r"(.*?\.\d+)\.", tensor.name)
+        key = layer.group(1) if layer else tensor.name
+        if group and key != previous:
+            yield group
+            group = []
+        group.append(tensor)
+        previous = key
+    yield group
+
+
+def _tensors(model, itemsize: int) -> Iterator[Tensor]:
+    adapters = {}
+    wrapped = hasattr(model, "get_base_model")
+    for name, module in model.named_modules() if wrapped else ():
+        if getattr(module, "lora_A", None):
+            (adapter,) = module.lora_A
+            adapters[f"{name}.base_layer.weight"] = (
+                f"{name}.lora_A.{adapter}.weight",
+                f"{name}.lora_B.{adapter}.weight",
+                module.scaling[adapter],
+                getattr(module, "fan_in_fan_out", False),
+            )
+    persistent = model.state_dict(keep_vars=True).keys()
+    named = [*model.named_parameters(), *((n, b) for n, b in model.named_buffers() if n in persistent)]
+    for source, tensor in named:  # tied parameters come once, under their first name
+        if ".lora_" in source:
+            continue
+        name = source.removeprefix("base_model.model.").replace(".base_layer.", ".") if wrapped else source
+        size = getattr(tensor, "ds_numel", tensor.numel()) * (itemsize if tensor.is_floating_point() else tensor.itemsize)
+        yield Tensor(name, source, size, adapters.get(source))
+
+
+def write_weights(model, fetch: Fetch, folder: Path, itemsize: int, rank: int, ranks: int) -> None:
+    """Writes model-0000k-of-0000n.safetensors and their index. Every rank calls it; shard k is rank k's, modulo ranks."""
+    plan: list[list[list[Tensor]]] = [[]]  # shards of layers
+    filled = 0
+    for layer in layers(model, itemsize):
+        size = sum(tensor.bytes for tensor in layer)
+        if plan[-1] and filled + size > SHARD_BYTES:
+            plan.append([])
+            filled = 0
+        plan[-1].append(layer)
+        filled += size
+    plain = model.get_base_model() if hasattr(model, "get_base_model") else model
+    for number, shard in enumerate(plan):
+        mine = number % ranks == rank
+        tensors: dict[str, torch.Tensor] = {}
+        for layer in shard:
+            fetched = fetch([source for tensor in layer for source in tensor.sources], mine)
+            if mine:
+                merged = {tensor.name: tensor.merge(fetched) for tensor in layer}
+                hub = revert_weight_conversion(plain, merged)  # the hub's names: fused experts split again
+                # Split experts are views of one block, which safetensors refuses to store.
+                tensors |= {name: tensor.contiguous().clone() for name, tensor in hub.items()}
+        if mine:
+            save_file(tensors, folder / _shard_name(number, len(plan)), metadata={"format": "pt"})
+    world.wait_for_all()
+    if rank == 0:
+        _write_index(folder, len(plan))
+
+
+def _shard_name(number: int, count: int) -> str:
+    return "model.safetensors" if count == 1 else f"model-{number + 1:05d}-of-{count:05d}.safetensors"
+
+
+def _write_index(folder: Path, count: int) -> None:
+    if count == 1:
+        return
+    from safetensors import safe_open
+
+    weight_map, total = {}, 0
+    for number in range(count):
+        name = _shard_name(number, count)
+        with safe_open(folder / name, framework="pt") as file:
+            weight_map |= dict.fromkeys(file.keys(), name)
+        total += (folder / name).stat().st_size
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    checkpoint.write_whole(folder / "model.safetensors.index.json", json.dumps(index, indent=1))
+
+
+def write_folder(model, fetch: Fetch, folder: Path, tokenizer, dtype: torch.dtype, card: str) -> None:
+    """The whole Hugging Face folder: written beside and renamed, so that it is there whole or not at all."""
+    here = world.from_environment()
+    partial = folder.with_name(folder.name + ".partial")
+    if here.speaks:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    world.wait_for_all()
+    write_weights(model, fetch, partial, dtype.itemsize, here.rank, here.size)
+    if here.speaks:
+        plain = model.get_base_model() if hasattr(model, "get_base_model") else model
+        plain.config.dtype = dtype
+        plain.config.architectures = [type(plain).__name__]
+        plain.config.save_pretrained(partial)
+        plain.generation_config.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        checkpoint.write_whole(partial / "README.md", card)
+        partial.rename(folder)
+    world.wait_for_all()
+
+
+def export_engine(run, policy, summary: dict) -> Path:
+    """Exports a live policy to the run's merged/ folder, by all ranks together."""
+    import deepspeed
+
+    from dpo_ds.engines import DTYPES
+
+    folder = run.folder / "merged"
+    if folder.exists():
+        world.say(f"{folder} is there already, from an earlier start of this run, and stays as it is")
+        return folder
+    parameters = dict(policy.model.named_parameters()) | dict(policy.model.named_buffers())
+    partitioned = policy.deepspeed.zero_optimization_stage() == 3
+
+    def fetch(names: list[str], mine: bool) -> dict[str, torch.Tensor] | None:
+        tensors = {name: parameters[name] for name in names}
+        with deepspeed.zero.GatheredParameters(
+            [t for t in tensors.values() if isinstance(t, torch.nn.Parameter)], enabled=partitioned
+        ):
+            return {name: t.detach().cpu().clone() for name, t in tensors.items()} if mine else None
+
+    card = model_card(run.options, summary, run.train_pairs.digest, policy.deepspeed.zero_optimization_stage())
+    dtype = DTYPES[run.options.precision]
+    write_folder(policy.model, fetch, folder, run.tokenizer, dtype, card)
+    world.say(f"merged checkpoint: {folder}")
+    return folder
+
+
+def export_checkpoint(source: Path, folder: Path) -> Path:
+    """Exports a training checkpoint. Raises ValueError if it is none, or the output folder is taken."""
+    from transformers import AutoModelForCausalLM
+
+    if not (source / "checkpoint.json").is_file():
+        raise ValueError(f"--checkpoint {source} is no checkpoint: name a folder checkpoints/step-… of a run")
+    if folder.exists():
+        raise ValueError(f"--output_dir {folder} is there already: name a new folder")
+    facts = checkpoint.describe(source)
+    options = Options(**facts["options"])
+    found = models.find_model(options.model, options.trust_remote_code)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(found.config, trust_remote_code=options.trust_remote_code)
+        if options.lora:
+            from dpo_ds.lora import add_lora
+
+            model = add_lora(model, options)
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[options.precision]
+    weights = CheckpointWeights(source / checkpoint.DEEPSPEED_TAG, facts["stage"], facts["ranks"])
+
+    def fetch(names: list[str], mine: bool) -> dict[str, torch.Tensor]:
+        tensors = {name: weights[f"model.{name}"] for name in names}
+        return {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()}
+
+    card = model_card(options, {"step": facts["step"]}, None, facts["stage"])
+    write_folder(model, fetch, folder, models.load_tokenizer(found), dtype, card)
+    return folder
+
+
+def model_card(options: Options, summary: dict, digest: str | None, stage: int) -> str:
+    """README.md of the exported folder: what was trained on what, and how it came out."""
+    numbers = [f"| {key} | {value:.6g} |" for key, value in summary.items() if isinstance(value, (int, float))]
+    settings = [f"| {key} | {value} |" for key, value in vars(options).items() if value is not None]
+    head = ["---", f"base_model: {options.model}", "library_name: transformers", "tags: [dpo, dpo_ds]", "---"]
+    text = [
+        f"# {Path(options.model).name}, aligned with DPO",
+        "",
+        f"`{options.model}` trained on `{options.dataset}` by dpo_ds {__version__} (ZeRO stage {stage}).",
+        *([f"Training pairs' digest: `{digest}`."] if digest else []),
+        "",
+        *(["| at the end | |", "|---|---|", *numbers, ""] if numbers else []),
+        "| option | |",
+        "|---|---|",
+        *settings,
+        "",
+    ]
+    return "\n".join([*head, *text])
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="python -m dpo_ds.export", description=__doc__.splitlines()[0])
+    parser.add_argument("--checkpoint", type=Path, required=True, help="a run's checkpoints/step-… folder")
+    parser.add_argument("--output_dir", type=Path, required=True, help="the new Hugging Face folder")
+    arguments = parser.parse_args(argv)
+    with world.user_errors():
+        folder = export_checkpoint(arguments.checkpoint, arguments.output_dir)
+    world.say(f"merged checkpoint: {folder}")
+
+
+if __name__ == "__main__":
+    world.run_main(main)

@@ -1,0 +1,130 @@
+"""Everything before a model is loaded: options decided, files found, pairs checked and tokenised, the config filled.
+
+All that a user can get wrong is found here, in seconds, as a ValueError with its remedy.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from dpo_ds import checkpoint, models, world
+from dpo_ds.config import Options
+from dpo_ds.data.preferences import check_preferences, held_out, load_preferences
+from dpo_ds.data.steps import Schedule, too_small
+from dpo_ds.data.tokens import PairSet, Tokenizing, tokenize_pairs
+from dpo_ds.tiers import choose_tier, fill_tier
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run that can start: `options` has nothing left to decide."""
+
+    options: Options
+    model: models.Model
+    weights: Path  # the folder from which the policy and the reference are loaded
+    tokenizer: object
+    ds_config: dict
+    checkpointing: bool
+    train_pairs: PairSet
+    eval_pairs: PairSet  # may be empty
+    schedule: Schedule
+    resume_from: Path | None
+    finished: bool  # an earlier start of this very run has come to its end
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.options.output_dir)
+
+
+def prepare(options: Options, ranks: int) -> Run:
+    """Raises ValueError, in one line and on every rank, for whatever cannot work."""
+    model = models.find_model(options.model, options.trust_remote_code)
+    tokenizer = models.load_tokenizer(model)
+    options = _decide(options, model)
+    ds_config = fill_tier(
+        choose_tier(options, model),
+        options,
+        learning_rate=options.learning_rate,
+        hidden_size=model.hidden_size,
+        ranks=ranks,
+        on_gpu=torch.cuda.is_available(),
+    )
+    checkpoint.check_folder(Path(options.output_dir), options)  # before any work goes into data
+    train_pairs, eval_pairs = world.one_after_another(lambda: load_pairs(options, tokenizer))
+    longest = max(int(pairs.packed_lengths.max()) for pairs in (train_pairs, eval_pairs) if len(pairs))
+    if options.micro_batch_tokens is None:
+        options = options.replace(micro_batch_tokens=max(longest, 8192 if torch.cuda.is_available() else 4096))
+    elif options.micro_batch_tokens < longest:
+        raise ValueError(too_small(options.micro_batch_tokens, longest))
+    schedule = Schedule.of(
+        len(train_pairs), options.global_batch_pairs, options.epochs, options.max_steps, options.seed
+    )
+    if options.eval_every is None:
+        options = options.replace(eval_every=max(1, schedule.steps // 10))
+    identity = checkpoint.identity(options, train_pairs.digest, eval_pairs.digest)
+    found = checkpoint.open_folder(Path(options.output_dir), options, identity, ranks)
+    return Run(
+        options=options,
+        model=model,
+        weights=world.one_after_another(lambda: models.fetch_weights(model)),
+        tokenizer=tokenizer,
+        ds_config=ds_config,
+        checkpointing=_checkpoint_activations(options, model),
+        train_pairs=train_pairs,
+        eval_pairs=eval_pairs,
+        schedule=schedule,
+        resume_from=found.resume_from,
+        finished=found.finished,
+    )
+
+
+def _decide(options: Options, model: models.Model) -> Options:
+    """Fills what follows from the model and the machine."""
+    if options.lora and "lm_head" in options.lora_targets:
+        raise ValueError("--lora_targets: the output head is fused with the loss and takes no adapter; leave it out")
+    changes = {}
+    if options.precision == "auto":
+        on_gpu = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+        changes["precision"] = "bf16" if on_gpu else "fp32"
+    if options.learning_rate is None:
+        changes["learning_rate"] = model.size_class.learning_rate * (10 if options.lora else 1)
+    if options.max_length is None:
+        changes["max_length"] = min(1024, model.context or 1024)
+    elif model.context is not None and options.max_length > model.context:
+        raise ValueError(f"--max_length {options.max_length} is above the model's context of {model.context}: lower it")
+    if options.output_dir is None:
+        changes["output_dir"] = str(Path("runs", f"{Path(options.model).name}-{Path(options.dataset).name.split('.')[0]}"))
+    if options.generations is None:
+        changes["generations"] = 3 if model.parameters < 1e9 else 0
+    return options.replace(**changes)
+
+
+def _checkpoint_activations(options: Options, model: models.Model) -> bool:
+    if options.gradient_checkpointing == "auto":
+        return model.parameters >= 1e9
+    return options.gradient_checkpointing == "on"
+
+
+def load_pairs(options: Options, tokenizer) -> tuple[PairSet, PairSet]:
+    """The tokenised training and evaluation pairs. Says what was left out or cut, and what a pair looks like."""
+    cache = Path(options.cache_dir).expanduser() / "tokens"
+    tokenizing = Tokenizing(options.max_length, options.truncation, options.chat_template)
+
+    def tokenised(source: str, split: str, role: str) -> PairSet:
+        rows, report = check_preferences(load_preferences(source, split, role), options.max_left_out)
+        pairs = tokenize_pairs(rows, tokenizer, tokenizing, cache, report)
+        for line in report.lines():
+            world.say(f"{source}: {line}")
+        return pairs
+
+    train = tokenised(options.dataset, options.dataset_split, "train")
+    if options.eval_dataset is not None:
+        evaluation = tokenised(options.eval_dataset, "auto", "eval")
+        most = len(evaluation) if options.eval_pairs is None else options.eval_pairs
+        return train, evaluation.subset(range(min(most, len(evaluation))))
+    if options.eval_pairs == 0 or len(train) < 2:
+        return train, train.subset([])
+    fraction, most = (0.05, 500) if options.eval_pairs is None else (1.0, options.eval_pairs)
+    mask = held_out(train.prompt_hashes, fraction, most)
+    return train.subset((~mask).nonzero()[0]), train.subset(mask.nonzero()[0])

@@ -1,0 +1,190 @@
+"""The ranks of a run: joining them, one voice for all, and work that one of them does for the others.
+
+A run is started by deepspeed, torchrun, accelerate or plain python; all but the last say in the environment which rank
+this is. Plain python is a world of one.
+"""
+
+import contextlib
+import datetime
+import io
+import os
+import socket
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+T = TypeVar("T")
+
+# Tokenising a large set or reading a large checkpoint on one rank keeps the others waiting for long.
+PATIENCE = datetime.timedelta(hours=6)
+
+
+@dataclass(frozen=True)
+class World:
+    rank: int
+    local_rank: int
+    size: int
+
+    @property
+    def speaks(self) -> bool:
+        return self.rank == 0
+
+
+def from_environment() -> World:
+    """Which rank the launcher says this is; nothing is started."""
+    rank, local_rank, size = (int(os.environ.get(k, d)) for k, d in [("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)])
+    return World(rank, local_rank, size)
+
+
+def join() -> World:
+    """Joins the process group (nccl on GPUs, gloo on CPU) and takes this rank's device and share of the cores.
+
+    Raises ValueError where a node has fewer GPUs than ranks.
+    """
+    import torch
+
+    world = from_environment()
+    if torch.cuda.is_available() and world.local_rank >= torch.cuda.device_count():
+        raise ValueError(
+            f"rank {world.rank} has no GPU: this node has {torch.cuda.device_count()}; lower --num_gpus to that"
+        )
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", world.size))
+    if "OMP_NUM_THREADS" not in os.environ or not torch.cuda.is_available():
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
+    os.environ.setdefault("RANK", "0")
+    os.environ.setdefault("LOCAL_RANK", "0")
+    os.environ.setdefault("WORLD_SIZE", "1")
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    os.environ.setdefault("MASTER_PORT", str(_free_port()))
+    if torch.cuda.is_available():
+        torch.cuda.set_device(world.local_rank)
+    else:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed
+
+    _quiet_libraries()
+    with contextlib.redirect_stdout(io.StringIO()):
+        deepspeed.init_distributed(verbose=False, timeout=PATIENCE)
+    return world
+
+
+def _quiet_libraries() -> None:
+    """Warnings only: the libraries' own account of what they do would drown ours."""
+    import deepspeed
+    import transformers
+
+    deepspeed.utils.logger.setLevel("WARNING")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    # DeepSpeed 0.19 still calls what torch 2.13 has renamed, once a collective.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+
+
+def _free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
+
+
+def say(message: str) -> None:
+    """One line to the user, from rank 0."""
+    if from_environment().speaks:
+        print(f"dpo_ds: {message}", flush=True)
+
+
+def run_main(main: Callable[[list[str]], object]) -> None:
+    """Runs a command's main: what the user can put right ends with one line on stderr and exit code 2 on every rank."""
+    try:
+        main(sys.argv[1:])
+    except ValueError as error:
+        if not isinstance(error, UserError):
+            raise
+        stop(str(error), 2)
+    except RunStopped as error:
+        stop(str(error), 1)
+    finally:
+        leave()
+
+
+class UserError(ValueError):
+    """What the user can get wrong, with the remedy: told in one line, without a traceback."""
+
+
+class RunStopped(RuntimeError):
+    """A run that cannot go on, for a reason that a traceback would not show."""
+
+
+class user_errors:
+    """Within it, a ValueError is the user's to put right: for all that happens before a model is loaded."""
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, traceback):
+        if isinstance(error, ValueError) and not isinstance(error, UserError):
+            raise UserError(" ".join(str(error).split())) from error
+
+
+def stop(message: str, code: int) -> None:
+    if from_environment().speaks:
+        print(f"dpo_ds: error: {message}", file=sys.stderr, flush=True)
+    else:
+        # A launcher ends all ranks as soon as one has ended: rank 0 must have spoken by then.
+        time.sleep(5)
+    raise SystemExit(code)
+
+
+def leave() -> None:
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def one_after_another(work: Callable[[], T]) -> T:
+    """Runs cached work on rank 0 first, then on the first rank of every other node, then on the rest.
+
+    The first call fills a cache; the others find it there, on a shared file system or on their own. A ValueError on
+    any rank is raised on all.
+    """
+    world = from_environment()
+    mine = 0 if world.rank == 0 else 1 if world.local_rank == 0 else 2
+    result, problem = None, None
+    for turn in range(3):
+        if turn == mine and problem is None:
+            try:
+                result = work()
+            except ValueError as error:
+                problem = str(error)
+        problem = _first_problem(problem)
+    if problem is not None:
+        raise ValueError(problem)
+    return result
+
+
+def _first_problem(problem: str | None) -> str | None:
+    if from_environment().size == 1:
+        return problem
+    import torch
+
+    problems = [None] * from_environment().size
+    torch.distributed.all_gather_object(problems, problem)
+    return next((p for p in problems if p is not None), None)
+
+
+def sum_over_ranks(tensor):
+    """All-reduces `tensor` in place (sum) and returns it: the one collective that dpo_ds itself uses while it trains."""
+    if from_environment().size > 1:
+        import torch
+
+        torch.distributed.all_reduce(tensor)
+    return tensor
+
+
+def wait_for_all() -> None:
+    if from_environment().size > 1:
+        import torch
+
+        torch.distributed.barrier()

@@ -1,0 +1,27 @@
+# Sourced by quickstart.sh and test.sh: makes .venv in the checkout and installs this package into it, once.
+# Says plainly which step failed.
+
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+unset PYTHONDONTWRITEBYTECODE # without compiled files every rank spends seconds more on its imports
+trap 'echo "dpo_ds: failed at: ${STEP:-start}" >&2' ERR
+
+STEP="finding Python 3.10 or newer"
+PYTHON=${PYTHON:-python3}
+"$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 10))'
+
+STEP="making the virtual environment .venv"
+[ -x .venv/bin/python ] || "$PYTHON" -m venv .venv
+export PATH="$PWD/.venv/bin:$PATH"
+
+# A changed constraints.txt or setup.py installs again; otherwise the second run finds all as it is.
+STAMP=".venv/installed-$(cat constraints.txt setup.py | sha256sum | cut -c1-16)"
+if [ ! -e "$STAMP" ]; then
+    # torch by itself first, at its tested version: elsewhere a plain "torch" may bring another build of several GB.
+    STEP="installing torch with pip"
+    python -m pip install --quiet --no-compile --disable-pip-version-check "$(grep '^torch==' constraints.txt)"
+    STEP="installing dpo_ds and what it needs with pip"
+    python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt -e '.[test]'
+    touch "$STAMP"
+fi
+STEP="running ${0##*/}"

@@ -1,0 +1,57 @@
+"""Packaging. `pip install .` or `pip install -e '.[test]'`; `pip wheel --no-deps .` makes the wheel.
+
+constraints.txt names the one set of versions that the tests run with; the ranges below are what should work.
+"""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).resolve().parent
+# Read as text: importing the package to be built would need what it depends on.
+VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "dpo_ds/__init__.py").read_text(), re.M).group(1)
+README = ROOT / "README.md"
+
+setup(
+    name="dpo_ds",
+    version=VERSION,
+    description="Direct preference optimisation of language models, from GPT-2 to 70B, on DeepSpeed",
+    long_description=README.read_text(encoding="utf-8") if README.exists() else "",
+    long_description_content_type="text/markdown",
+    python_requires=">=3.10",
+    # The tiers lie at the checkout's top, where a user looks for them, and travel inside the package.
+    packages=[*find_packages(include=["dpo_ds", "dpo_ds.*"]), "dpo_ds.ds_configs"],
+    package_dir={"dpo_ds.ds_configs": "ds_configs"},
+    package_data={
+        "dpo_ds": [f"embedded/**/*.{kind}" for kind in ("json", "jsonl.gz", "safetensors", "txt", "md")],
+        "dpo_ds.ds_configs": ["*.json"],
+    },
+    # pip installs dependencies first, so this takes the place of DeepSpeed's script (deepspeed_command.py).
+    entry_points={"console_scripts": ["deepspeed = dpo_ds.deepspeed_command:main"]},
+    install_requires=[
+        "torch>=2.8,<3",
+        "deepspeed>=0.19,<1",
+        "transformers>=5.10,<6",
+        "datasets>=4.0,<6",
+        "peft>=0.18,<1",
+        "huggingface_hub>=1.0,<3",
+        "safetensors>=0.6,<1",
+        "numpy>=1.26,<3",
+        "pyyaml>=6.0,<7",
+        "tqdm>=4.66,<5",
+        "packaging>=23",
+        "filelock>=3.12",
+        "ninja>=1.11",  # DeepSpeed builds CPUAdam and its I/O library on first use
+    ],
+    extras_require={
+        "flash": ["flash-attn>=2.7,<3"],
+        "test": ["pytest>=8,<10", "ruff>=0.9", "build>=1.2", "wheel>=0.43"],
+        "bench": ["trl>=1.16,<2", "matplotlib>=3.8,<4"],
+    },
+    classifiers=[
+        "Programming Language :: Python :: 3",
+        "Operating System :: POSIX :: Linux",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)

@@ -1,0 +1,61 @@
+"""Real launches for tests: DeepSpeed's launcher over gloo, two ranks on this machine's CPU."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def environment() -> dict:
+    """The tests' own environment, less what would steer a run, with the checkout's packages to import."""
+    drop = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "PYTHONDONTWRITEBYTECODE"}
+    env = {key: value for key, value in os.environ.items() if key not in drop}
+    return {**env, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+def free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
+
+
+def command(ranks: int, *words: str) -> list[str]:
+    """words start with -m MODULE or a script; one rank is plain python, several go through our deepspeed command."""
+    if ranks == 1:
+        return [sys.executable, *words]
+    return [sys.executable, "-m", "dpo_ds.deepspeed_command", "--num_gpus", str(ranks), "--master_port",
+            str(free_port()), *words]  # fmt: skip
+
+
+def run(ranks: int, *words: str, timeout: float = 400, check: bool = True, **env: str) -> subprocess.CompletedProcess:
+    done = subprocess.run(
+        command(ranks, *map(str, words)),
+        env={**environment(), **env},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=timeout,
+        stdin=subprocess.DEVNULL,
+    )
+    if check and done.returncode != 0:
+        raise AssertionError(f"exit code {done.returncode}:\n{done.stdout[-6000:]}")
+    return done
+
+
+def run_scenarios(ranks: int, scenarios: list[dict], file: Path, **env: str) -> str:
+    """Runs scenarios (see scenarios.py) in one launch; returns what they printed."""
+    file.write_text(json.dumps(scenarios))
+    return run(ranks, ROOT / "tests" / "scenarios.py", file, **env).stdout
+
+
+def metrics(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def curve(folder: Path, key: str = "loss") -> list[float]:
+    """The training steps' values of a metric."""
+    return [line[key] for line in metrics(folder) if key in line]

@@ -1,0 +1,66 @@
+"""Several runs of the main job in one launch, one after the other: python scenarios.py FILE (under any launcher).
+
+FILE is JSON: a list of {"argv": [...], "shard_bytes": n}. Each run is prepared and trained as `python -m dpo_ds.train` does. Beside
+each run's folder, NAME.collectives.json counts the collectives that dpo_ds itself called within its steps.
+"""
+
+import json
+import sys
+from collections import Counter
+from pathlib import Path
+
+import torch
+
+from dpo_ds import world
+from dpo_ds.config import parse_options
+from dpo_ds.train import train
+from dpo_ds.trainer import Trainer
+
+COLLECTIVES = ("all_reduce", "all_gather", "all_gather_into_tensor", "broadcast", "barrier", "reduce", "gather")
+counts: Counter = Counter()
+SHARD_BYTES = 5_000_000_000
+
+
+def count_collectives_of_dpo_ds() -> None:
+    """Wraps torch's collectives; those called from dpo_ds's own files while a step runs are counted."""
+    inside = []
+    plain_step = Trainer.step
+
+    def step(self, number):
+        inside.append(number)
+        try:
+            return plain_step(self, number)
+        finally:
+            inside.pop()
+            counts["steps"] += 1
+
+    Trainer.step = step
+    for name in COLLECTIVES:
+        plain = getattr(torch.distributed, name)
+
+        def counted(*args, plain=plain, name=name, **kwargs):
+            if inside and "dpo_ds" in Path(sys._getframe(1).f_code.co_filename).parent.name:
+                counts[name] += 1
+            return plain(*args, **kwargs)
+
+        setattr(torch.distributed, name, counted)
+
+
+def main() -> None:
+    from dpo_ds import export
+    from dpo_ds.prepare import prepare
+
+    here = world.join()
+    count_collectives_of_dpo_ds()
+    for scenario in json.loads(Path(sys.argv[-1]).read_text()):
+        counts.clear()
+        export.SHARD_BYTES = scenario.get("shard_bytes", SHARD_BYTES)
+        run = prepare(parse_options(scenario["argv"]), here.size)
+        train(run)
+        if here.speaks:
+            (run.folder.parent / f"{run.folder.name}.collectives.json").write_text(json.dumps(counts))
+    world.leave()
+
+
+if __name__ == "__main__":
+    main()

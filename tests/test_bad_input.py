@@ -1,0 +1,184 @@
+"""What a user can get wrong: one line with the remedy, exit code 2 on every rank, before any weights load."""
+
+import gzip
+import json
+
+import launching
+import pytest
+import tiny
+from safetensors.torch import save_file
+
+from dpo_ds import world
+from dpo_ds.train import main
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    place = tmp_path_factory.mktemp("bad")
+    tiny.make("llama", place / "llama")
+    return place
+
+
+def copied(place, name: str, change) -> str:
+    """A copy of the good model folder, its config.json changed."""
+    import shutil
+
+    folder = place / name
+    shutil.copytree(place / "llama", folder, dirs_exist_ok=True)
+    config = json.loads((folder / "config.json").read_text())
+    change(config, folder)
+    (folder / "config.json").write_text(json.dumps(config))
+    return str(folder)
+
+
+def rows(place, name: str, lines: list[dict]) -> str:
+    path = place / f"{name}.jsonl.gz"
+    with gzip.open(path, "wt") as file:
+        file.writelines(json.dumps(line) + "\n" for line in lines)
+    return str(path)
+
+
+def tier(place, name: str, config) -> str:
+    path = place / f"{name}.json"
+    path.write_text(config if isinstance(config, str) else json.dumps(config))
+    return str(path)
+
+
+GOOD = {"prompt": "Once", "chosen": " upon a time.", "rejected": " there was."}
+PAIR_WITHOUT_PROMPT = {"question": "a", "answer": "b"}
+
+
+def no_eos(config, folder):
+    path = folder / "tokenizer_config.json"
+    tokenizer = json.loads(path.read_text())
+    path.write_text(json.dumps({k: v for k, v in tokenizer.items() if k != "eos_token"}))
+
+
+def no_weights(config, folder):
+    (folder / "model.safetensors").unlink()
+
+
+CASES = {
+    "model folder missing": (lambda p: {"model": "./nowhere"}, "is not there"),
+    "model not on the hub": (lambda p: {"model": "no/such-model"}, "cannot be read from the hub"),
+    "folder without config": (lambda p: {"model": str(p)}, "no config.json"),
+    "no causal model": (lambda p: {"model": copied(p, "t5", lambda c, f: (c.clear(), c.update(model_type="t5")))},
+                        "not a causal language model"),
+    "a classifier": (
+        lambda p: {"model": copied(p, "cls", lambda c, f: c.update(architectures=["LlamaForSequenceClassification"]))},
+        "was saved as LlamaForSequenceClassification"),
+    "no eos": (lambda p: {"model": copied(p, "eos", no_eos)}, "no EOS token"),
+    "no weights": (lambda p: {"model": copied(p, "weights", no_weights)}, "no safetensors weights"),
+    "small vocabulary": (lambda p: {"model": copied(p, "vocab", lambda c, f: c.update(vocab_size=10))}, "vocab_size"),
+    "max_length above the context": (lambda p: {"max_length": 4096}, "above the model's context of 512"),
+    "unknown tier": (lambda p: {"ds_config": "zero4"}, "the tiers are zero0_debug"),
+    "broken json": (lambda p: {"ds_config": tier(p, "broken", "{,}")}, "is not JSON"),
+    "json that is no object": (lambda p: {"ds_config": tier(p, "list", "[1]")}, "one JSON object"),
+    "fp16": (lambda p: {"ds_config": tier(p, "fp16", {"fp16": {"enabled": True}})}, "use bf16 or fp32"),
+    "contradicting precision": (lambda p: {"ds_config": tier(p, "bf16", {"bf16": {"enabled": True}})}, "make them agree"),
+    "contradicting batch": (lambda p: {"ds_config": tier(p, "b", {"train_batch_size": 64})}, "--global_batch_pairs"),
+    "contradicting clipping": (lambda p: {"ds_config": tier(p, "c", {"gradient_clipping": 0.5})}, "--max_grad_norm"),
+    "contradicting rate": (
+        lambda p: {"ds_config": tier(p, "lr", {"optimizer": {"type": "AdamW", "params": {"lr": 1}}})},
+        "--learning_rate"),
+    "ratio": (lambda p: {"ds_config": tier(p, "ratio", {"zero_optimization": {"offload_optimizer": {"ratio": 0.5}}})},
+              "ratio below 1"),
+    "bf16 masters": (lambda p: {"ds_config": tier(p, "m", {"bf16": {"bf16_master_weights_and_grads": True}})},
+                     "loses DPO's small updates"),
+    "an auto that is not ours": (lambda p: {"ds_config": tier(p, "auto", {"zero_optimization": {"stage": "auto"}})},
+                                 "no rule fills"),
+    "a scheduler": (lambda p: {"ds_config": tier(p, "s", {"scheduler": {"type": "WarmupLR", "params": {"a": 1}}})},
+                    "--lr_scheduler"),
+    "dataset file missing": (lambda p: {"dataset": "./none.jsonl"}, "none.jsonl"),
+    "dataset not on the hub": (lambda p: {"dataset": "no/such-set"}, "no/such-set"),
+    "missing columns": (lambda p: {"dataset": rows(p, "columns", [PAIR_WITHOUT_PROMPT])}, "question"),
+    "nothing usable": (lambda p: {"dataset": rows(p, "equal", [{**GOOD, "rejected": GOOD["chosen"]}])}, "equal"),
+    "too many left out": (
+        lambda p: {"dataset": rows(p, "some", [GOOD] * 4 + [{**GOOD, "chosen": ""}])}, "--max_left_out"),
+    "micro-batch too small": (lambda p: {"micro_batch_tokens": 9}, "--micro_batch_tokens 9 cannot hold"),
+    "output folder of something else": (lambda p: {"output_dir": str(p / "llama")}, "something else"),
+    "output is a file": (lambda p: {"output_dir": str(p / "llama" / "config.json")}, "is a file"),
+    "lora on the head": (lambda p: {"lora": "true", "lora_targets": "lm_head"}, "output head"),
+    "resume from nowhere": (lambda p: {"resume": "/nowhere"}, "is no checkpoint"),
+    "rates in words": (lambda p: {"learning_rate": "fast"}, "--learning_rate"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_one_line_with_the_remedy(case, place, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    make, words = CASES[case]
+    options = {
+        "model": str(place / "llama"),
+        "dataset": "sample",
+        "cache_dir": str(place / "cache"),
+        "output_dir": str(place / "out"),
+        "max_length": 64,
+        "precision": "fp32",
+        **make(place),
+    }
+    with pytest.raises(world.UserError) as error:
+        main([f"--{key}={value}" for key, value in options.items()])
+    message = str(error.value)
+    assert words in message and "\n" not in message, message
+    assert not (place / "out" / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize("more", [["--betta=1"], ["--max_length=100000"]], ids=["option", "model"])
+def test_exit_code_and_one_voice_on_two_ranks(more, place):
+    """The launcher ends with our code, rank 0 has spoken once, nobody shows a traceback."""
+    done = launching.run(
+        2, "-m", "dpo_ds.train", "--model", place / "llama", "--dataset", "sample", "--output_dir", place / "two", *more,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 2, done.stdout[-3000:]
+    assert done.stdout.count("dpo_ds: error:") == 1 and "Traceback" not in done.stdout
+    assert not (place / "two").exists()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_pairs(place, tmp_path):
+    """A learning rate that blows the weights up: the run ends with the step's pairs, not with a page of NaN."""
+    done = launching.run(
+        1, "-m", "dpo_ds.train", "--model", place / "llama", "--dataset", "sample", "--output_dir", tmp_path / "nan",
+        "--learning_rate", "1e30", "--warmup_ratio", "0", "--max_length", "64", "--global_batch_pairs", "4",
+        "--eval_pairs", "0", "--precision", "fp32", check=False,
+    )  # fmt: skip
+    assert done.returncode == 1, done.stdout[-3000:]
+    (line,) = [line for line in done.stdout.splitlines() if "dpo_ds: error:" in line]
+    assert "the loss is" in line and "look at its pairs" in line and "Traceback" not in done.stdout
+
+
+def test_a_reference_that_is_not_the_policy_is_noticed(place, tmp_path):
+    """The first loss must be ln 2. Here the table is made of other weights, behind the key's back."""
+    import numpy as np
+
+    cache = tmp_path / "cache"
+    words = [
+        "-m", "dpo_ds.train", "--model", place / "llama", "--dataset", "sample", "--max_length", "64",
+        "--global_batch_pairs", "8", "--eval_pairs", "0", "--precision", "fp32", "--max_steps", "1", "--export", "none",
+        "--cache_dir", cache,
+    ]  # fmt: skip
+    launching.run(1, *words, "--output_dir", tmp_path / "first")
+    (table,) = cache.glob("reference/*/logps.npy")
+    logps = np.load(table)
+    np.save(table, logps + np.array([1.0, 0.0], dtype=np.float32))
+    caught = launching.run(1, *words, "--output_dir", tmp_path / "second").stdout
+    assert "does not match its hash" in caught, "a table that was touched is made again"
+    np.save(table, logps + np.array([1.0, 0.0], dtype=np.float32))
+    manifest = json.loads((table.parent / "table.json").read_text())
+    import hashlib
+
+    manifest["sha256"] = hashlib.sha256(table.read_bytes()).hexdigest()
+    (table.parent / "table.json").write_text(json.dumps(manifest))
+    done = launching.run(1, *words, "--output_dir", tmp_path / "third", check=False)
+    assert done.returncode == 1 and "it must be ln 2" in done.stdout, done.stdout[-2000:]
+
+
+def test_weights_that_are_not_safetensors_are_not_unpickled(place, tmp_path):
+    import torch
+
+    folder = copied(place, "pickled", no_weights)
+    torch.save({"x": torch.zeros(1)}, f"{folder}/pytorch_model.bin")
+    with pytest.raises(world.UserError, match="no safetensors weights"):
+        main([f"--model={folder}", "--dataset=sample", f"--output_dir={tmp_path}/x", f"--cache_dir={place}/cache"])
+    save_file({"x": torch.zeros(1)}, f"{folder}/other.safetensors")

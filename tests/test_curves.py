@@ -1,0 +1,150 @@
+"""The same loss curve whatever runs it: ranks, ZeRO stages, offload, micro-batches, reference, recomputation.
+
+Each row of CASES is a real run of ten steps in fp32; all are compared with the oracle's plain loop.
+"""
+
+import json
+import math
+
+import launching
+import numpy as np
+import oracle
+import pytest
+import tiny
+
+from dpo_ds.data.steps import Schedule
+
+STEPS, BATCH, RATE = 10, 8, 2e-3
+SMALL, LARGE = "320", "4000"
+
+# name: (ranks, model, tier or stage, further options)
+CASES = {
+    "1-stage0": (1, "llama", "stage0", {}),
+    "1-stage2": (1, "llama", "stage2", {}),
+    "1-stage3": (1, "llama", "stage3", {}),
+    "1-stage0-small-micro-batches": (1, "llama", "stage0", {"micro_batch_tokens": SMALL}),
+    "1-stage0-live": (1, "llama", "stage0", {"reference": "live"}),
+    "1-stage0-checkpointing": (1, "llama", "stage0", {"gradient_checkpointing": "on"}),
+    "1-stage3-offload": (1, "llama", "stage3-offload", {}),
+    "2-stage0": (2, "llama", "stage0", {}),
+    "2-stage1": (2, "llama", "stage1", {}),
+    "2-stage2": (2, "llama", "stage2", {}),
+    "2-stage2-offload": (2, "llama", "stage2-offload", {"micro_batch_tokens": SMALL}),
+    "2-stage3": (2, "llama", "stage3", {}),
+    "2-stage3-small-micro-batches": (2, "llama", "stage3", {"micro_batch_tokens": SMALL}),
+    "2-stage3-offload": (2, "llama", "stage3-offload", {}),
+    "2-stage3-offload-both": (2, "llama", "stage3-offload-both", {}),
+    "2-stage3-live": (2, "llama", "stage3", {"reference": "live"}),
+    "2-stage3-checkpointing": (2, "llama", "stage3", {"gradient_checkpointing": "on"}),
+    "1-gpt2-stage0": (1, "gpt2", "stage0", {}),
+    "2-gpt2-stage3": (2, "gpt2", "stage3", {"micro_batch_tokens": SMALL}),
+}
+
+
+def ds_config(name: str) -> dict:
+    """A plain DeepSpeed config as a user writes it, with "auto" for what is ours to fill."""
+    stage, *offload = name.removeprefix("stage").split("-")
+    zero = {"stage": int(stage)}
+    if offload:
+        zero["offload_optimizer"] = {"device": "cpu"}
+    if "both" in offload:
+        zero["offload_param"] = {"device": "cpu"}
+    if stage == "3":
+        zero |= {"stage3_param_persistence_threshold": 0, "reduce_bucket_size": "auto"}
+    return {"zero_optimization": zero, "gradient_clipping": "auto", "train_batch_size": "auto"}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    return tmp_path_factory.mktemp("curves")
+
+
+@pytest.fixture(scope="module")
+def launched(place) -> dict[int, str]:
+    """All cases, in one launch per number of ranks: what each launch printed."""
+    for name in {model for _, model, _, _ in CASES.values()}:
+        tiny.make(name, place / name)
+    scenarios: dict[int, list] = {1: [], 2: []}
+    for case, (ranks, model, tier, extra) in CASES.items():
+        (place / f"{tier}.json").write_text(json.dumps(ds_config(tier)))
+        options = {
+            "model": place / model,
+            "dataset": "sample",
+            "ds_config": place / f"{tier}.json",
+            "output_dir": place / case,
+            "cache_dir": place / f"cache-{ranks}",
+            "max_steps": STEPS,
+            "global_batch_pairs": BATCH,
+            "learning_rate": RATE,
+            "max_length": 96,
+            "eval_pairs": 12,
+            "eval_every": 5,
+            "micro_batch_tokens": LARGE,
+            "export": "none",
+            "precision": "fp32",
+            **extra,
+        }
+        scenarios[ranks].append({"argv": [f"--{key}={value}" for key, value in options.items()]})
+    return {ranks: launching.run_scenarios(ranks, runs, place / f"{ranks}.json") for ranks, runs in scenarios.items()}
+
+
+@pytest.fixture(scope="module")
+def expected(place, launched) -> dict[str, list[float]]:
+    """The oracle's curves, on the very pairs that the schedule gives each step."""
+    from dpo_ds.data.tokens import PairSet
+
+    pairs = PairSet.open(next((place / "cache-1" / "tokens").glob("*/manifest.json")).parent)
+    from dpo_ds.data.preferences import held_out
+
+    train = pairs.subset(np.flatnonzero(~held_out(pairs.prompt_hashes, 1.0, 12)))
+    schedule = Schedule.of(len(train), BATCH, 1, STEPS, seed=42)
+    steps = [[train.pair(i) for i in schedule.step(number)] for number in range(STEPS)]
+    return {
+        model: oracle.train(place / model, steps, learning_rate=RATE, warmup=round(0.1 * STEPS))
+        for model in {model for _, model, _, _ in CASES.values()}
+    }
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_same_curve_as_the_oracle(case, place, launched, expected):
+    curve = launching.curve(place / case)
+    assert len(curve) == STEPS
+    assert abs(curve[0] - math.log(2)) < 1e-5
+    np.testing.assert_allclose(curve, expected[CASES[case][1]], rtol=0, atol=1e-5)
+
+
+def test_the_curve_is_one_that_can_tell_runs_apart(expected):
+    """A curve that stayed at ln 2 would let every case pass."""
+    for curve in expected.values():
+        assert np.abs(np.diff(curve)).max() > 0.01
+
+
+def test_zero3_traces_are_never_invalidated(launched):
+    assert "nvalidate trace" not in launched[1] + launched[2]
+
+
+def test_one_collective_a_step(place, launched):
+    """Two ranks: ours is one all-reduce of the metrics in each step, and nothing else. Reference tables need none."""
+    for case in ("2-stage0", "2-stage3", "2-stage3-small-micro-batches", "2-stage3-live"):
+        counts = json.loads((place / f"{case}.collectives.json").read_text())
+        assert counts == {"steps": STEPS, "all_reduce": STEPS}, case
+
+
+def test_grad_norms_agree(place, launched):
+    """Before clipping, whatever keeps it: torch at stage 0, DeepSpeed elsewhere."""
+    norms = {case: launching.curve(place / case, "grad_norm") for case in CASES if "gpt2" not in case}
+    for case, values in norms.items():
+        np.testing.assert_allclose(values, norms["1-stage0"], rtol=2e-3, err_msg=case)
+
+
+def test_evaluations_agree_and_start_at_ln_2(place, launched):
+    curves = {case: launching.curve(place / case, "eval/loss") for case in CASES if "gpt2" not in case}
+    for case, values in curves.items():
+        assert len(values) == 3 and abs(values[0] - math.log(2)) < 1e-5, case
+        np.testing.assert_allclose(values, curves["1-stage0"], rtol=0, atol=2e-5, err_msg=case)
+
+
+def test_a_reference_table_is_made_once(launched):
+    """The first run of a launch scores; the others, on the same weights and pairs, find the table."""
+    assert launched[1].count("to score") == 2 * 2  # llama's and gpt2's, training and held-out pairs
+    assert "found in the table" in launched[1]

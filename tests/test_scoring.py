@@ -1,0 +1,186 @@
+"""Packed, prefix-shared scoring against two plain forwards: values, gradients, and layouts that must fail."""
+
+import numpy as np
+import oracle
+import pytest
+import tiny
+import torch
+from transformers import AutoModelForCausalLM
+
+from dpo_ds.losses import dpo_loss
+from dpo_ds.scoring import attention
+from dpo_ds.scoring.head import fused_logps
+from dpo_ds.scoring.packed import pack, segments_of
+from dpo_ds.scoring.scorer import PairScorer
+
+LENGTHS = [(17, 7, 12), (31, 14, 5), (1, 3, 4), (24, 1, 1)]
+
+
+def random_pairs(lengths=LENGTHS, seed=3):
+    generator = np.random.default_rng(seed)
+    return [tuple(generator.integers(1, tiny.VOCABULARY, n).astype(np.int32) for n in sizes) for sizes in lengths]
+
+
+@pytest.fixture(scope="module", params=list(tiny.configs()))
+def folder(request, tmp_path_factory):
+    return tiny.make(request.param, tmp_path_factory.mktemp(request.param))
+
+
+def packed_model(folder, dtype=torch.float32):
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=attention.NAME)
+    return PairScorer(model.eval())
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
+def test_values_and_gradients_equal_two_plain_forwards(folder, checkpointing):
+    pairs = random_pairs()
+    plain = oracle.load(folder)
+    expected = oracle.pairs_logps(plain, pairs)
+    oracle.losses(expected, torch.zeros_like(expected), 0.1).sum().backward()
+
+    scorer = packed_model(folder)
+    if checkpointing:
+        scorer.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        scorer.train()
+        for module in scorer.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+    logps = scorer(pack(pairs))
+    dpo_loss(logps[:, 0] - logps[:, 1], torch.zeros(len(pairs)), 0.1).sum().backward()
+
+    torch.testing.assert_close(logps, expected, atol=1e-4, rtol=1e-6)  # sums of up to 14 token log-probabilities
+    gradients = dict(scorer.model.named_parameters())
+    for name, parameter in plain.named_parameters():
+        torch.testing.assert_close(gradients[name].grad, parameter.grad, atol=1e-5, rtol=1e-4, msg=name)
+
+
+def test_each_token_within_1e5(folder):
+    pairs = random_pairs()
+    expected = [oracle.token_logps(oracle.load(folder), p, r) for p, c, d in pairs for r in (c, d)]
+    scorer = packed_model(folder)
+    batch = pack(pairs)
+    hidden = scorer.model.base_model(
+        input_ids=batch.input_ids, position_ids=batch.position_ids, attention_mask=batch.layout, use_cache=False
+    ).last_hidden_state[0]
+    tokens = scorer.model.get_output_embeddings()(hidden[batch.rows], batch.targets)
+    torch.testing.assert_close(tokens, torch.cat(expected), atol=1e-5, rtol=0)
+
+
+def test_a_pair_scores_the_same_in_any_pack(folder):
+    pairs = random_pairs()
+    scorer = packed_model(folder)
+    with torch.no_grad():
+        together = scorer(pack(pairs))
+        alone = torch.cat([scorer(pack([pair])) for pair in pairs])
+        reversed_ = scorer(pack(pairs[::-1])).flip(0)
+    torch.testing.assert_close(together, alone, atol=2e-5, rtol=1e-6)
+    torch.testing.assert_close(together, reversed_, atol=2e-5, rtol=1e-6)
+
+
+def positions_not_reset(batch):
+    batch.position_ids = torch.arange(batch.input_ids.shape[1])[None]
+
+
+def rejected_sees_chosen(batch):
+    ends = segments_of(batch.layout).query_offsets[::2]
+    layout = torch.full_like(batch.layout, -1)
+    layout[0, 0, 0, : ends[-1]] = torch.arange(ends[-1])
+    layout[0, 0, 1:, : len(ends)] = torch.tensor(ends)
+    batch.layout = layout
+
+
+def rejected_scored_from_chosens_last_row(batch):
+    first_rejected = int((batch.responses == 1).nonzero()[0])
+    batch.rows[first_rejected] = batch.rows[first_rejected - 1] + 1
+
+
+def rejected_without_its_prompt(batch):
+    offsets = segments_of(batch.layout).query_offsets
+    layout = torch.full_like(batch.layout, -1)
+    layout[0, 0, 0, : offsets[-1]] = torch.arange(offsets[-1])
+    layout[0, 0, 1:, : len(offsets)] = torch.tensor(offsets)
+    batch.layout = layout
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        positions_not_reset,
+        rejected_sees_chosen,
+        rejected_scored_from_chosens_last_row,
+        rejected_without_its_prompt,
+    ],
+)
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_negative_controls_move_the_scores(name, broken, tmp_path):
+    folder = tiny.make(name, tmp_path)
+    pairs = random_pairs(LENGTHS[:2])
+    batch = pack(pairs)
+    broken(batch)
+    with torch.no_grad():
+        moved = (packed_model(folder)(batch) - oracle.pairs_logps(oracle.load(folder), pairs)).abs().max()
+    assert moved > 0.01, f"{broken.__name__} went unnoticed"
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("scale", "softcap"), [(1.0, None), (0.0625, None), (1.0, 3.0), (0.5, 3.0)])
+@pytest.mark.parametrize("tile", [64, 10**6])
+def test_fused_head_against_float64(bias, scale, softcap, tile):
+    torch.manual_seed(0)
+    hidden, weight = (torch.randn(n, 16, dtype=torch.float64, requires_grad=True) for n in (37, 101))
+    b = torch.randn(101, dtype=torch.float64, requires_grad=True) if bias else None
+    targets, outer = torch.randint(0, 101, (37,)), torch.randn(37, dtype=torch.float64)
+    inputs = [x for x in (hidden, weight, b) if x is not None]
+
+    logits = scale * torch.nn.functional.linear(hidden, weight, b)
+    logits = softcap * torch.tanh(logits / softcap) if softcap else logits
+    expected = logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
+    expected_grads = torch.autograd.grad((expected * outer).sum(), inputs)
+
+    fast = [x.detach().float().requires_grad_() for x in inputs]
+    logps = fused_logps(fast[0], fast[1], targets, fast[2] if bias else None, scale, softcap, tile)
+    grads = torch.autograd.grad((logps * outer.float()).sum(), fast)
+    torch.testing.assert_close(logps.double(), expected, atol=1e-5, rtol=1e-5)
+    for grad, wanted in zip(grads, expected_grads, strict=True):
+        torch.testing.assert_close(grad.double(), wanted, atol=2e-5, rtol=1e-4)
+
+
+def test_fused_head_in_bf16_is_as_good_as_its_inputs():
+    """The sum of 128 log-probabilities stays within a tenth of a nat of float64 on the same bf16 inputs."""
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(128, 64).bfloat16(), (torch.randn(4096, 64) / 8).bfloat16()
+    targets = torch.randint(0, 4096, (128,))
+    exact = (hidden.double() @ weight.double().t()).log_softmax(-1).gather(1, targets[:, None]).sum()
+    assert abs(fused_logps(hidden, weight, targets).double().sum() - exact) < 1e-3
+
+
+def test_the_logits_matrix_never_exists():
+    """Peak memory of forward and backward stays far below one [N, V] matrix."""
+    N, V, H = 512, 32768, 8
+    hidden, weight = torch.randn(N, H, requires_grad=True), torch.randn(V, H, requires_grad=True)
+    targets = torch.randint(0, V, (N,))
+    largest = []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            for x in out if isinstance(out, (tuple, list)) else [out]:
+                if isinstance(x, torch.Tensor):
+                    largest.append(x.numel())
+            return out
+
+    with Watch():
+        fused_logps(hidden, weight, targets, tile=2**18).sum().backward()
+    assert max(largest) <= max(2**18, V * H) < N * V / 8
+
+
+def test_a_model_that_drops_the_layout_is_refused():
+    with pytest.raises(ValueError, match="cannot be scored"):
+        attention.packed_attention(torch.nn.Linear(1, 1), torch.zeros(1, 1, 2, 4), None, None, None)
+
+
+def test_layout_survives_a_copy():
+    """Reentrant checkpointing and the like hand on a detached tensor: its numbers are then read back from it."""
+    batch = pack(random_pairs()).to("cpu")
+    assert segments_of(batch.layout.detach().clone()) == segments_of(batch.layout)
+    assert batch.pairs == len(LENGTHS)
