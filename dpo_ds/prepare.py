@@ -62,12 +62,14 @@ def prepare(options: Options, ranks: int) -> Run:
     )
     if options.eval_every is None:
         options = options.replace(eval_every=max(1, schedule.steps // 10))
+    weights = world.one_after_another(lambda: models.fetch_weights(model))
     identity = checkpoint.identity(options, train_pairs.digest, eval_pairs.digest)
+    # Last, because it makes the folder this run's: a run that cannot start leaves nothing behind.
     found = checkpoint.open_folder(Path(options.output_dir), options, identity, ranks)
     return Run(
         options=options,
         model=model,
-        weights=world.one_after_another(lambda: models.fetch_weights(model)),
+        weights=weights,
         tokenizer=tokenizer,
         ds_config=ds_config,
         checkpointing=_checkpoint_activations(options, model),

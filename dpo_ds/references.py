@@ -41,4 +41,5 @@ def _lookup(table: np.ndarray, policy) -> Callable:
 
 
 def _score(run: Run, score) -> np.ndarray:
-    return score_all(score, run.eval_pairs, run.options.micro_batch_tokens, "reference: held-out pairs")
+    everything = np.arange(len(run.eval_pairs))
+    return score_all(score, run.eval_pairs, everything, run.options.micro_batch_tokens, "reference: held-out pairs")

@@ -1,6 +1,7 @@
 """What a run says of itself: metrics.jsonl, the progress bar, the summary."""
 
 import json
+import sys
 from pathlib import Path
 
 import torch
@@ -18,7 +19,14 @@ class Reporter:
         self.path = folder / "metrics.jsonl"
         if self.speaks:
             _forget_after(self.path, first_step)
-        self.bar = tqdm(total=steps, initial=first_step, unit="step", desc="dpo", disable=not self.speaks)
+        self.bar = tqdm(
+            total=steps,
+            initial=first_step,
+            unit="step",
+            desc="dpo",
+            disable=not self.speaks,
+            mininterval=0.1 if sys.stderr.isatty() else 20,  # a line in a log file stays there
+        )
 
     def step(self, metrics: dict) -> None:
         self._write(metrics)

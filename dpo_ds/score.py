@@ -6,6 +6,7 @@ A table is float32 [pairs, 2] (chosen, rejected), kept under a key made of what 
 weights' files, the pairs' token ids, the precision. It fills up chunk by chunk; a killed scoring goes on from there.
 """
 
+import contextlib
 import hashlib
 import json
 from pathlib import Path
@@ -45,66 +46,70 @@ def _collective_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def score_all(score, pairs: PairSet, micro_batch_tokens: int, title: str, done: np.ndarray | None = None, keep=None):
-    """Like score_pairs for a whole set, in chunks, with a progress bar. `done` [pairs] bool: rows not to score again;
-    `keep(indices, logps)` is called for each chunk. Returns float32 [pairs, 2], NaN where done."""
+def score_all(score, pairs: PairSet, indices: np.ndarray, micro_batch_tokens: int, title: str, keep=None) -> np.ndarray:
+    """Like score_pairs, in chunks with a progress bar; `keep(indices, logps)` is called for each chunk.
+
+    Raises RunStopped if a log-probability is not finite, naming the pairs.
+    """
     here = world.from_environment()
-    table = np.full((len(pairs), 2), np.nan, dtype=np.float32)
-    left = np.arange(len(pairs)) if done is None else np.flatnonzero(~done)
     step = CHUNK * here.size
-    chunks = [left[i : i + step] for i in range(0, len(left), step)]
-    with tqdm(total=len(left), desc=title, unit="pair", disable=not here.speaks, leave=False) as bar:
-        for indices in chunks:
-            table[indices] = score_pairs(score, pairs, indices, micro_batch_tokens)
-            if not np.isfinite(table[indices]).all():
-                bad = [pairs.pair_id(i) for i in indices if not np.isfinite(table[i]).all()]
-                raise world.RunStopped(f"{title}: log-probabilities of pairs {', '.join(bad[:5])} are not finite")
+    chunks = [indices[i : i + step] for i in range(0, len(indices), step)]
+    scored = []
+    with tqdm(total=len(indices), desc=title, unit="pair", disable=None if here.speaks else True, leave=False) as bar:
+        for chunk in chunks:
+            logps = score_pairs(score, pairs, chunk, micro_batch_tokens)
+            finite = np.isfinite(logps).all(axis=1)
+            if not finite.all():
+                bad = ", ".join(pairs.pair_id(i) for i in chunk[~finite][:5])
+                raise world.RunStopped(f"{title}: the log-probabilities of {(~finite).sum()} pairs are not finite: {bad}")
             if keep is not None:
-                keep(indices, table[indices])
-            bar.update(len(indices))
-    return table
+                keep(chunk, logps)
+            scored.append(logps)
+            bar.update(len(chunk))
+    return np.concatenate(scored) if scored else np.zeros((0, 2), dtype=np.float32)
 
 
 class Table:
-    """A reference table on rank 0's disk, whole or half done."""
+    """A reference table on disk, as rank 0 sees it: rows are NaN until they are scored.
+
+    While it is being filled it has no manifest, and its rows speak for themselves; at rest the manifest's hash must
+    agree, or the table is made anew.
+    """
 
     def __init__(self, cache: Path, facts: dict, rows: int):
         self.key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
         self.folder = cache / "reference" / self.key[:32]
         self.facts, self.rows = facts, rows
-
-    @property
-    def lock(self) -> FileLock:
-        """Held by the run that fills the table; another run that wants the same one waits and then uses it."""
+        self.path, self.manifest = self.folder / "logps.npy", self.folder / "table.json"
         self.folder.mkdir(parents=True, exist_ok=True)
-        return FileLock(self.folder / "lock")
+        # Held by the run that fills the table; another run that wants the same one waits and then uses it.
+        self.lock = FileLock(self.folder / "lock")
 
     def read(self) -> np.ndarray:
-        """float32 [rows, 2]; NaN where nothing has been scored yet. A table that was whole is checked by its hash."""
-        path, manifest = self.folder / "logps.npy", self.folder / "table.json"
-        if not path.is_file():
+        """float32 [rows, 2]"""
+        if self.manifest.is_file() and json.loads(self.manifest.read_text())["sha256"] != _sha256(self.path):
+            world.say(f"the reference table {self.folder} does not match its hash and is made anew")
+            self.manifest.unlink()
+            self.path.unlink()
+        if not self.path.is_file():
             return np.full((self.rows, 2), np.nan, dtype=np.float32)
-        logps = np.load(path)
-        if manifest.is_file() and json.loads(manifest.read_text())["sha256"] != _sha256(path):
-            world.say(f"reference table {self.folder} does not match its hash and is made again")
-            manifest.unlink()
-            path.unlink()
-            return self.read()
+        logps = np.load(self.path)
         assert logps.shape == (self.rows, 2), "the key holds the pairs' digest"
         return logps
 
-    def writer(self):
-        """A memory map to fill. Rows stay NaN until they are scored."""
-        path = self.folder / "logps.npy"
-        if not path.is_file():
-            fresh = path.with_suffix(".tmp.npy")
+    def open_to_fill(self) -> np.ndarray:
+        """A memory map of the rows."""
+        if not self.path.is_file():
+            fresh = self.path.with_suffix(".tmp.npy")
             np.save(fresh, self.read())
-            fresh.rename(path)
-        return np.load(path, mmap_mode="r+")
+            fresh.rename(self.path)
+        self.manifest.unlink(missing_ok=True)
+        return np.load(self.path, mmap_mode="r+")
 
-    def finish(self) -> None:
-        facts = {**self.facts, "rows": self.rows, "sha256": _sha256(self.folder / "logps.npy")}
-        write_whole(self.folder / "table.json", json.dumps(facts, indent=1))
+    def close(self) -> None:
+        scored = int(np.isfinite(np.load(self.path)).all(axis=1).sum())
+        facts = {**self.facts, "rows": self.rows, "scored": scored, "sha256": _sha256(self.path)}
+        write_whole(self.manifest, json.dumps(facts, indent=1))
 
 
 def _sha256(path: Path) -> str:
@@ -123,54 +128,62 @@ def _digest(file) -> str:  # Python 3.10
     return digest.hexdigest()
 
 
-def reference_tables(run: Run) -> list[np.ndarray]:
+def reference_tables(run: Run, everything: bool = False) -> list[np.ndarray]:
     """The reference's logps of the training and of the evaluation pairs, float32 [pairs, 2] each, on every rank.
 
-    Scores what no earlier run has scored, with an engine that is gone, and its memory released, on return.
+    Scores what no earlier run has, and of the training pairs only those that the schedule comes to, unless
+    `everything` is asked for (the others stay NaN). The engine is gone, its memory released, on return.
     """
-    here = world.from_environment()
-    weights = None
-    if here.speaks:
-        files = [run.weights / "config.json", *models.weight_files(run.weights)]
-        weights = {file.name: _sha256(file) for file in files}
-    engine: Engine | None = None
-    results = []
-    for title, pairs in (("reference: training pairs", run.train_pairs), ("reference: held-out pairs", run.eval_pairs)):
-        if len(pairs) == 0:
-            results.append(np.zeros((0, 2), dtype=np.float32))
-            continue
-        table, lock = None, None
-        if here.speaks:
+    weights = _weights_facts(run) if world.from_environment().speaks else None
+    needed = np.ones(len(run.train_pairs), dtype=bool) if everything else run.schedule.visited()
+    sets = [
+        ("reference: training pairs", run.train_pairs, needed),
+        ("reference: held-out pairs", run.eval_pairs, np.ones(len(run.eval_pairs), dtype=bool)),
+    ]
+    engine: list[Engine] = []  # built when the first pair wants scoring
+
+    def score(batch):
+        if not engine:
+            engine.append(reference_engine(run.weights, run.ds_config, run.options))
+        return engine[0].score(batch)
+
+    results = [_reference_table(run, weights, score, *one) for one in sets]
+    if engine:
+        engine[0].close()
+    return results
+
+
+def _weights_facts(run: Run) -> dict:
+    """What the reference is: the hashes of its files."""
+    return {file.name: _sha256(file) for file in [run.weights / "config.json", *models.weight_files(run.weights)]}
+
+
+def _reference_table(run: Run, weights: dict | None, score, title: str, pairs: PairSet, needed: np.ndarray) -> np.ndarray:
+    if len(pairs) == 0:
+        return np.zeros((0, 2), dtype=np.float32)
+    table = None
+    with contextlib.ExitStack() as held:
+        if world.from_environment().speaks:
             facts = {"format": FORMAT, "weights": weights, "pairs": pairs.digest, "precision": run.options.precision}
             table = Table(Path(run.options.cache_dir).expanduser(), facts, len(pairs))
-            lock = table.lock
-            lock.acquire()
-        try:
-            logps = _from_rank_0(table.read() if table else np.empty((len(pairs), 2), dtype=np.float32))
-            done = np.isfinite(logps).all(axis=1)
-            if done.all():
-                world.say(f"{title}: all {len(pairs)} found in the table")
-            else:
-                world.say(f"{title}: {len(pairs) - done.sum()} of {len(pairs)} to score")
-                engine = engine or reference_engine(run.weights, run.ds_config, run.options)
-                file = table.writer() if table else None
+            held.enter_context(table.lock)
+        logps = _from_rank_0(table.read() if table else np.empty((len(pairs), 2), dtype=np.float32))
+        left = np.flatnonzero(needed & np.isnan(logps).any(axis=1))
+        if len(left) == 0:
+            world.say(f"{title}: all {needed.sum()} found in the table")
+            return logps
+        world.say(f"{title}: {len(left)} of {needed.sum()} to score")
+        rows = table.open_to_fill() if table else None
 
-                def keep(indices, rows, file=file):
-                    if file is not None:
-                        file[indices] = rows
-                        file.flush()
+        def keep(indices: np.ndarray, scored: np.ndarray) -> None:
+            if rows is not None:
+                rows[indices] = scored
+                rows.flush()
 
-                scored = score_all(engine.score, pairs, run.options.micro_batch_tokens, title, done, keep)
-                logps = np.where(done[:, None], logps, scored)
-                if table:
-                    table.finish()
-        finally:
-            if lock is not None:
-                lock.release()
-        results.append(logps)
-    if engine is not None:
-        engine.close()
-    return results
+        logps[left] = score_all(score, pairs, left, run.options.micro_batch_tokens, title, keep)
+        if table:
+            table.close()
+    return logps
 
 
 def _from_rank_0(array: np.ndarray) -> np.ndarray:
@@ -185,7 +198,7 @@ def main(argv: list[str]) -> None:
     with world.user_errors():
         options = parse_options(argv)
         run = prepare(options, world.join().size)
-    reference_tables(run)
+    reference_tables(run, everything=True)
 
 
 if __name__ == "__main__":

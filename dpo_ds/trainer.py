@@ -132,7 +132,8 @@ class Trainer:
         pairs = self.run.eval_pairs
         if len(pairs) == 0:
             return {}
-        table = score_all(self.policy.score, pairs, self.options.micro_batch_tokens, "held-out pairs")
+        everything = np.arange(len(pairs))
+        table = score_all(self.policy.score, pairs, everything, self.options.micro_batch_tokens, "held-out pairs")
         self.eval_logps = table
         policy, reference = torch.from_numpy(table), torch.from_numpy(self.eval_reference)
         losses = dpo_loss(policy[:, 0] - policy[:, 1], reference[:, 0] - reference[:, 1], self.options.beta)

@@ -121,7 +121,7 @@ def test_one_line_with_the_remedy(case, place, monkeypatch):
         main([f"--{key}={value}" for key, value in options.items()])
     message = str(error.value)
     assert words in message and "\n" not in message, message
-    assert not (place / "out" / "metrics.jsonl").exists()
+    assert not (place / "out").exists(), "a run that cannot start leaves nothing behind"
 
 
 @pytest.mark.parametrize("more", [["--betta=1"], ["--max_length=100000"]], ids=["option", "model"])
@@ -163,7 +163,7 @@ def test_a_reference_that_is_not_the_policy_is_noticed(place, tmp_path):
     logps = np.load(table)
     np.save(table, logps + np.array([1.0, 0.0], dtype=np.float32))
     caught = launching.run(1, *words, "--output_dir", tmp_path / "second").stdout
-    assert "does not match its hash" in caught, "a table that was touched is made again"
+    assert "does not match its hash and is made anew" in caught, "a table that was touched is made again"
     np.save(table, logps + np.array([1.0, 0.0], dtype=np.float32))
     manifest = json.loads((table.parent / "table.json").read_text())
     import hashlib

@@ -38,6 +38,13 @@ class Schedule:
         order = np.random.default_rng([self.seed, epoch]).permutation(self.pairs)
         return order[within * self.global_batch : (within + 1) * self.global_batch]
 
+    def visited(self) -> np.ndarray:
+        """Which pairs the run comes to at all: bool [pairs]."""
+        mask = np.zeros(self.pairs, dtype=bool)
+        for number in range(min(self.steps, self.steps_per_epoch)):
+            mask[self.step(number)] = True
+        return mask
+
 
 @dataclass(frozen=True)
 class MicroBatch:

@@ -1,0 +1,379 @@
+"""Pairs as token ids: the chat template, where the response begins and ends, truncation; kept on disk by content.
+
+A response ends with the model's end-of-turn token. The prompt's tokens are shared: prompt + chosen and prompt +
+rejected both begin with them. What had to be moved, cut or left out for that is counted in the report.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+
+import datasets
+import jinja2
+import numpy as np
+import pyarrow as pa
+
+from dpo_ds.data.preferences import Report, counted, prompt_hash
+
+FORMAT = 1  # of the folder below and of all that decides its content; raise it when either changes
+SMALL = 20_000  # rows: below it, starting processes costs more than it saves
+
+# Kinds in the report. The first three change a pair, the others leave it out.
+MOVED = "the response's first tokens melt into the prompt's: the boundary was moved back"
+FOLDED = "the template takes no system role: its message went into the first user's"
+CUT_PROMPT = "the prompt was cut to --max_length"
+CUT_RESPONSE = "a response was cut to --max_length"
+NO_ROOM = "no room for a response token within --max_length"
+EQUAL_NOW = "the responses are equal once cut"
+REFUSED = "the chat template refuses the dialogue"
+
+
+@dataclass(frozen=True)
+class Tokenizing:
+    max_length: int  # tokens of prompt + the longer response
+    truncation: str = "keep_end"  # or keep_start
+    chat_template: str = "auto"  # or none
+
+
+# ---------------------------------------------------------------------------------------------------- the tokenised set
+
+
+@dataclass(frozen=True)
+class PairSet:
+    """Tokenised pairs in memory-mapped arrays; `subset` is a view.
+
+    tokens int32 [total]: every pair's prompt, chosen and rejected, one after another.
+    lengths int32 [n, 3], starts int64 [n], rows int64 [n] (row in the source), pair_ids and prompt_hashes uint8 [n, 16].
+    """
+
+    tokens: np.ndarray
+    lengths: np.ndarray
+    starts: np.ndarray
+    rows: np.ndarray
+    pair_ids: np.ndarray
+    prompt_hashes: np.ndarray
+
+    @classmethod
+    def open(cls, folder: Path) -> "PairSet":
+        """Raises ValueError if the folder is not a whole set."""
+        try:
+            manifest = json.loads((folder / "manifest.json").read_text())
+            arrays = {
+                name: np.load(folder / f"{name}.npy", mmap_mode="r" if name == "tokens" else None)
+                for name in cls.__dataclass_fields__
+            }
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{folder} is no whole set of tokenised pairs; remove it: {error}") from error
+        if len(arrays["tokens"]) != manifest["tokens"] or {len(arrays[n]) for n in arrays if n != "tokens"} != {
+            manifest["pairs"]
+        }:
+            raise ValueError(f"{folder} does not hold what its manifest says; remove it")
+        return cls(**arrays)
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def pair(self, i: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Token ids of prompt, chosen and rejected."""
+        P, C, R = self.lengths[i]
+        start = self.starts[i]
+        whole = self.tokens[start : start + P + C + R]
+        return whole[:P], whole[P : P + C], whole[P + C :]
+
+    def pair_id(self, i: int) -> str:
+        return self.pair_ids[i].tobytes().hex()
+
+    @cached_property
+    def packed_lengths(self) -> np.ndarray:
+        """int64 [n]: tokens of the pair in a packed row, P + C + R."""
+        return self.lengths.sum(axis=1, dtype=np.int64)
+
+    @cached_property
+    def digest(self) -> str:
+        """sha256 over the pairs' ids, in order: the content of this set, whatever folder it is in."""
+        return hashlib.sha256(np.ascontiguousarray(self.pair_ids).tobytes()).hexdigest()
+
+    def subset(self, indices: Sequence[int]) -> "PairSet":
+        indices = np.asarray(indices, dtype=np.int64)
+        per_pair = (self.lengths, self.starts, self.rows, self.pair_ids, self.prompt_hashes)
+        return PairSet(self.tokens, *(array[indices] for array in per_pair))
+
+
+# ------------------------------------------------------------------------------------------------------------ encoding
+
+
+class Encoder:
+    """Rows to token ids for one tokenizer. Raises ValueError if the tokenizer has no EOS."""
+
+    def __init__(self, tokenizer, tokenizing: Tokenizing):
+        if tokenizer.eos_token_id is None:
+            raise ValueError(f"the tokenizer of {tokenizer.name_or_path} has no EOS token to end responses with: set one")
+        self.tokenizer, self.options = tokenizer, tokenizing
+        self.templated = tokenizing.chat_template == "auto" and bool(tokenizer.chat_template)
+        # What the template writes after an answer, and how much of it belongs to the response.
+        self.suffix, self.kept_suffix = self._turn_end() if self.templated else ("", "")
+
+    def _turn_end(self) -> tuple[str, str]:
+        answer = "dpo ds answer"
+        chat = [{"role": "user", "content": "question"}, {"role": "assistant", "content": answer}]
+        rendered = self._render(chat, open_turn=False)
+        suffix = rendered[rendered.rfind(answer) + len(answer) :]
+        specials = {str(token) for token in self.tokenizer.added_tokens_decoder.values()}
+        specials |= set(self.tokenizer.all_special_tokens)
+        ends = [at + len(token) for token in specials if token and (at := suffix.find(token)) >= 0]
+        return suffix, suffix[: min(ends)] if ends else ""
+
+    def _render(self, messages: list[dict], open_turn: bool) -> str:
+        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=open_turn)
+
+    def encode(self, rows: dict[str, list]) -> list[dict]:
+        """A batch of checked rows -> for each: prompt, chosen, rejected (lists of ids), left_out, changed (kinds)."""
+        texts, notes = [], []
+        for n in range(len(rows["row"])):
+            one = {key: column[n] for key, column in rows.items()}
+            note: dict = {"left_out": "", "changed": []}
+            notes.append(note)
+            texts += self._templated_texts(one, note) if self.templated else self._plain_texts(one)
+        ids = self._ids(texts)
+        results = []
+        for n, note in enumerate(notes):
+            prompt, chosen, rejected = ids[3 * n : 3 * n + 3]
+            if not note["left_out"]:
+                prompt, chosen, rejected = self._split(prompt, chosen, rejected, note)
+                prompt, chosen, rejected = self._truncate(prompt, chosen, rejected, note)
+            results.append({"prompt": prompt, "chosen": chosen, "rejected": rejected, **note})
+        return results
+
+    def _plain_texts(self, row: dict) -> list[str]:
+        return [row["text"], row["text"] + row["chosen"], row["text"] + row["rejected"]]
+
+    def _templated_texts(self, row: dict, note: dict) -> list[str]:
+        messages = row["messages"]
+        try:
+            prompt = self._render(messages, open_turn=True)
+        except jinja2.TemplateError:
+            if messages[0]["role"] != "system" or len(messages) < 2:
+                note["left_out"] = REFUSED
+                return ["", "", ""]
+            first = {"role": messages[1]["role"], "content": f"{messages[0]['content']}\n\n{messages[1]['content']}"}
+            messages = [first, *messages[2:]]
+            note["changed"].append(FOLDED)
+        try:
+            prompt = self._render(messages, open_turn=True)
+            full = [
+                self._render([*messages, {"role": "assistant", "content": row[key].strip()}], open_turn=False)
+                for key in ("chosen", "rejected")
+            ]
+        except jinja2.TemplateError:
+            note["left_out"] = REFUSED
+            return ["", "", ""]
+        if self.suffix:
+            full = [text.removesuffix(self.suffix) + self.kept_suffix if text.endswith(self.suffix) else text for text in full]
+        return [prompt, *full]
+
+    def _ids(self, texts: list[str]) -> list[list[int]]:
+        """Token ids. A template has written its special tokens itself; plain text gets the tokenizer's own."""
+        bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
+        ids = self.tokenizer(texts, add_special_tokens=not self.templated, truncation=False, verbose=False)["input_ids"]
+        for n, tokens in enumerate(ids):
+            if bos is not None and tokens[:2] == [bos, bos]:
+                tokens = tokens[1:]
+            response = n % 3 > 0
+            if self.templated:
+                if response and not self.kept_suffix and tokens[-1:] != [eos]:
+                    tokens = [*tokens, eos]
+            else:
+                if tokens[-1:] == [eos] and (len(tokens) > 1 or eos != bos):
+                    tokens = tokens[:-1]
+                tokens = [*tokens, eos] if response else tokens
+            ids[n] = tokens
+        return ids
+
+    def _split(self, prompt: list[int], chosen: list[int], rejected: list[int], note: dict):
+        """The shared prompt, and each response after it."""
+        boundary = len(prompt)
+        if chosen[:boundary] != prompt or rejected[:boundary] != prompt:
+            boundary = _common(prompt, chosen, rejected)
+            note["changed"].append(MOVED)
+        prompt, chosen, rejected = prompt[:boundary], chosen[boundary:], rejected[boundary:]
+        if not prompt:  # some row must predict the first response token
+            bos = self.tokenizer.bos_token_id
+            prompt = [self.tokenizer.eos_token_id if bos is None else bos]
+        return prompt, chosen, rejected
+
+    def _truncate(self, prompt: list[int], chosen: list[int], rejected: list[int], note: dict):
+        room = self.options.max_length
+        P, C, R = len(prompt), len(chosen), len(rejected)
+        if self.options.truncation == "keep_start":
+            prompt = prompt[:room]
+            keep = room - len(prompt)
+        else:
+            keep = room - 1  # of a response: a prompt token must be left to predict it from
+            whole = max(1, room - min(max(C, R), keep))
+            if P > whole:
+                # A model that expects BOS first reads nonsense without it.
+                head = prompt[:1] if prompt[0] == self.tokenizer.bos_token_id and whole > 1 else []
+                prompt = head + prompt[P - (whole - len(head)) :]
+        if len(prompt) < P:
+            note["changed"].append(CUT_PROMPT)
+        if max(C, R) > keep:
+            note["changed"].append(CUT_RESPONSE)
+        chosen, rejected = chosen[:keep], rejected[:keep]
+        if not chosen or not rejected:
+            note["left_out"] = NO_ROOM
+        elif chosen == rejected:
+            note["left_out"] = EQUAL_NOW
+        return prompt, chosen, rejected
+
+
+def _common(*sequences: list[int]) -> int:
+    """Length of the longest common prefix."""
+    length = 0
+    for tokens in zip(*sequences, strict=False):
+        if len(set(tokens)) > 1:
+            break
+        length += 1
+    return length
+
+
+# ------------------------------------------------------------------------------------------------- tokenising, on disk
+
+
+def tokenize_pairs(
+    rows: datasets.Dataset,
+    tokenizer,
+    tokenizing: Tokenizing,
+    cache_folder: Path,
+    report: Report,
+    num_proc: int | None = None,
+) -> PairSet:
+    """The rows' PairSet, from the cache if the same content has been tokenised before. Adds its counts to `report`.
+
+    Raises ValueError if nothing is left.
+    """
+    encoder = Encoder(tokenizer, tokenizing)
+    folder = cache_folder / _key(rows, tokenizer, tokenizing)[:32]
+    if not (folder / "manifest.json").is_file():
+        cache_folder.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=cache_folder))
+        try:
+            _write(partial, rows, encoder, num_proc)
+            partial.rename(folder)
+        except OSError:
+            if not (folder / "manifest.json").is_file():  # else another process was faster: its set is this one
+                raise
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    for kind, (count, first) in manifest["left_out"].items():
+        report.left_out[kind] = (count, first)
+    for kind, (count, first) in manifest["changed"].items():
+        report.changed[kind] = (count, first)
+    if manifest["pairs"] == 0:
+        raise ValueError(f"no pair is left within --max_length {tokenizing.max_length}: raise it")
+    return PairSet.open(folder)
+
+
+def _key(rows: datasets.Dataset, tokenizer, tokenizing: Tokenizing) -> str:
+    """sha256 of everything that decides the tokens: rows, tokenizer, options."""
+    digest = hashlib.sha256()
+    facts = {
+        "format": FORMAT,
+        "options": asdict(tokenizing),
+        "template": tokenizer.chat_template,
+        "special": {key: str(value) for key, value in tokenizer.special_tokens_map.items()},
+    }
+    digest.update(json.dumps(facts, sort_keys=True).encode())
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    digest.update((backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)).encode())
+    for batch in rows.with_format("arrow").iter(batch_size=10_000):
+        table = batch.combine_chunks().replace_schema_metadata(None)
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_stream(sink, table.schema) as writer:
+            writer.write_table(table)
+        digest.update(sink.getvalue())
+    return digest.hexdigest()
+
+
+def _write(folder: Path, rows: datasets.Dataset, encoder: Encoder, num_proc: int | None) -> None:
+    if num_proc is None:
+        num_proc = min(8, len(os.sched_getaffinity(0)))
+    encoded = rows.map(
+        _encode_batch,
+        batched=True,
+        fn_kwargs={"encoder": encoder},
+        remove_columns=rows.column_names,
+        features=_FEATURES,
+        load_from_cache_file=False,
+        num_proc=num_proc if len(rows) >= SMALL and num_proc > 1 else None,
+        new_fingerprint=folder.name.replace(".", "-"),
+    )
+    numbers = encoded["row"][:]
+    left_out = counted(encoded["left_out"][:], numbers)
+    changed = {
+        kind: counts
+        for kind in (MOVED, FOLDED, CUT_PROMPT, CUT_RESPONSE)
+        for counts in counted([kind if kind in kinds else "" for kinds in encoded["changed"]], numbers).values()
+    }
+    lengths = np.array(encoded["lengths"][:], dtype=np.int32).reshape(-1, 3)
+    used = lengths.sum(axis=1) > 0
+    lengths = lengths[used]
+    total = int(lengths.sum(dtype=np.int64))
+    tokens = np.lib.format.open_memmap(folder / "tokens.npy", mode="w+", dtype=np.int32, shape=(total,))
+    at = 0
+    for batch in encoded.select_columns(["tokens"]).with_format("arrow").iter(batch_size=1000):
+        values = pa.concat_arrays(batch["tokens"].chunks).flatten().to_numpy(zero_copy_only=False)
+        tokens[at : at + len(values)] = values
+        at += len(values)
+    tokens.flush()
+    ends = np.cumsum(lengths.sum(axis=1, dtype=np.int64))
+    arrays = {
+        "lengths": lengths,
+        "starts": ends - lengths.sum(axis=1, dtype=np.int64),
+        "rows": np.array(numbers, dtype=np.int64)[used],
+        "pair_ids": _bytes(encoded["pair_id"][:])[used],
+        "prompt_hashes": _bytes(encoded["prompt_hash"][:])[used],
+    }
+    for name, array in arrays.items():
+        np.save(folder / f"{name}.npy", array)
+    manifest = {"pairs": len(lengths), "tokens": total, "left_out": left_out, "changed": changed}
+    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1))
+
+
+_FEATURES = datasets.Features(
+    {
+        "row": datasets.Value("int64"),
+        "tokens": datasets.List(datasets.Value("int32")),
+        "lengths": datasets.List(datasets.Value("int32")),
+        "pair_id": datasets.Value("binary"),
+        "prompt_hash": datasets.Value("binary"),
+        "left_out": datasets.Value("string"),
+        "changed": datasets.List(datasets.Value("string")),
+    }
+)
+
+
+def _encode_batch(rows: dict[str, list], encoder: Encoder) -> dict[str, list]:
+    """Rows that are left out keep their place, with no tokens."""
+    out: dict[str, list] = {name: [] for name in _FEATURES}
+    for row, text, pair in zip(rows["row"], rows["text"], encoder.encode(rows), strict=True):
+        parts = [[], [], []] if pair["left_out"] else [pair["prompt"], pair["chosen"], pair["rejected"]]
+        tokens, lengths = [token for part in parts for token in part], [len(part) for part in parts]
+        out["row"].append(row)
+        out["tokens"].append(tokens)
+        out["lengths"].append(lengths)
+        out["pair_id"].append(hashlib.sha256(np.array([*lengths, *tokens], dtype=np.int32).tobytes()).digest()[:16])
+        out["prompt_hash"].append(prompt_hash(text))
+        out["left_out"].append(pair["left_out"])
+        out["changed"].append([] if pair["left_out"] else pair["changed"])
+    return out
+
+
+def _bytes(values: list[bytes]) -> np.ndarray:
+    return np.frombuffer(b"".join(values), dtype=np.uint8).reshape(-1, 16)
