@@ -66,7 +66,9 @@ def open_folder(folder: Path, options: Options, mine: dict, ranks: int) -> Found
     if resume_from is not None:
         wrote = describe(resume_from)["ranks"]
         if wrote != ranks:
-            raise ValueError(f"{resume_from} was written by {wrote} ranks and this run has {ranks}: start {wrote} ranks")
+            raise ValueError(
+                f"{resume_from} was written by {wrote} ranks and this run has {ranks}: start {wrote} ranks"
+            )
     finished = (folder / "summary.json").is_file()
     world.wait_for_all()  # every rank has looked before rank 0 writes
     if world.from_environment().speaks:
@@ -87,7 +89,9 @@ def _require_same(folder: Path, theirs: dict, mine: dict) -> None:
 
 def checkpoints(folder: Path) -> list[Path]:
     """The run's whole checkpoints, oldest first."""
-    return sorted(path.parent for path in folder.glob("checkpoints/step-*/checkpoint.json") if ".partial" not in str(path))
+    return sorted(
+        path.parent for path in folder.glob("checkpoints/step-*/checkpoint.json") if ".partial" not in str(path)
+    )
 
 
 def describe(checkpoint: Path) -> dict:

@@ -140,7 +140,9 @@ def parse_options(argv: list[str]) -> Options:
     # Both launchers pass the rank's number on the command line; the environment has it as well.
     parser.add_argument("--local_rank", "--local-rank", dest="local_rank", type=int, help="Set by the launcher.")
     argv = _flags_of_config(parser, argv) + argv
-    options, _, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True, look_for_args_file=False)
+    options, _, unknown = parser.parse_args_into_dataclasses(
+        argv, return_remaining_strings=True, look_for_args_file=False
+    )
     if unknown:
         raise ValueError(_unknown(unknown[0], ["--" + name for name in [*FIELDS, "model_name", "config"]]))
     check(options)

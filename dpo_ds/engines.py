@@ -87,14 +87,18 @@ class Engine:
     def close(self) -> None:
         """Gives the engine's memory back, to the allocator and from there to the machine."""
         engine, self.deepspeed = self.deepspeed, None
+        optimizer, parameters = engine.optimizer, list(engine.module.parameters())
         engine.destroy()
-        for parameter in engine.module.parameters():
-            # ZeRO's hooks and groups form cycles with the parameters: empty those, so that no straggler holds weights.
+        # ZeRO's hooks and groups form cycles with all they hold, and some outlive the engine: empty the holders.
+        for holder in (optimizer, getattr(engine, "basic_optimizer", None)):
+            if holder is not None:
+                vars(holder).clear()
+        for parameter in parameters:
             parameter.data = torch.empty(0, dtype=parameter.dtype)
             parameter.grad = None
             if hasattr(parameter, "ds_tensor"):
                 parameter.ds_tensor = None
-        del engine
+        del engine, optimizer, parameters
         release_memory()
 
 

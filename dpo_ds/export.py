@@ -87,7 +87,9 @@ def _tensors(model, itemsize: int) -> Iterator[Tensor]:
         if ".lora_" in source:
             continue
         name = source.removeprefix("base_model.model.").replace(".base_layer.", ".") if wrapped else source
-        size = getattr(tensor, "ds_numel", tensor.numel()) * (itemsize if tensor.is_floating_point() else tensor.itemsize)
+        size = getattr(tensor, "ds_numel", tensor.numel()) * (
+            itemsize if tensor.is_floating_point() else tensor.itemsize
+        )
         yield Tensor(name, source, size, adapters.get(source))
 
 

@@ -123,7 +123,9 @@ def _require_packable(name: str, config, trust_remote_code: bool) -> None:
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         if trust_remote_code and "AutoModelForCausalLM" in getattr(config, "auto_map", {}):
             return  # its attention says so by itself if it cannot be packed
-        raise ValueError(f"--model {name} is a {config.model_type} model, not a causal language model; name one that is")
+        raise ValueError(
+            f"--model {name} is a {config.model_type} model, not a causal language model; name one that is"
+        )
     if getattr(config, "is_encoder_decoder", False):
         raise ValueError(f"--model {name} is an encoder-decoder; DPO here needs a decoder-only causal language model")
     architecture = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
@@ -148,9 +150,13 @@ def load_tokenizer(model: Model):
         tokenizer = AutoTokenizer.from_pretrained(model.source, trust_remote_code=model.trust_remote_code)
     except (OSError, ValueError, KeyError, ImportError) as error:
         text = " ".join(str(error).split())[:300]
-        raise ValueError(f"--model {model.name} has no tokenizer that loads; put its files beside it: {text}") from error
+        raise ValueError(
+            f"--model {model.name} has no tokenizer that loads; put its files beside it: {text}"
+        ) from error
     if tokenizer.eos_token_id is None:
-        raise ValueError(f"--model {model.name}: its tokenizer has no EOS token; set eos_token in tokenizer_config.json")
+        raise ValueError(
+            f"--model {model.name}: its tokenizer has no EOS token; set eos_token in tokenizer_config.json"
+        )
     vocabulary = model.config.get_text_config().vocab_size
     if len(tokenizer) > vocabulary:
         raise ValueError(
@@ -186,5 +192,7 @@ def weight_files(folder: Path) -> list[Path]:
     if missing:
         raise ValueError(f"{folder} lacks {missing[0]} that its index names ({len(missing)} missing): copy it again")
     if not files:
-        raise ValueError(f"{folder} holds no safetensors weights; save the model with save_pretrained, which writes them")
+        raise ValueError(
+            f"{folder} holds no safetensors weights; save the model with save_pretrained, which writes them"
+        )
     return files

@@ -96,7 +96,9 @@ def _decide(options: Options, model: models.Model) -> Options:
     elif model.context is not None and options.max_length > model.context:
         raise ValueError(f"--max_length {options.max_length} is above the model's context of {model.context}: lower it")
     if options.output_dir is None:
-        changes["output_dir"] = str(Path("runs", f"{Path(options.model).name}-{Path(options.dataset).name.split('.')[0]}"))
+        changes["output_dir"] = str(
+            Path("runs", f"{Path(options.model).name}-{Path(options.dataset).name.split('.')[0]}")
+        )
     if options.generations is None:
         changes["generations"] = 3 if model.parameters < 1e9 else 0
     return options.replace(**changes)

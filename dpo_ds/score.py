@@ -61,7 +61,9 @@ def score_all(score, pairs: PairSet, indices: np.ndarray, micro_batch_tokens: in
             finite = np.isfinite(logps).all(axis=1)
             if not finite.all():
                 bad = ", ".join(pairs.pair_id(i) for i in chunk[~finite][:5])
-                raise world.RunStopped(f"{title}: the log-probabilities of {(~finite).sum()} pairs are not finite: {bad}")
+                raise world.RunStopped(
+                    f"{title}: the log-probabilities of {(~finite).sum()} pairs are not finite: {bad}"
+                )
             if keep is not None:
                 keep(chunk, logps)
             scored.append(logps)
@@ -158,7 +160,9 @@ def _weights_facts(run: Run) -> dict:
     return {file.name: _sha256(file) for file in [run.weights / "config.json", *models.weight_files(run.weights)]}
 
 
-def _reference_table(run: Run, weights: dict | None, score, title: str, pairs: PairSet, needed: np.ndarray) -> np.ndarray:
+def _reference_table(
+    run: Run, weights: dict | None, score, title: str, pairs: PairSet, needed: np.ndarray
+) -> np.ndarray:
     if len(pairs) == 0:
         return np.zeros((0, 2), dtype=np.float32)
     table = None

@@ -56,5 +56,10 @@ def _slice(groups: list[torch.Tensor], start: int, length: int) -> torch.Tensor:
 
 
 def _load(path: Path) -> dict:
-    # DeepSpeed pickles a few of its own classes beside the tensors. This is the run's own checkpoint.
-    return torch.load(path, map_location="cpu", mmap=True, weights_only=False)
+    from deepspeed.runtime.fp16.loss_scaler import LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    # What DeepSpeed pickles beside tensors; anything else in the file is refused.
+    with torch.serialization.safe_globals([LossScaler, ZeroStageEnum, fragment_address]):
+        return torch.load(path, map_location="cpu", mmap=True, weights_only=True)

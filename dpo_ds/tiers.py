@@ -51,7 +51,9 @@ def fill_tier(name: str, options: Options, *, learning_rate: float, hidden_size:
     def settle(section: dict, key: str, value, flag: str) -> None:
         """Fills an "auto" or missing key, and refuses another value than the option's."""
         if section.get(key, AUTO) not in (AUTO, value):
-            raise ValueError(f"--ds_config {name} sets {key} to {section[key]}, but {flag} says {value}: make them agree")
+            raise ValueError(
+                f"--ds_config {name} sets {key} to {section[key]}, but {flag} says {value}: make them agree"
+            )
         section[key] = value
 
     steps = "a step is --global_batch_pairs pairs, dealt by --micro_batch_tokens, which DeepSpeed sees as"

@@ -1,7 +1,7 @@
 """The main job: preference pairs in, a merged DPO checkpoint out.
 
-    deepspeed --num_gpus 8 -m dpo_ds.train --model meta-llama/Meta-Llama-3-70B-Instruct
-    python -m dpo_ds.train --model tiny-gpt2 --dataset sample
+deepspeed --num_gpus 8 -m dpo_ds.train --model meta-llama/Meta-Llama-3-70B-Instruct
+python -m dpo_ds.train --model tiny-gpt2 --dataset sample
 """
 
 from dpo_ds import world

@@ -90,7 +90,10 @@ def test_layout_is_the_hubs(case, place):
     index = json.loads((merged / "model.safetensors.index.json").read_text())
     assert set(index["weight_map"]) == set(weights(merged))
     shards = sorted(set(index["weight_map"].values()))
-    assert shards == [f"model-{n + 1:05d}-of-{len(shards):05d}.safetensors" for n in range(len(shards))] and len(shards) > 1
+    assert (
+        shards == [f"model-{n + 1:05d}-of-{len(shards):05d}.safetensors" for n in range(len(shards))]
+        and len(shards) > 1
+    )
     names = {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "README.md"}
     assert names <= {path.name for path in merged.iterdir()}
     assert not list((place / case).glob("*.partial"))

@@ -3,8 +3,16 @@
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, CohereConfig, Gemma2Config, GPT2Config, LlamaConfig
-from transformers import MistralConfig, MixtralConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    CohereConfig,
+    Gemma2Config,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    MixtralConfig,
+)
 
 from dpo_ds.embedded import model_folder
 

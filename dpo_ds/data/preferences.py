@@ -59,7 +59,9 @@ class Report:
         """Raises ValueError if nothing is left, or more is left out than may be."""
         left_out = self.total - self.kept
         if left_out and (self.kept == 0 or left_out > max_left_out * self.total):
-            kinds = "; ".join(f"{count} x {kind} ({_named(count, rows)})" for kind, (count, rows) in self.left_out.items())
+            kinds = "; ".join(
+                f"{count} x {kind} ({_named(count, rows)})" for kind, (count, rows) in self.left_out.items()
+            )
             raise ValueError(
                 f"{left_out} of {self.total} rows cannot be used: {kinds}; mend the data, or raise --max_left_out "
                 f"(now {max_left_out}) if the rest will do"
@@ -152,7 +154,9 @@ def _load_folder(path: Path) -> dict:
             return loaded if isinstance(loaded, dict) else {"train": loaded}
         return datasets.load_dataset(str(path))
     except Exception as error:
-        raise ValueError(f"--dataset {path} is a folder without data that `datasets` can read: {_cause(error)}") from None
+        raise ValueError(
+            f"--dataset {path} is a folder without data that `datasets` can read: {_cause(error)}"
+        ) from None
 
 
 def _load_hub(source: str) -> dict:

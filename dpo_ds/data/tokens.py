@@ -113,7 +113,9 @@ class Encoder:
 
     def __init__(self, tokenizer, tokenizing: Tokenizing):
         if tokenizer.eos_token_id is None:
-            raise ValueError(f"the tokenizer of {tokenizer.name_or_path} has no EOS token to end responses with: set one")
+            raise ValueError(
+                f"the tokenizer of {tokenizer.name_or_path} has no EOS token to end responses with: set one"
+            )
         self.tokenizer, self.options = tokenizer, tokenizing
         self.templated = tokenizing.chat_template == "auto" and bool(tokenizer.chat_template)
         # What the template writes after an answer, and how much of it belongs to the response.
@@ -174,7 +176,10 @@ class Encoder:
             note["left_out"] = REFUSED
             return ["", "", ""]
         if self.suffix:
-            full = [text.removesuffix(self.suffix) + self.kept_suffix if text.endswith(self.suffix) else text for text in full]
+            full = [
+                text.removesuffix(self.suffix) + self.kept_suffix if text.endswith(self.suffix) else text
+                for text in full
+            ]
         return [prompt, *full]
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
@@ -291,7 +296,9 @@ def _key(rows: datasets.Dataset, tokenizer, tokenizing: Tokenizing) -> str:
     }
     digest.update(json.dumps(facts, sort_keys=True).encode())
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    digest.update((backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)).encode())
+    digest.update(
+        (backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)).encode()
+    )
     for batch in rows.with_format("arrow").iter(batch_size=10_000):
         table = batch.combine_chunks().replace_schema_metadata(None)
         sink = pa.BufferOutputStream()

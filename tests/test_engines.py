@@ -1,0 +1,89 @@
+"""Engines: memory that really comes back, bf16's first step at stage 0, param groups."""
+
+import json
+import subprocess
+import sys
+
+import launching
+import pytest
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+PROBE = """
+import json, sys, numpy as np, torch
+from pathlib import Path
+from dpo_ds import world
+world.join()
+from dpo_ds.config import parse_options
+from dpo_ds.engines import policy_engine, reference_engine
+from dpo_ds.scoring.packed import pack
+from dpo_ds.tiers import fill_tier
+
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096 / 1e6
+
+folder, stage, precision = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+tier = folder / f"stage{stage}.json"
+tier.write_text(json.dumps({"zero_optimization": {"stage": stage}}))
+options = parse_options(["--model", str(folder), "--precision", precision, "--warmup_ratio", "0"])
+config = fill_tier(str(tier), options, learning_rate=1e-3, hidden_size=64, ranks=1, on_gpu=False)
+generator = np.random.default_rng(0)
+batch = pack([tuple(generator.integers(0, 900, n).astype(np.int32) for n in (17, 7, 12))])
+sizes = []
+
+def reference():
+    engine = reference_engine(folder, config, options)
+    engine.score(batch)
+    return engine
+
+def policy():
+    engine = policy_engine(folder, config, options, checkpointing=False, total_steps=10)
+    logps = engine(batch)
+    before = {n: p.detach().float().clone() for n, p in engine.model.named_parameters() if p.dim() > 1}
+    engine.backward((logps[:, 0] - logps[:, 1]).sum(), True)
+    engine.step()
+    if stage == 0:
+        moved = {n: (p.detach().float() - before[n]).abs() for n, p in engine.model.named_parameters() if n in before}
+        global update
+        update = torch.cat([m[m > 0].flatten() for m in moved.values()]).median().item()
+    return engine
+
+update = None
+for build in (reference, reference, policy):  # the first one also pays for what stays: code, thread pools
+    before = resident()
+    engine = build()
+    during = resident()
+    engine.close()
+    del engine
+    sizes.append((before, during, resident()))
+print("RESULT", json.dumps([sizes, update]))
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """51 M parameters: 204 MB of fp32 weights, far above the noise of an interpreter's memory."""
+    folder = tmp_path_factory.mktemp("engines")
+    config = LlamaConfig(
+        vocab_size=1024, hidden_size=768, intermediate_size=2048, num_hidden_layers=8, num_attention_heads=8,
+        num_key_value_heads=2, max_position_embeddings=512,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(("stage", "precision"), [(0, "bf16"), (3, "fp32")])
+def test_a_closed_engine_gives_its_memory_back(folder, stage, precision):
+    probe = subprocess.run(
+        [sys.executable, "-c", PROBE, folder, str(stage), precision],
+        env=launching.environment(), capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert probe.returncode == 0, probe.stderr[-3000:]
+    (line,) = [line for line in probe.stdout.splitlines() if line.startswith("RESULT")]
+    sizes, update = json.loads(line.removeprefix("RESULT "))
+    for before, during, after in sizes[1:]:
+        assert during - before > (80 if precision == "bf16" else 180), "the engine held its weights"
+        assert after - before < 0.15 * (during - before), f"{after - before:.0f} MB stayed of {during - before:.0f}"
+    if stage == 0:
+        # Adam's first update is the learning rate, whatever the gradient: a state that has already counted a step
+        # (as DeepSpeed leaves it) would make it 0.74e-3.
+        assert update == pytest.approx(1e-3, rel=0.1)
