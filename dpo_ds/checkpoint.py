@@ -82,8 +82,8 @@ def _require_same(folder: Path, theirs: dict, mine: dict) -> None:
     for key in mine:
         if theirs.get(key) != mine[key]:
             raise ValueError(
-                f"--output_dir {folder} holds another run ({key} is {theirs.get(key)} there and {mine[key]} here): name "
-                "another folder, or make the options agree to go on with that run"
+                f"--output_dir {folder} holds another run ({key} is {theirs.get(key)} there and {mine[key]} here): "
+                "name another folder, or make the options agree to go on with that run"
             )
 
 

@@ -12,7 +12,7 @@ ANSWER_TOKENS = 96
 
 
 def write_logps(run, eval_logps, eval_reference) -> None:
-    """evaluation.jsonl: for each held-out pair, its row in the data and the final policy's and the reference's logps."""
+    """evaluation.jsonl: each held-out pair, its row in the data, and the final policy's and the reference's logps."""
     if not world.from_environment().speaks:
         return
     lines = []

@@ -94,7 +94,7 @@ def _tensors(model, itemsize: int) -> Iterator[Tensor]:
 
 
 def write_weights(model, fetch: Fetch, folder: Path, itemsize: int, rank: int, ranks: int) -> None:
-    """Writes model-0000k-of-0000n.safetensors and their index. Every rank calls it; shard k is rank k's, modulo ranks."""
+    """Writes model-0000k-of-0000n.safetensors and index. Every rank calls it; shard k is rank k's, modulo ranks."""
     plan: list[list[list[Tensor]]] = [[]]  # shards of layers
     filled = 0
     for layer in layers(model, itemsize):

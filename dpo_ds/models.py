@@ -167,7 +167,7 @@ def load_tokenizer(model: Model):
 
 
 def fetch_weights(model: Model) -> Path:
-    """The folder with the model's weights, downloaded if they are on the hub. Raises ValueError if they are not there."""
+    """The folder with the weights, downloaded if they are on the hub. Raises ValueError if they are not there."""
     folder = Path(model.source)
     if not folder.is_dir():
         from huggingface_hub import snapshot_download

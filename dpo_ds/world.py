@@ -175,7 +175,7 @@ def _first_problem(problem: str | None) -> str | None:
 
 
 def sum_over_ranks(tensor):
-    """All-reduces `tensor` in place (sum) and returns it: the one collective that dpo_ds itself uses while it trains."""
+    """All-reduces `tensor` in place (sum) and returns it: the one collective that dpo_ds itself uses in training."""
     if from_environment().size > 1:
         import torch
 

@@ -1,7 +1,8 @@
 """Several runs of the main job in one launch, one after the other: python scenarios.py FILE (under any launcher).
 
-FILE is JSON: a list of {"argv": [...], "shard_bytes": n}. Each run is prepared and trained as `python -m dpo_ds.train` does. Beside
-each run's folder, NAME.collectives.json counts the collectives that dpo_ds itself called within its steps.
+FILE is JSON: a list of {"argv": [...], "shard_bytes": n}. Each run is prepared and trained
+as `python -m dpo_ds.train` does. Beside each run's folder, NAME.collectives.json counts the collectives that dpo_ds
+itself called within its steps.
 """
 
 import json

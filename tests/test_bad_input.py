@@ -75,7 +75,7 @@ CASES = {
     "broken json": (lambda p: {"ds_config": tier(p, "broken", "{,}")}, "is not JSON"),
     "json that is no object": (lambda p: {"ds_config": tier(p, "list", "[1]")}, "one JSON object"),
     "fp16": (lambda p: {"ds_config": tier(p, "fp16", {"fp16": {"enabled": True}})}, "use bf16 or fp32"),
-    "contradicting precision": (lambda p: {"ds_config": tier(p, "bf16", {"bf16": {"enabled": True}})}, "make them agree"),
+    "contradicting precision": (lambda p: {"ds_config": tier(p, "bf", {"bf16": {"enabled": True}})}, "make them agree"),
     "contradicting batch": (lambda p: {"ds_config": tier(p, "b", {"train_batch_size": 64})}, "--global_batch_pairs"),
     "contradicting clipping": (lambda p: {"ds_config": tier(p, "c", {"gradient_clipping": 0.5})}, "--max_grad_norm"),
     "contradicting rate": (
@@ -128,8 +128,8 @@ def test_one_line_with_the_remedy(case, place, monkeypatch):
 def test_exit_code_and_one_voice_on_two_ranks(more, place):
     """The launcher ends with our code, rank 0 has spoken once, nobody shows a traceback."""
     done = launching.run(
-        2, "-m", "dpo_ds.train", "--model", place / "llama", "--dataset", "sample", "--output_dir", place / "two", *more,
-        check=False,
+        2, "-m", "dpo_ds.train", "--model", place / "llama", "--dataset", "sample", "--output_dir", place / "two",
+        *more, check=False,
     )  # fmt: skip
     assert done.returncode == 2, done.stdout[-3000:]
     assert done.stdout.count("dpo_ds: error:") == 1 and "Traceback" not in done.stdout

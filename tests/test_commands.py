@@ -47,7 +47,9 @@ def test_every_launcher_starts_the_same_run(place):
         "python": started(place, "a", sys.executable, "-m", "dpo_ds.train", "--model", model),
         "python script": started(place, "b", sys.executable, script, "--model_name", model),
         "deepspeed -m": started(place, "c", *command, "--num_gpus", 2, "-m", "dpo_ds.train", "--model", model),
-        "deepspeed --module": started(place, "d", *command, "--num_gpus", 1, "--module", "dpo_ds.train", "--model", model),
+        "deepspeed --module": started(
+            place, "d", *command, "--num_gpus", 1, "--module", "dpo_ds.train", "--model", model
+        ),
         "torchrun": started(
             place, "e", BIN / "torchrun", *port, "--nproc_per_node", 2, "-m", "dpo_ds.train", "--model", model
         ),

@@ -27,8 +27,9 @@ def place(tmp_path_factory):
 
 def argv(place, name: str, stage: int, *more: str) -> list[str]:
     return [
-        "-m", "dpo_ds.train", f"--model={place / 'llama'}", "--dataset=sample", f"--ds_config={place}/stage{stage}.json",
-        f"--output_dir={place / name}", f"--cache_dir={place / 'cache'}", f"--max_steps={STEPS}",
+        "-m", "dpo_ds.train", f"--model={place / 'llama'}", "--dataset=sample",
+        f"--ds_config={place}/stage{stage}.json", f"--output_dir={place / name}",
+        f"--cache_dir={place / 'cache'}", f"--max_steps={STEPS}",
         f"--save_every={SAVE}", "--eval_every=10", "--global_batch_pairs=4", "--eval_pairs=8", "--max_length=96",
         "--learning_rate=1e-3", "--generations=0", *more,
     ]  # fmt: skip

@@ -205,8 +205,8 @@ def check_preferences(rows: datasets.Dataset, max_left_out: float = 0.1) -> tupl
     """
     if rows.column_names != [RAW] and not {"chosen", "rejected"} <= set(rows.column_names):
         raise ValueError(
-            f"the dataset has the columns {', '.join(rows.column_names)}; a preference set has chosen and rejected, and "
-            "prompt unless they are whole dialogues: rename them"
+            f"the dataset has the columns {', '.join(rows.column_names)}; a preference set has chosen and rejected, "
+            "and prompt unless they are whole dialogues: rename them"
         )
     columns = [name for name in ("prompt", "chosen", "rejected", RAW) if name in rows.column_names]
     checked = rows.select_columns(columns).map(
@@ -287,7 +287,8 @@ def _from_texts(prompt, chosen: str, rejected: str) -> dict:
             raise _LeftOut(DIFFER)
         start = len(prompts[0])
         return _pair(prompts[0], parse_dialogue(prompts[0]), chosen[start:], rejected[start:])
-    shared = re.sub(r"\s*\S*$", "", os.path.commonprefix([chosen, rejected]))  # back to the end of a whole word
+    common = os.path.commonprefix([chosen, rejected])  # noqa: RUF071  (character by character is what is wanted)
+    shared = re.sub(r"\s*\S*$", "", common)  # back to the end of a whole word
     if not shared:
         raise _LeftOut(NO_PROMPT)
     return _pair(shared, [{"role": "user", "content": shared}], chosen[len(shared) :], rejected[len(shared) :])

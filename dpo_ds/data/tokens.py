@@ -49,7 +49,8 @@ class PairSet:
     """Tokenised pairs in memory-mapped arrays; `subset` is a view.
 
     tokens int32 [total]: every pair's prompt, chosen and rejected, one after another.
-    lengths int32 [n, 3], starts int64 [n], rows int64 [n] (row in the source), pair_ids and prompt_hashes uint8 [n, 16].
+    lengths int32 [n, 3], starts int64 [n], rows int64 [n] (row in the source).
+    pair_ids and prompt_hashes uint8 [n, 16].
     """
 
     tokens: np.ndarray

@@ -11,6 +11,7 @@ Shapes: T query rows, K key rows (prompts twice), H heads, G key-value heads, D 
 import functools
 import importlib.util
 import math
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -117,8 +118,7 @@ def _torch_varlen(query, key, value, segments, offsets, scale, window, softcap):
 def _per_segment(query, key, value, segments, offsets, scale, window, softcap):
     del offsets
     outputs = []
-    bounds = zip(*(zip(o, o[1:], strict=False) for o in (segments.query_offsets, segments.key_offsets)), strict=True)
-    for (q0, q1), (k0, k1) in bounds:
+    for (q0, q1), (k0, k1) in zip(pairwise(segments.query_offsets), pairwise(segments.key_offsets), strict=True):
         q, k, v = (x.transpose(0, 1)[None] for x in (query[q0:q1], key[k0:k1], value[k0:k1]))
         square = q1 - q0 == k1 - k0
         mask = None if square and window is None else visible(q1 - q0, k1 - k0, window, query.device)

@@ -15,6 +15,7 @@ Shapes: T tokens of the pack, N response tokens, S segments (two a pair), B pair
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -104,7 +105,7 @@ class Segments:
 
 
 def _longest(offsets: list[int]) -> int:
-    return max(end - start for start, end in zip(offsets, offsets[1:], strict=False))
+    return max(end - start for start, end in pairwise(offsets))
 
 
 def segments_of(layout: torch.Tensor) -> Segments:
