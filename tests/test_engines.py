@@ -8,7 +8,7 @@ import launching
 import pytest
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-PROBE = """
+PROBE = '''
 import json, sys, numpy as np, torch
 from pathlib import Path
 from dpo_ds import world
@@ -19,7 +19,9 @@ from dpo_ds.scoring.packed import pack
 from dpo_ds.tiers import fill_tier
 
 def resident():
-    return int(open("/proc/self/statm").read().split()[1]) * 4096 / 1e6
+    """MB of this process's own memory; mapped files (the weights while they load) do not count."""
+    (line,) = [line for line in open("/proc/self/status") if line.startswith("RssAnon")]
+    return int(line.split()[1]) / 1e3
 
 folder, stage, precision = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 tier = folder / f"stage{stage}.json"
@@ -48,7 +50,7 @@ def policy():
     return engine
 
 update = None
-for build in (reference, reference, policy):  # the first one also pays for what stays: code, thread pools
+for build in (reference, reference, policy, reference):
     before = resident()
     engine = build()
     during = resident()
@@ -56,7 +58,7 @@ for build in (reference, reference, policy):  # the first one also pays for what
     del engine
     sizes.append((before, during, resident()))
 print("RESULT", json.dumps([sizes, update]))
-"""
+'''
 
 
 @pytest.fixture(scope="module")
@@ -75,13 +77,15 @@ def folder(tmp_path_factory):
 def test_a_closed_engine_gives_its_memory_back(folder, stage, precision):
     probe = subprocess.run(
         [sys.executable, "-c", PROBE, folder, str(stage), precision],
-        env=launching.environment(), capture_output=True, text=True, timeout=300,
+        # One heap: with one for every thread, the C library keeps a changing part of what has been freed for later use.
+        env={**launching.environment(), "MALLOC_ARENA_MAX": "1"}, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert probe.returncode == 0, probe.stderr[-3000:]
     (line,) = [line for line in probe.stdout.splitlines() if line.startswith("RESULT")]
     sizes, update = json.loads(line.removeprefix("RESULT "))
-    for before, during, after in sizes[1:]:
-        assert during - before > (80 if precision == "bf16" else 180), "the engine held its weights"
+    weights = 100 if precision == "bf16" else 200
+    for before, during, after in sizes[1:]:  # the first one also pays for what stays: code, thread pools
+        assert during - before > 0.5 * weights, "the engine held its weights"
         assert after - before < 0.15 * (during - before), f"{after - before:.0f} MB stayed of {during - before:.0f}"
     if stage == 0:
         # Adam's first update is the learning rate, whatever the gradient: a state that has already counted a step
