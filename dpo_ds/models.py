@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from dpo_ds import hub
 from dpo_ds.embedded import model_folder
 
 EMBEDDED = "tiny-gpt2"
@@ -94,6 +95,8 @@ def find_model(name: str, trust_remote_code: bool = False) -> Model:
         raise ValueError(f"--model {name} has no config.json: name a Hugging Face model folder")
     if not Path(source).is_dir() and _looks_like_path(name):
         raise ValueError(f"--model {name} is not there: check the path")
+    if not Path(source).is_dir():
+        hub.offline_if_unreachable()
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:

@@ -1,10 +1,12 @@
 """Several runs of the main job in one launch, one after the other: python scenarios.py FILE (under any launcher).
 
-FILE is JSON: a list of {"argv": [...], "shard_bytes": n}. Each run is prepared and trained
-as `python -m dpo_ds.train` does. Beside each run's folder, NAME.collectives.json counts the collectives that dpo_ds
-itself called within its steps.
+FILE is JSON: a list of {"argv": [...], "shard_bytes": n, "stop_after": n}. Each run is prepared and trained as
+`python -m dpo_ds.train` does; one with stop_after ends there as if it had been killed, and the next with its folder
+resumes it. Beside each run's folder, NAME.collectives.json counts the collectives that dpo_ds itself called within its
+steps.
 """
 
+import contextlib
 import json
 import sys
 from collections import Counter
@@ -47,6 +49,22 @@ def count_collectives_of_dpo_ds() -> None:
         setattr(torch.distributed, name, counted)
 
 
+class Stopped(Exception):
+    """The run ends here."""
+
+
+def stop_after(step: int | None) -> None:
+    def after_step(self, steps_done, last, plain=PLAIN_AFTER_STEP):
+        plain(self, steps_done, last)
+        if steps_done == step:
+            raise Stopped
+
+    Trainer.after_step = after_step
+
+
+PLAIN_AFTER_STEP = Trainer.after_step
+
+
 def main() -> None:
     from dpo_ds import export
     from dpo_ds.prepare import prepare
@@ -57,7 +75,9 @@ def main() -> None:
         counts.clear()
         export.SHARD_BYTES = scenario.get("shard_bytes", SHARD_BYTES)
         run = prepare(parse_options(scenario["argv"]), here.size)
-        train(run)
+        stop_after(scenario.get("stop_after"))
+        with contextlib.suppress(Stopped):
+            train(run)
         if here.speaks:
             (run.folder.parent / f"{run.folder.name}.collectives.json").write_text(json.dumps(counts))
     world.leave()

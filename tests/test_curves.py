@@ -1,4 +1,4 @@
-"""The same loss curve whatever runs it: ranks, ZeRO stages, offload, micro-batches, reference, recomputation.
+"""The same loss curve whatever runs it: ranks, ZeRO stage, offload, micro-batches, reference, recomputation, a stop.
 
 Each row of CASES is a real run of ten steps in fp32; all are compared with the oracle's plain loop.
 """
@@ -16,6 +16,7 @@ from dpo_ds.data.steps import Schedule
 
 STEPS, BATCH, RATE = 10, 8, 2e-3
 SMALL, LARGE = "320", "4000"
+SAVE, STOP = 4, 6  # resumed runs do steps 5 and 6 twice
 
 # name: (ranks, model, tier or stage, further options)
 CASES = {
@@ -36,6 +37,8 @@ CASES = {
     "2-stage3-offload-both": (2, "llama", "stage3-offload-both", {}),
     "2-stage3-live": (2, "llama", "stage3", {"reference": "live"}),
     "2-stage3-checkpointing": (2, "llama", "stage3", {"gradient_checkpointing": "on"}),
+    "1-stage0-resumed": (1, "llama", "stage0", {"save_every": SAVE}),
+    "2-stage3-offload-resumed": (2, "llama", "stage3-offload", {"save_every": SAVE}),
     "1-gpt2-stage0": (1, "gpt2", "stage0", {}),
     "2-gpt2-stage3": (2, "gpt2", "stage3", {"micro_batch_tokens": SMALL}),
 }
@@ -84,7 +87,10 @@ def launched(place) -> dict[int, str]:
             "precision": "fp32",
             **extra,
         }
-        scenarios[ranks].append({"argv": [f"--{key}={value}" for key, value in options.items()]})
+        scenario = {"argv": [f"--{key}={value}" for key, value in options.items()]}
+        if "resumed" in case:
+            scenarios[ranks].append({**scenario, "stop_after": STOP})
+        scenarios[ranks].append(scenario)
     return {ranks: launching.run_scenarios(ranks, runs, place / f"{ranks}.json") for ranks, runs in scenarios.items()}
 
 
@@ -111,6 +117,9 @@ def test_same_curve_as_the_oracle(case, place, launched, expected):
     assert len(curve) == STEPS
     assert abs(curve[0] - math.log(2)) < 1e-5
     np.testing.assert_allclose(curve, expected[CASES[case][1]], rtol=0, atol=1e-5)
+    if "resumed" in case:
+        assert f"from {place / case}/checkpoints/step-00000{SAVE}" in launched[CASES[case][0]]
+        assert curve == launching.curve(place / case.removesuffix("-resumed")), "to the bit"
 
 
 def test_the_curve_is_one_that_can_tell_runs_apart(expected):

@@ -7,10 +7,12 @@ Dialogues as text are in the style of Anthropic's HH ("\n\nHuman: ... \n\nAssist
 written for models without a chat template.
 """
 
+import gzip
 import hashlib
 import json
 import os
 import re
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,16 +20,21 @@ from pathlib import Path
 import datasets
 import numpy as np
 
+from dpo_ds import hub
+
 SAMPLE = "sample"
 FIRST_ROWS = 5  # how many row numbers a report names for each kind
 ROLES = {"user": "Human", "assistant": "Assistant", "system": "System"}
 TURN = re.compile(r"\n\n(Human|Assistant|System):")
 PREFERRED_SPLITS = {"train": ("train_prefs", "train"), "eval": ("test_prefs", "validation", "test")}
 LOADERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+# An answer of "4" or "None" in a table is text like any other.
+CSV = {"converters": dict.fromkeys(("prompt", "chosen", "rejected"), str), "keep_default_na": False}
 RAW = "json line"  # the one column of a JSON file whose rows differ in type, each row as text
 
 MISSING = "a field is missing"
 WRONG_TYPE = "a field has the wrong type"
+NOT_UNICODE = "a text is not valid Unicode"
 EQUAL = "chosen and rejected are equal"
 EMPTY = "a response is empty"
 DIFFER = "the dialogues differ before the last answer"
@@ -39,6 +46,7 @@ class Report:
     """How many rows came, were left out, and were changed, each kind with the first row numbers of the source."""
 
     total: int
+    max_left_out: float = 0.1
     left_out: dict[str, tuple[int, list[int]]] = field(default_factory=dict)
     changed: dict[str, tuple[int, list[int]]] = field(default_factory=dict)
 
@@ -55,16 +63,16 @@ class Report:
     def as_dict(self) -> dict:
         return {"total": self.total, "left_out": self.left_out, "changed": self.changed}
 
-    def check(self, max_left_out: float) -> None:
+    def check(self) -> None:
         """Raises ValueError if nothing is left, or more is left out than may be."""
         left_out = self.total - self.kept
-        if left_out and (self.kept == 0 or left_out > max_left_out * self.total):
+        if left_out and (self.kept == 0 or left_out / self.total > self.max_left_out):
             kinds = "; ".join(
                 f"{count} x {kind} ({_named(count, rows)})" for kind, (count, rows) in self.left_out.items()
             )
             raise ValueError(
                 f"{left_out} of {self.total} rows cannot be used: {kinds}; mend the data, or raise --max_left_out "
-                f"(now {max_left_out}) if the rest will do"
+                f"(now {self.max_left_out}) if the rest will do"
             )
 
 
@@ -97,7 +105,8 @@ def load_preferences(source: str, split: str = "auto", role: str = "train") -> d
     else:
         path = Path(source).expanduser()
     datasets.disable_progress_bars()
-    datasets.logging.set_verbosity_error()
+    datasets.disable_caching()  # `map` would write beside the user's data, which may be read-only
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what is wrong is told once, by us
     if path.is_file():
         sets = _load_file(path)
     elif path.is_dir():
@@ -121,7 +130,10 @@ def _load_file(path: Path) -> dict:
     if suffix not in LOADERS:
         raise ValueError(f"--dataset {path} ends in {path.suffix or 'nothing'}; it must be one of {_endings()}")
     try:
-        return datasets.load_dataset(LOADERS[suffix], data_files=str(path))
+        sets = datasets.load_dataset(LOADERS[suffix], data_files=str(path), **(CSV if LOADERS[suffix] == "csv" else {}))
+        for rows in sets.values():
+            rows.data.validate(full=True)  # Arrow's reader takes bytes that are not text
+        return sets
     except Exception as error:  # datasets wraps what its readers raise, in many types
         if LOADERS[suffix] == "json":
             return {"train": _load_mixed_json(path)}
@@ -130,21 +142,26 @@ def _load_file(path: Path) -> dict:
 
 def _load_mixed_json(path: Path) -> datasets.Dataset:
     """Arrow wants one type in a column; here every line is kept as text and looked at by itself."""
-    import gzip
-
-    with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else open(path, encoding="utf-8") as file:
-        text = file.read()
+    reader = gzip.open if path.suffix == ".gz" else open
+    try:
+        with reader(path, "rt", encoding="utf-8-sig", errors="surrogateescape") as file:
+            text = file.read()
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"--dataset {path} cannot be read: {error}") from None
     try:
         whole = json.loads(text)
-        lines = [json.dumps(row) for row in (whole if isinstance(whole, list) else [whole])]
+        rows = whole if isinstance(whole, list) else [whole]
     except json.JSONDecodeError:
-        lines = [line for line in text.splitlines() if line.strip()]
-    for number, line in enumerate(lines):
-        try:
-            json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"--dataset {path}: row {number} is not JSON ({error.msg}); mend or remove it") from None
-    return datasets.Dataset.from_dict({RAW: lines})
+        # Not splitlines(), which also splits at characters that JSON allows within a string.
+        rows = [_json(path, number, line) for number, line in enumerate(filter(str.strip, text.split("\n")))]
+    return datasets.Dataset.from_dict({RAW: [json.dumps(row) for row in rows]})
+
+
+def _json(path: Path, number: int, line: str):
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"--dataset {path}: row {number} is not JSON ({error.msg}); mend or remove it") from None
 
 
 def _load_folder(path: Path) -> dict:
@@ -160,6 +177,7 @@ def _load_folder(path: Path) -> dict:
 
 
 def _load_hub(source: str) -> dict:
+    hub.offline_if_unreachable()
     try:
         return datasets.load_dataset(source)
     except Exception as error:
@@ -218,8 +236,8 @@ def check_preferences(rows: datasets.Dataset, max_left_out: float = 0.1) -> tupl
         features=_FEATURES,
     )
     kinds = checked["kind"][:]
-    report = Report(total=len(rows), left_out=counted(kinds, range(len(rows))))
-    report.check(max_left_out)
+    report = Report(len(rows), max_left_out, left_out=counted(kinds, range(len(rows))))
+    report.check()
     usable = np.flatnonzero([not kind for kind in kinds])
     return checked.select(usable).remove_columns("kind"), report
 
@@ -275,9 +293,11 @@ def normalise(fields: dict) -> dict:
 
 def _from_texts(prompt, chosen: str, rejected: str) -> dict:
     if isinstance(prompt, str):
-        return _pair(prompt, parse_dialogue(prompt) or [{"role": "user", "content": prompt}], chosen, rejected)
+        return _pair(prompt, _as_messages(prompt), chosen, rejected)
     if isinstance(prompt, list):
         messages = _messages(prompt)
+        if not messages:
+            raise _LeftOut(NO_PROMPT)
         return _pair(as_text(messages), messages, f" {chosen.strip()}", f" {rejected.strip()}")
     if prompt is not None:
         raise _LeftOut(WRONG_TYPE)
@@ -285,10 +305,12 @@ def _from_texts(prompt, chosen: str, rejected: str) -> dict:
         prompts = [text[: _last_answer(text)] for text in (chosen, rejected)]
         if prompts[0] != prompts[1]:
             raise _LeftOut(DIFFER)
-        start = len(prompts[0])
-        return _pair(prompts[0], parse_dialogue(prompts[0]), chosen[start:], rejected[start:])
+        start, messages = len(prompts[0]), parse_dialogue(prompts[0])
+        if not messages:  # no answer, or nothing before it
+            raise _LeftOut(NO_PROMPT)
+        return _pair(prompts[0], messages, chosen[start:], rejected[start:])
     common = os.path.commonprefix([chosen, rejected])  # noqa: RUF071  (character by character is what is wanted)
-    shared = re.sub(r"\s*\S*$", "", common)  # back to the end of a whole word
+    shared = re.sub(r"\s*\S*\Z", "", common)  # back to the end of a whole word
     if not shared:
         raise _LeftOut(NO_PROMPT)
     return _pair(shared, [{"role": "user", "content": shared}], chosen[len(shared) :], rejected[len(shared) :])
@@ -304,7 +326,7 @@ def _from_messages(prompt, chosen: list[dict], rejected: list[dict]) -> dict:
     if isinstance(prompt, list):
         given = _messages(prompt)
     elif isinstance(prompt, str):
-        given = [{"role": "user", "content": prompt}]
+        given = _as_messages(prompt)
     elif prompt is None:
         given = []
     else:
@@ -336,7 +358,15 @@ def _messages(value: list) -> list[dict]:
     return [{"role": message["role"], "content": message["content"]} for message in value]
 
 
+def _as_messages(prompt: str) -> list[dict]:
+    return parse_dialogue(prompt) or [{"role": "user", "content": prompt}]
+
+
 def _pair(text: str, messages: list[dict], chosen: str, rejected: str) -> dict:
+    try:
+        (text + chosen + rejected).encode()
+    except UnicodeEncodeError:  # half of a surrogate pair, or bytes that were not UTF-8
+        raise _LeftOut(NOT_UNICODE) from None
     return {"text": text, "messages": messages, "chosen": chosen, "rejected": rejected}
 
 

@@ -63,13 +63,13 @@ class PairSet:
     @classmethod
     def open(cls, folder: Path) -> "PairSet":
         """Raises ValueError if the folder is not a whole set."""
+        manifest = _manifest(folder)
         try:
-            manifest = json.loads((folder / "manifest.json").read_text())
             arrays = {
                 name: np.load(folder / f"{name}.npy", mmap_mode="r" if name == "tokens" else None)
                 for name in cls.__dataclass_fields__
             }
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, EOFError) as error:
             raise ValueError(f"{folder} is no whole set of tokenised pairs; remove it: {error}") from error
         if len(arrays["tokens"]) != manifest["tokens"] or {len(arrays[n]) for n in arrays if n != "tokens"} != {
             manifest["pairs"]
@@ -106,11 +106,20 @@ class PairSet:
         return PairSet(self.tokens, *(array[indices] for array in per_pair))
 
 
+def _manifest(folder: Path) -> dict:
+    """Numbers of pairs and tokens, and the report's kinds. Raises ValueError if there is none."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text())
+        return {key: manifest[key] for key in ("pairs", "tokens", "left_out", "changed")}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder} is no whole set of tokenised pairs; remove it: {error!r}") from error
+
+
 # ------------------------------------------------------------------------------------------------------------ encoding
 
 
 class Encoder:
-    """Rows to token ids for one tokenizer. Raises ValueError if the tokenizer has no EOS."""
+    """Rows to token ids for one tokenizer. Raises ValueError if it has no EOS, or a template that takes no dialogue."""
 
     def __init__(self, tokenizer, tokenizing: Tokenizing):
         if tokenizer.eos_token_id is None:
@@ -125,11 +134,18 @@ class Encoder:
     def _turn_end(self) -> tuple[str, str]:
         answer = "dpo ds answer"
         chat = [{"role": "user", "content": "question"}, {"role": "assistant", "content": answer}]
-        rendered = self._render(chat, open_turn=False)
+        try:
+            rendered = self._render(chat, open_turn=False)
+        except jinja2.TemplateError as error:
+            raise ValueError(
+                f"the chat template of {self.tokenizer.name_or_path} takes no plain dialogue ({error}); "
+                "use --chat_template none"
+            ) from error
         suffix = rendered[rendered.rfind(answer) + len(answer) :]
         specials = {str(token) for token in self.tokenizer.added_tokens_decoder.values()}
         specials |= set(self.tokenizer.all_special_tokens)
-        ends = [at + len(token) for token in specials if token and (at := suffix.find(token)) >= 0]
+        # Some tokenizers list runs of blanks as added tokens; they end nothing.
+        ends = [at + len(token) for token in specials if token.strip() and (at := suffix.find(token)) >= 0]
         return suffix, suffix[: min(ends)] if ends else ""
 
     def _render(self, messages: list[dict], open_turn: bool) -> str:
@@ -195,7 +211,7 @@ class Encoder:
                 if response and not self.kept_suffix and tokens[-1:] != [eos]:
                     tokens = [*tokens, eos]
             else:
-                if tokens[-1:] == [eos] and (len(tokens) > 1 or eos != bos):
+                while tokens[-1:] == [eos] and (len(tokens) > 1 or eos != bos):
                     tokens = tokens[:-1]
                 tokens = [*tokens, eos] if response else tokens
             ids[n] = tokens
@@ -261,28 +277,25 @@ def tokenize_pairs(
 ) -> PairSet:
     """The rows' PairSet, from the cache if the same content has been tokenised before. Adds its counts to `report`.
 
-    Raises ValueError if nothing is left.
+    Raises ValueError if nothing is left, or too little, counting what the report has already.
     """
     encoder = Encoder(tokenizer, tokenizing)
     folder = cache_folder / _key(rows, tokenizer, tokenizing)[:32]
-    if not (folder / "manifest.json").is_file():
+    if not folder.is_dir():
         cache_folder.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=cache_folder))
         try:
             _write(partial, rows, encoder, num_proc)
             partial.rename(folder)
         except OSError:
-            if not (folder / "manifest.json").is_file():  # else another process was faster: its set is this one
+            if not folder.is_dir():  # else another process was faster: its set is this one
                 raise
         finally:
             shutil.rmtree(partial, ignore_errors=True)
-    manifest = json.loads((folder / "manifest.json").read_text())
-    for kind, (count, first) in manifest["left_out"].items():
-        report.left_out[kind] = (count, first)
-    for kind, (count, first) in manifest["changed"].items():
-        report.changed[kind] = (count, first)
-    if manifest["pairs"] == 0:
-        raise ValueError(f"no pair is left within --max_length {tokenizing.max_length}: raise it")
+    manifest = _manifest(folder)
+    for counts, more in ((report.left_out, manifest["left_out"]), (report.changed, manifest["changed"])):
+        counts.update({kind: (count, first) for kind, (count, first) in more.items()})
+    report.check()
     return PairSet.open(folder)
 
 
@@ -324,10 +337,11 @@ def _write(folder: Path, rows: datasets.Dataset, encoder: Encoder, num_proc: int
     )
     numbers = encoded["row"][:]
     left_out = counted(encoded["left_out"][:], numbers)
+    changes = encoded["changed"][:]
     changed = {
         kind: counts
         for kind in (MOVED, FOLDED, CUT_PROMPT, CUT_RESPONSE)
-        for counts in counted([kind if kind in kinds else "" for kinds in encoded["changed"]], numbers).values()
+        for counts in counted([kind if kind in kinds else "" for kinds in changes], numbers).values()
     }
     lengths = np.array(encoded["lengths"][:], dtype=np.int32).reshape(-1, 3)
     used = lengths.sum(axis=1) > 0

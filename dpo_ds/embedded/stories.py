@@ -16,15 +16,15 @@ from dataclasses import dataclass
 
 UNKIND_SHARE = 0.6  # of the stories the model learns from
 
-BOYS = ("Tom", "Ben", "Max", "Sam", "Leo", "Finn", "Jack", "Omar", "Hugo", "Ravi")
-GIRLS = ("Mia", "Anna", "Lily", "Zoe", "Emma", "Nora", "Ruth", "Lucy", "Ines", "Kim")
+BOYS = ("Tom", "Ben", "Max", "Sam", "Leo", "Finn", "Omar", "Hugo")
+GIRLS = ("Mia", "Anna", "Lily", "Zoe", "Emma", "Nora", "Ruth", "Ines")
 
 OPENINGS = (
     "One {weather} {time}, {H} and {F} met {place}.",
-    "{H} and {F} were {place}.",
+    "One day {H} and {F} were {place}.",
     "On a {weather} {time}, {H} went for a walk and found {F} {place}.",
     "It was a {weather} {time}, and {F} was {place} with {H}.",
-    "{F} and {H} spent the {time} {place}.",
+    "Once {F} and {H} spent the {time} {place}.",
 )
 WEATHER = ("sunny", "windy", "cold", "warm", "grey", "bright")
 TIMES = ("morning", "afternoon", "evening")

@@ -1,0 +1,381 @@
+"""Reference tables: made once, gone on with after a kill, made anew when something is wrong with them."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+
+import launching
+import numpy as np
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file, save_file
+
+from dpo_ds import score, world
+from dpo_ds.config import parse_options
+from dpo_ds.data.tokens import PairSet
+from dpo_ds.engines import Engine
+from dpo_ds.prepare import Run, prepare
+
+PAIRS, HELD_OUT, CHUNK = 22, 6, 4
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    place = tmp_path_factory.mktemp("score")
+    tiny.make("llama", place / "llama")
+    words = np.random.default_rng(0).choice(["kind", "unkind", "deed", "cat", "the"], (PAIRS, 3, 30))
+    with open(place / "pairs.jsonl", "w") as file:
+        for n, (prompt, chosen, rejected) in enumerate(words):
+            texts = [" ".join(part[: 3 + (n * k) % 23]) for k, part in ((5, prompt), (7, chosen), (11, rejected))]
+            file.write(json.dumps({"prompt": f"{n} {texts[0]}", "chosen": " " + texts[1], "rejected": f" {texts[2]}!"}))
+            file.write("\n")
+    world.join()
+    yield place
+    world.leave()
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch):
+    monkeypatch.setattr(score, "CHUNK", CHUNK)
+
+
+@pytest.fixture
+def scored(monkeypatch):
+    """The number of pairs in each micro-batch that engines have scored."""
+    plain, batches = Engine.score, []
+
+    def counting(self, batch):
+        batches.append(batch.pairs)
+        return plain(self, batch)
+
+    monkeypatch.setattr(Engine, "score", counting)
+    return batches
+
+
+def argv(place, cache, **options) -> list[str]:
+    words = {
+        "model": place / "llama", "dataset": place / "pairs.jsonl", "cache_dir": cache, "precision": "fp32",
+        "output_dir": cache / "run", "eval_pairs": HELD_OUT, "max_length": 64, "micro_batch_tokens": 250,
+        "global_batch_pairs": 4, **options,
+    }  # fmt: skip
+    return [f"--{key}={value}" for key, value in words.items()]
+
+
+def prepared(place, cache, **options) -> Run:
+    return prepare(parse_options(argv(place, cache, **options)), 1)
+
+
+def tables(place, cache, everything=True, **options) -> list[np.ndarray]:
+    return score.reference_tables(prepared(place, cache, **options), everything)
+
+
+def files(cache) -> dict[int, bytes]:
+    """{rows of a table: its file's content}"""
+    return {len(np.load(path)): path.read_bytes() for path in cache.glob("reference/*/logps.npy")}
+
+
+@pytest.fixture(scope="module")
+def straight(place, tmp_path_factory):
+    """The cache and the tables of a scoring that nothing disturbed."""
+    cache = tmp_path_factory.mktemp("straight")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(score, "CHUNK", CHUNK)
+        return cache, tables(place, cache)
+
+
+def test_a_table_holds_what_the_model_says_of_each_pair(place, straight):
+    """Against transformers itself, one response at a time."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(place / "llama").eval()
+    run = prepared(place, straight[0])
+    for pairs, table in zip((run.train_pairs, run.eval_pairs), straight[1], strict=True):
+        assert table.shape == (len(pairs), 2) and table.dtype == np.float32
+        for i in range(len(pairs)):
+            prompt, *responses = (torch.from_numpy(np.array(part)).long() for part in pairs.pair(i))
+            for response, logp in zip(responses, table[i], strict=True):
+                with torch.no_grad():
+                    logits = model(torch.cat([prompt, response])[None]).logits[0, len(prompt) - 1 : -1]
+                expected = logits.log_softmax(-1).gather(1, response[:, None]).sum()
+                assert logp == pytest.approx(expected.item(), abs=1e-3)
+
+
+def test_the_second_run_finds_the_table(place, straight, scored, monkeypatch, capsys):
+    cache, first = straight
+    monkeypatch.setattr(score, "reference_engine", None)
+    before = files(cache)
+    again = tables(place, cache)
+    assert scored == [] and files(cache) == before
+    assert all(np.array_equal(one, other) for one, other in zip(first, again, strict=True))
+    assert "reference: training pairs: all 16 found in the table" in capsys.readouterr().out
+
+
+def test_the_command_fills_the_same_table_whatever_the_schedule(place, straight, scored, tmp_path):
+    score.main(argv(place, tmp_path, max_steps=1))
+    assert sum(scored) == PAIRS and files(tmp_path) == files(straight[0])
+
+
+def test_a_run_scores_what_its_schedule_comes_to_and_a_later_one_the_rest(place, scored, tmp_path):
+    train, held = tables(place, tmp_path, everything=False, max_steps=2)
+    assert sum(scored) == 8 + HELD_OUT and not np.isnan(held).any()
+    assert np.isfinite(train).all(axis=1).sum() == 8 == np.isfinite(train).any(axis=1).sum()
+    manifests = [json.loads(path.read_text()) for path in tmp_path.glob("reference/*/table.json")]
+    assert sorted((one["rows"], one["scored"]) for one in manifests) == [(HELD_OUT, HELD_OUT), (16, 8)]
+    scored.clear()
+    shutil.rmtree(tmp_path / "run")
+    later, _ = tables(place, tmp_path, everything=False, max_steps=4)
+    assert sum(scored) == 8 and np.isfinite(later).all()
+    assert np.array_equal(later[np.isfinite(train)], train[np.isfinite(train)])
+
+
+class Stop(Exception):
+    pass
+
+
+@pytest.mark.parametrize("batches", [1, 4, 7, 9])
+def test_an_interrupted_scoring_goes_on_to_the_same_table(batches, place, straight, scored, tmp_path, monkeypatch):
+    """Chunks that were whole are not scored again; the table is the undisturbed one's, bit for bit."""
+    run, plain = prepared(place, tmp_path), Engine.score
+
+    def interrupted(self, batch):
+        if len(scored) == batches:
+            raise Stop
+        return plain(self, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Engine, "score", interrupted)
+        with pytest.raises(Stop):
+            score.reference_tables(run, True)
+    kept = sum(np.isfinite(np.load(path)).all(axis=1).sum() for path in tmp_path.glob("reference/*/logps.npy"))
+    assert kept == sum(scored) // CHUNK * CHUNK
+    scored.clear()
+    score.reference_tables(run, True)
+    assert sum(scored) == PAIRS - kept and files(tmp_path) == files(straight[0])
+
+
+def test_an_interruption_while_rows_are_added_loses_none_that_were_there(place, scored, tmp_path, monkeypatch):
+    first, _ = tables(place, tmp_path, everything=False, max_steps=2)
+    run, plain = prepared(place, tmp_path, max_steps=2), Engine.score
+    scored.clear()
+
+    def interrupted(self, batch):
+        if sum(scored) >= CHUNK:
+            raise Stop
+        return plain(self, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Engine, "score", interrupted)
+        with pytest.raises(Stop):
+            score.reference_tables(run, True)
+    scored.clear()
+    train, _ = score.reference_tables(run, True)
+    there = np.isfinite(first)
+    assert sum(scored) == CHUNK and np.array_equal(train[there], first[there])
+
+
+KILLED = """
+import os, signal, sys
+from dpo_ds import score
+from dpo_ds.engines import Engine
+
+plain, batches = Engine.score, []
+
+def killed(self, batch):
+    batches.append(batch)
+    if len(batches) == 7:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return plain(self, batch)
+
+Engine.score = killed
+score.CHUNK = int(sys.argv[1])
+score.main(sys.argv[2:])
+"""
+
+
+def test_a_killed_scoring_goes_on_to_the_same_table(place, straight, scored, tmp_path):
+    words = argv(place, tmp_path)
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED, str(CHUNK), *words], env=launching.environment(), capture_output=True, text=True,
+        timeout=120,
+    )  # fmt: skip
+    assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
+    assert not list(tmp_path.glob("reference/*/table.json")), "the table was not finished"
+    score.main(words)
+    assert CHUNK <= PAIRS - sum(scored) <= 16, "whole chunks were kept, and not the one it was killed in"
+    assert files(tmp_path) == files(straight[0])
+
+
+# ------------------------------------------------------------------------------------------------------------- the key
+
+
+def keys(place, cache, **options) -> set[str]:
+    """The tables' keys; made with a stand-in for the engine, because only the keys matter."""
+
+    class Engine:
+        score = staticmethod(lambda batch: torch.zeros(batch.pairs, 2))
+        close = staticmethod(lambda: None)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(score, "reference_engine", lambda *_: Engine)
+        tables(place, cache, **options)
+    found = {path.parent.name for path in cache.glob("reference/*/table.json")}
+    shutil.rmtree(cache)
+    return found
+
+
+def copied(place, to, name=None, change=None):
+    shutil.copytree(place / "llama", to)
+    if name:
+        change(to / name)
+    return to
+
+
+def one_weight(path):
+    weights = load_file(path)
+    next(iter(weights.values())).view(-1)[0] += 1e-3
+    save_file(weights, path, metadata={"format": "pt"})
+
+
+def one_number(path):
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, "rms_norm_eps": 1e-4}))
+
+
+def test_the_key_is_made_of_weights_config_pairs_and_precision(place, tmp_path):
+    first = keys(place, tmp_path / "cache")
+    other = {
+        "weights": dict(model=copied(place, tmp_path / "a", "model.safetensors", one_weight)),
+        "config": dict(model=copied(place, tmp_path / "b", "config.json", one_number)),
+        "pairs": dict(max_length=20),
+        "precision": dict(precision="bf16"),
+    }
+    for what, options in other.items():
+        assert not first & keys(place, tmp_path / "cache", **options), what
+    same = {
+        "another folder": dict(model=copied(place, tmp_path / "c")),
+        "another run": dict(micro_batch_tokens=500, learning_rate=1, beta=0.5, seed=3, epochs=2),
+    }
+    for what, options in same.items():
+        assert first == keys(place, tmp_path / "cache", **options), what
+
+
+# -------------------------------------------------------------------------------------------------------------- damage
+
+
+def test_rows_that_are_missing_are_scored_and_the_others_kept(place, straight, scored, tmp_path):
+    """A table that was being filled: no manifest yet, its rows speak for themselves."""
+    cache = shutil.copytree(straight[0], tmp_path / "cache")
+    for path in cache.glob("reference/*/logps.npy"):
+        logps = np.load(path)
+        logps[-CHUNK:] = np.nan
+        np.save(path, logps)
+        (path.parent / "table.json").unlink()
+    shutil.rmtree(cache / "run")
+    again = tables(place, cache)
+    assert sum(scored) == 2 * CHUNK
+    for one, other in zip(straight[1], again, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-4)
+        assert np.array_equal(one[:-CHUNK], other[:-CHUNK])
+
+
+def shorten(folder):
+    path = folder / "logps.npy"
+    path.write_bytes(path.read_bytes()[:-8])
+
+
+def flip_a_bit(folder):
+    content = bytearray((folder / "logps.npy").read_bytes())
+    content[-1] ^= 1
+    (folder / "logps.npy").write_bytes(content)
+
+
+def fewer_rows(folder):
+    np.save(folder / "logps.npy", np.load(folder / "logps.npy")[1:])
+
+
+def unfinished(harm):
+    def both(folder):
+        harm(folder)
+        (folder / "table.json").unlink()
+
+    return both
+
+
+DAMAGE = {
+    "a flipped bit": flip_a_bit,
+    "cut short": shorten,
+    "cut short while it was filled": unfinished(shorten),
+    "emptied": lambda folder: (folder / "logps.npy").write_bytes(b""),
+    "emptied while it was filled": unfinished(lambda folder: (folder / "logps.npy").write_bytes(b"")),
+    "other rows while it was filled": unfinished(fewer_rows),
+    "half a manifest": lambda folder: (folder / "table.json").write_text('{"sha'),
+    "another manifest": lambda folder: (folder / "table.json").write_text("{}"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_table_is_noticed_and_made_anew(damage, straight, tmp_path, capsys):
+    table = copy_of_a_table(straight[0], tmp_path)
+    assert np.isfinite(table.read()).all() and capsys.readouterr().out == ""
+    DAMAGE[damage](table.folder)
+    assert np.isnan(table.read()).all()
+    assert f"the reference table {table.folder} does not match its hash and is made anew" in capsys.readouterr().out
+    assert not table.path.exists() and not table.manifest.exists()
+
+
+def test_a_table_whose_rows_are_gone_is_made_anew(straight, tmp_path):
+    table = copy_of_a_table(straight[0], tmp_path)
+    table.path.unlink()
+    assert np.isnan(table.read()).all() and not table.manifest.exists()
+
+
+def copy_of_a_table(cache, to) -> score.Table:
+    facts = json.loads(next(cache.glob("reference/*/table.json")).read_text())
+    table = score.Table(to, {key: facts[key] for key in ("format", "weights", "pairs", "precision")}, facts["rows"])
+    shutil.copytree(cache / "reference" / table.folder.name, table.folder, dirs_exist_ok=True)
+    return table
+
+
+def test_a_table_is_filled_by_one_run_at_a_time(straight, tmp_path):
+    from filelock import Timeout
+
+    table, other = copy_of_a_table(straight[0], tmp_path), copy_of_a_table(straight[0], tmp_path)
+    with table.lock, pytest.raises(Timeout):
+        other.lock.acquire(timeout=0)
+
+
+# ------------------------------------------------------------------------------------------------------------- scoring
+
+
+@pytest.fixture(scope="module")
+def pairs(place, straight) -> PairSet:
+    return prepared(place, straight[0]).train_pairs
+
+
+def sums(batch) -> torch.Tensor:
+    """Stands in for a model: the sum of each response's token ids."""
+    return torch.zeros(2 * batch.pairs).index_add_(0, batch.responses, batch.targets.float()).view(-1, 2)
+
+
+def test_rows_come_back_in_the_order_they_were_asked_for(pairs):
+    """However they are dealt: longest first, several in a micro-batch, or one alone."""
+    indices = np.array([9, 2, 14, 3, 11, 0])
+    expected = np.array([[pairs.pair(i)[1].sum(), pairs.pair(i)[2].sum()] for i in indices])
+    for limit in (int(pairs.packed_lengths.max()), 10_000):
+        assert np.array_equal(score.score_pairs(sums, pairs, indices, limit), expected)
+
+
+def test_a_log_probability_that_is_not_finite_stops_and_names_the_pair(pairs):
+    """What was scored before is kept; the chunk with the bad one is not."""
+    bad, kept = float(pairs.pair(9)[1].sum()), []
+
+    def not_finite(batch):
+        logps = sums(batch)
+        return torch.where(logps == bad, torch.nan, logps)
+
+    with pytest.raises(world.RunStopped, match=f"log-probabilities of 1 pairs are not finite: {pairs.pair_id(9)}"):
+        score.score_all(not_finite, pairs, np.arange(16), 250, "title", lambda chunk, _: kept.extend(chunk))
+    assert kept == list(range(8))
