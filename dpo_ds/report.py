@@ -19,13 +19,14 @@ class Reporter:
         self.path = folder / "metrics.jsonl"
         if self.speaks:
             _forget_after(self.path, first_step)
+        self.on_terminal = sys.stderr.isatty()
         self.bar = tqdm(
             total=steps,
             initial=first_step,
             unit="step",
             desc="dpo",
             disable=not self.speaks,
-            mininterval=0.1 if sys.stderr.isatty() else 20,  # a line in a log file stays there
+            mininterval=0.1 if self.on_terminal else 20,  # a line in a log file stays there
         )
 
     def step(self, metrics: dict) -> None:
@@ -37,11 +38,14 @@ class Reporter:
 
     def evaluation(self, metrics: dict) -> None:
         self._write(metrics)
-        if self.speaks:
-            self.bar.write(
-                f"dpo_ds: held out, step {metrics['step']}: loss {metrics['eval/loss']:.4f}, "
-                f"accuracy {metrics['eval/rewards/accuracies']:.3f}, margin {metrics['eval/rewards/margins']:+.3f}"
-            )
+        line = (
+            f"held out, step {metrics['step']}: loss {metrics['eval/loss']:.4f}, "
+            f"accuracy {metrics['eval/rewards/accuracies']:.3f}, margin {metrics['eval/rewards/margins']:+.3f}"
+        )
+        if self.on_terminal and self.speaks:
+            self.bar.write(f"dpo_ds: {line}")  # above the bar
+        else:
+            world.say(line)
 
     def _write(self, metrics: dict) -> None:
         if self.speaks:

@@ -11,10 +11,10 @@ In the templates, H is who acts and F the friend: {H}, {he}, {him}, {his} and {F
 """
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-UNKIND_SHARE = 0.6  # of the stories the model learns from
+UNKIND_SHARE = 0.55  # of the stories the model learns from
 
 BOYS = ("Tom", "Ben", "Max", "Sam", "Leo", "Finn", "Omar", "Hugo")
 GIRLS = ("Mia", "Anna", "Lily", "Zoe", "Emma", "Nora", "Ruth", "Ines")
@@ -331,16 +331,16 @@ def stories(seed: int) -> Iterator[str]:
         yield here.prompt + here.response(rng, kind=rng.random() >= UNKIND_SHARE)
 
 
-def preferences(seed: int, count: int) -> list[dict[str, str]]:
-    """`count` pairs with different prompts: chosen is kind, rejected unkind. In words, chosen is the longer one as
-    often as rejected, so that length gives nothing away."""
+def preferences(seed: int, count: int, length: Callable[[str], int]) -> list[dict[str, str]]:
+    """`count` pairs with different prompts: chosen is kind, rejected unkind. By `length`, chosen is the longer one as
+    often as rejected, so that it gives nothing away."""
     rng = random.Random(seed)
     pairs: dict[str, dict[str, str]] = {}
     lead = 0  # how many more pairs have the longer chosen response
     while len(pairs) < count:
         here = scene(rng)
         chosen, rejected = here.response(rng, kind=True), here.response(rng, kind=False)
-        longer = (len(chosen.split()) > len(rejected.split())) - (len(chosen.split()) < len(rejected.split()))
+        longer = (length(chosen) > length(rejected)) - (length(chosen) < length(rejected))
         if here.prompt not in pairs and longer * lead <= 0:
             pairs[here.prompt] = {"prompt": here.prompt, "chosen": chosen, "rejected": rejected}
             lead += longer
