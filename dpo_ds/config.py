@@ -122,6 +122,8 @@ class Options:
 # Fields that say where or how to run, not what to compute: two runs that differ only here are the same run.
 NOT_IDENTITY = frozenset({"output_dir", "cache_dir", "resume", "export", "generations", "save_every", "eval_every"})
 
+DESCRIPTION = "The options of a run. --model alone is enough; the rest follows from the model and the machine."
+
 FIELDS = {field.name: field for field in dataclasses.fields(Options)}
 
 
@@ -130,12 +132,12 @@ class _Parser(HfArgumentParser):
         raise ValueError(f"{message} (--help lists the options)")
 
 
-def parse_options(argv: list[str]) -> Options:
+def parse_options(argv: list[str], command: str = "train") -> Options:
     """Options from flags, over a YAML file if `--config FILE` is among them (a later flag overrides an earlier one).
 
     Raises ValueError, in one line, for unknown keys (naming the nearest), wrong types and values out of range.
     """
-    parser = _Parser(Options, prog="python -m dpo_ds.train", description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = _Parser(Options, prog=f"python -m dpo_ds.{command}", description=DESCRIPTION, allow_abbrev=False)
     parser.add_argument("--config", metavar="FILE", help="YAML file of options; flags override it.")
     # Both launchers pass the rank's number on the command line; the environment has it as well.
     parser.add_argument("--local_rank", "--local-rank", dest="local_rank", type=int, help="Set by the launcher.")

@@ -205,7 +205,7 @@ def _from_rank_0(array: np.ndarray) -> np.ndarray:
 
 def main(argv: list[str]) -> None:
     with world.user_errors():
-        options = parse_options(argv)
+        options = parse_options(argv, "score")
         run = prepare(options, world.join().size)
     reference_tables(run, everything=True)
 
