@@ -9,6 +9,7 @@ from dpo_ds import world
 from dpo_ds.checkpoint import write_whole
 
 ANSWER_TOKENS = 96
+SHOWN = 240  # characters of a prompt on the terminal
 
 
 def write_logps(run, eval_logps, eval_reference) -> None:
@@ -44,8 +45,14 @@ def show_generations(run) -> None:
     for prompt, old, new in zip(prompts, before, after, strict=True):
         shown = run.tokenizer.decode(prompt, skip_special_tokens=True).strip()
         text += [f"**Prompt** {shown}", "", f"**Before** {old}", "", f"**After** {new}", "", "---", ""]
-        world.say(f"prompt: {shown}\n  before: {old}\n  after:  {new}")
+        world.say(f"prompt: {_end_of(shown)}\n  before: {old}\n  after:  {new}")
     write_whole(run.folder / "generations.md", "\n".join(text))
+
+
+def _end_of(prompt: str) -> str:
+    """What a terminal has room for; generations.md has the whole."""
+    line = " ".join(prompt.split())
+    return line if len(line) <= SHOWN else f"… {line[-SHOWN:]}"
 
 
 def answers(folder, prompts: list[list[int]], run) -> list[str]:
