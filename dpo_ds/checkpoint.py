@@ -82,9 +82,14 @@ def _require_same(folder: Path, theirs: dict, mine: dict) -> None:
     for key in mine:
         if theirs.get(key) != mine[key]:
             raise ValueError(
-                f"--output_dir {folder} holds another run ({key} is {theirs.get(key)} there and {mine[key]} here): "
+                f"--output_dir {folder} holds another run ({key} is {_shown(theirs.get(key))} there and "
+                f"{_shown(mine[key])} here): "
                 "name another folder, or make the options agree to go on with that run"
             )
+
+
+def _shown(value) -> str:
+    return "not given" if value is None else str(value)
 
 
 def checkpoints(folder: Path) -> list[Path]:

@@ -180,6 +180,8 @@ def _read_yaml(path: str) -> dict:
 
 
 def _unknown(word: str, known: list[str]) -> str:
+    if not word.startswith("-") and word not in known and known[0].startswith("-"):
+        return f"unexpected argument {word}: options are written --name value"
     nearest = difflib.get_close_matches(word.split("=")[0], known, n=1, cutoff=0.0)
     return f"unknown option {word.split('=')[0]}; did you mean {nearest[0]}? (--help lists all)"
 
@@ -190,7 +192,15 @@ def check(options: Options) -> None:
         raise ValueError("--model is needed: a hub id, a local folder, or tiny-gpt2")
     for name in ("beta", "epochs", "global_batch_pairs", "max_steps", "lora_r", "lora_alpha", "micro_batch_tokens"):
         _require(options, name, lambda x: x > 0, "more than 0")
-    for name in ("learning_rate", "weight_decay", "max_grad_norm", "eval_pairs", "eval_every", "save_every"):
+    for name in (
+        "learning_rate",
+        "weight_decay",
+        "max_grad_norm",
+        "eval_pairs",
+        "eval_every",
+        "save_every",
+        "generations",
+    ):
         _require(options, name, lambda x: x >= 0, "0 or more")
     for name in ("warmup_ratio", "max_left_out"):
         _require(options, name, lambda x: 0 <= x <= 1, "between 0 and 1")
@@ -203,7 +213,9 @@ def check(options: Options) -> None:
 
 def _require(options: Options, name: str, holds, wanted: str) -> None:
     value = getattr(options, name)
-    if value is not None and not (math.isfinite(value) and holds(value)):
+    if value is not None and not math.isfinite(value):
+        raise ValueError(f"--{name} is {value}, but must be finite")
+    if value is not None and not holds(value):
         raise ValueError(f"--{name} is {value}, but must be {wanted}")
 
 

@@ -15,6 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, get_scheduler
 from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
+from dpo_ds import world
 from dpo_ds.config import Options
 from dpo_ds.lora import add_lora
 from dpo_ds.scoring import attention
@@ -164,15 +165,23 @@ def _load(folder: Path, config: dict, options: Options):
     alive = HfDeepSpeedConfig(config)
     if config["zero_optimization"]["stage"] != 3:
         unset_hf_deepspeed_config()
-    model = AutoModelForCausalLM.from_pretrained(
+    model, found = AutoModelForCausalLM.from_pretrained(
         folder,
         dtype=DTYPES[options.precision],
         attn_implementation=attention.NAME,
         trust_remote_code=options.trust_remote_code,
         use_safetensors=True,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,
     )
     del alive
     unset_hf_deepspeed_config()
+    unfit = sorted(found["missing_keys"]) + sorted(name for name, *_ in found["mismatched_keys"])
+    if unfit:  # transformers has given them random values
+        raise world.RunStopped(
+            f"{folder}: {len(unfit)} tensors that its config.json asks for are not in its weights, or have another "
+            f"shape, {unfit[0]} among them: config and weights are not of one model"
+        )
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0

@@ -9,7 +9,7 @@ from dpo_ds import world
 from dpo_ds.checkpoint import write_whole
 
 ANSWER_TOKENS = 96
-SHOWN = 240  # characters of a prompt on the terminal
+SHOWN = 240  # characters of a prompt or an answer on the terminal
 
 
 def write_logps(run, eval_logps, eval_reference) -> None:
@@ -45,7 +45,7 @@ def show_generations(run) -> None:
     for prompt, old, new in zip(prompts, before, after, strict=True):
         shown = run.tokenizer.decode(prompt, skip_special_tokens=True).strip()
         text += [f"**Prompt** {shown}", "", f"**Before** {old}", "", f"**After** {new}", "", "---", ""]
-        world.say(f"prompt: {_end_of(shown)}\n  before: {old}\n  after:  {new}")
+        world.say(f"prompt: {_end_of(shown)}\n  before: {old[:SHOWN]}\n  after:  {new[:SHOWN]}")
     write_whole(run.folder / "generations.md", "\n".join(text))
 
 

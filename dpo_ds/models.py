@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from safetensors import SafetensorError, safe_open
+
 from dpo_ds import hub
 from dpo_ds.embedded import model_folder
 
@@ -45,14 +47,18 @@ class Model:
     trust_remote_code: bool
 
     @cached_property
-    def parameters(self) -> int:
-        """Number of parameters, tied ones once, counted on the meta device."""
+    def skeleton(self):
+        """The model without weights, on the meta device."""
         import torch
         from transformers import AutoModelForCausalLM
 
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(self.config, trust_remote_code=self.trust_remote_code)
-        return sum(p.numel() for p in model.parameters())
+            return AutoModelForCausalLM.from_config(self.config, trust_remote_code=self.trust_remote_code)
+
+    @cached_property
+    def parameters(self) -> int:
+        """Number of parameters, tied ones once."""
+        return sum(p.numel() for p in self.skeleton.parameters())
 
     @cached_property
     def size_class(self) -> SizeClass:
@@ -195,7 +201,15 @@ def weight_files(folder: Path) -> list[Path]:
     if missing:
         raise ValueError(f"{folder} lacks {missing[0]} that its index names ({len(missing)} missing): copy it again")
     if not files:
+        others = sorted(file.name for file in folder.glob("*.bin"))
+        instead = f", only {others[0]}" if others else ""
         raise ValueError(
-            f"{folder} holds no safetensors weights; save the model with save_pretrained, which writes them"
+            f"{folder} holds no safetensors weights{instead}; save the model with save_pretrained, which writes them"
         )
+    for file in files:
+        try:
+            with safe_open(file, framework="pt"):  # reads the header alone
+                pass
+        except SafetensorError as error:
+            raise ValueError(f"{file} is damaged ({error}): copy it again") from None
     return files

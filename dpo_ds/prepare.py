@@ -13,6 +13,7 @@ from dpo_ds.config import Options
 from dpo_ds.data.preferences import check_preferences, held_out, load_preferences
 from dpo_ds.data.steps import Schedule, too_small
 from dpo_ds.data.tokens import PairSet, Tokenizing, tokenize_pairs
+from dpo_ds.lora import require_targets
 from dpo_ds.tiers import choose_tier, fill_tier
 
 
@@ -83,8 +84,8 @@ def prepare(options: Options, ranks: int) -> Run:
 
 def _decide(options: Options, model: models.Model) -> Options:
     """Fills what follows from the model and the machine."""
-    if options.lora and "lm_head" in options.lora_targets:
-        raise ValueError("--lora_targets: the output head is fused with the loss and takes no adapter; leave it out")
+    if options.lora:
+        require_targets(model.skeleton, options.lora_targets)
     changes = {}
     if options.precision == "auto":
         on_gpu = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
@@ -129,6 +130,11 @@ def load_pairs(options: Options, tokenizer) -> tuple[PairSet, PairSet]:
         return train, evaluation.subset(range(min(most, len(evaluation))))
     if options.eval_pairs == 0 or len(train) < 2:
         return train, train.subset([])
+    if options.eval_pairs is not None and options.eval_pairs > len(train) / 2:
+        raise ValueError(
+            f"--eval_pairs {options.eval_pairs} would hold out more than half of the {len(train)} pairs: lower it, or "
+            "name an --eval_dataset"
+        )
     fraction, most = (0.05, 500) if options.eval_pairs is None else (1.0, options.eval_pairs)
     mask = held_out(train.prompt_hashes, fraction, most)
     return train.subset((~mask).nonzero()[0]), train.subset(mask.nonzero()[0])

@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -9,6 +10,8 @@ from tqdm import tqdm
 
 from dpo_ds import world
 from dpo_ds.checkpoint import write_whole
+
+LOG_SECONDS = 20  # between two lines of progress where there is no terminal for a bar
 
 
 class Reporter:
@@ -19,22 +22,22 @@ class Reporter:
         self.path = folder / "metrics.jsonl"
         if self.speaks:
             _forget_after(self.path, first_step)
-        self.on_terminal = sys.stderr.isatty()
-        self.bar = tqdm(
-            total=steps,
-            initial=first_step,
-            unit="step",
-            desc="dpo",
-            disable=not self.speaks,
-            mininterval=0.1 if self.on_terminal else 20,  # a line in a log file stays there
-        )
+        self.steps = steps
+        self.on_terminal = self.speaks and sys.stderr.isatty()
+        self.bar = tqdm(total=steps, initial=first_step, unit="step", desc="dpo", disable=not self.on_terminal)
+        self.last_line = time.monotonic()
 
     def step(self, metrics: dict) -> None:
         self._write(metrics)
-        self.bar.set_postfix(
-            {"loss": f"{metrics['loss']:.4f}", "acc": f"{metrics['rewards/accuracies']:.2f}"}, refresh=False
-        )
+        loss, accuracy = f"{metrics['loss']:.4f}", f"{metrics['rewards/accuracies']:.3f}"
+        self.bar.set_postfix({"loss": loss, "acc": accuracy}, refresh=False)
         self.bar.update()
+        if not self.on_terminal and time.monotonic() - self.last_line > LOG_SECONDS:
+            self.last_line = time.monotonic()
+            world.say(
+                f"step {metrics['step']} of {self.steps}: loss {loss}, accuracy {accuracy}, "
+                f"{metrics['pairs/s']} pairs/s"
+            )
 
     def evaluation(self, metrics: dict) -> None:
         self._write(metrics)
@@ -42,7 +45,7 @@ class Reporter:
             f"held out, step {metrics['step']}: loss {metrics['eval/loss']:.4f}, "
             f"accuracy {metrics['eval/rewards/accuracies']:.3f}, margin {metrics['eval/rewards/margins']:+.3f}"
         )
-        if self.on_terminal and self.speaks:
+        if self.on_terminal:
             self.bar.write(f"dpo_ds: {line}")  # above the bar
         else:
             world.say(line)

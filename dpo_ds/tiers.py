@@ -13,6 +13,8 @@ from dpo_ds.models import Model
 from dpo_ds.resources import tier_files
 
 AUTO = "auto"
+# What DeepSpeed is told (0: the number of ranks). It never sees a step's pairs; dpo_ds sets the boundaries itself.
+BATCH_SIZES = {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1, "train_batch_size": 0}
 
 
 def choose_tier(options: Options, model: Model) -> str:
@@ -56,10 +58,13 @@ def fill_tier(name: str, options: Options, *, learning_rate: float, hidden_size:
             )
         section[key] = value
 
-    steps = "a step is --global_batch_pairs pairs, dealt by --micro_batch_tokens, which DeepSpeed sees as"
-    settle(config, "train_micro_batch_size_per_gpu", 1, steps)
-    settle(config, "gradient_accumulation_steps", 1, steps)
-    settle(config, "train_batch_size", ranks, steps)
+    for key, value in BATCH_SIZES.items():
+        if config.get(key, AUTO) not in (AUTO, value or ranks):
+            raise ValueError(
+                f'--ds_config {name} sets {key} to {config[key]}: remove it or make it "auto"; a step is '
+                "--global_batch_pairs pairs, and --micro_batch_tokens says how much of it a GPU takes at a time"
+            )
+        config[key] = value or ranks
     settle(config, "gradient_clipping", options.max_grad_norm, "--max_grad_norm")
     settle(config.setdefault("bf16", {}), "enabled", options.precision == "bf16", f"--precision {options.precision}")
 
@@ -82,7 +87,21 @@ def fill_tier(name: str, options: Options, *, learning_rate: float, hidden_size:
     left = [path for path, value in _leaves(config) if value == AUTO]
     if left:
         raise ValueError(f'--ds_config {name}: no rule fills "auto" for {left[0]}; give it a value')
+    _require_deepspeeds(name, zero)
     return config
+
+
+def _require_deepspeeds(name: str, zero: dict) -> None:
+    """Raises ValueError for what DeepSpeed would refuse in zero_optimization, with its own reason."""
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    from pydantic import ValidationError
+
+    try:
+        DeepSpeedZeroConfig(**zero)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, ("zero_optimization", *first["loc"])))
+        raise ValueError(f"--ds_config {name}: {key} is {first['input']}: {first['msg']}") from None
 
 
 def _fill_buckets(zero: dict, hidden_size: int) -> None:

@@ -105,6 +105,8 @@ def run_main(main: Callable[[list[str]], object]) -> None:
         stop(str(error), 2)
     except RunStopped as error:
         stop(str(error), 1)
+    except KeyboardInterrupt:
+        stop("interrupted; the same command goes on from the last checkpoint (--save_every)", 130)
     finally:
         leave()
 
@@ -118,14 +120,20 @@ class RunStopped(RuntimeError):
 
 
 class user_errors:
-    """Within it, a ValueError is the user's to put right: for all that happens before a model is loaded."""
+    """Within it, a ValueError, or a file that cannot be read or written, is the user's to put right: for all that
+    happens before a model is loaded."""
 
     def __enter__(self):
         return self
 
     def __exit__(self, kind, error, traceback):
-        if isinstance(error, ValueError) and not isinstance(error, UserError):
-            raise UserError(" ".join(str(error).split())) from error
+        if isinstance(error, (ValueError, OSError)) and not isinstance(error, UserError):
+            raise UserError(_in_one_line(error)) from error
+
+
+def _in_one_line(error: ValueError | OSError) -> str:
+    remedy = "; name a place that can be read and written" if isinstance(error, OSError) else ""
+    return " ".join(f"{error}{remedy}".split())
 
 
 def stop(message: str, code: int) -> None:
@@ -146,8 +154,8 @@ def leave() -> None:
 def one_after_another(work: Callable[[], T]) -> T:
     """Runs cached work on rank 0 first, then on the first rank of every other node, then on the rest.
 
-    The first call fills a cache; the others find it there, on a shared file system or on their own. A ValueError on
-    any rank is raised on all.
+    The first call fills a cache; the others find it there, on a shared file system or on their own. A ValueError or
+    OSError on any rank is raised on all, as a ValueError.
     """
     world = from_environment()
     mine = 0 if world.rank == 0 else 1 if world.local_rank == 0 else 2
@@ -156,8 +164,8 @@ def one_after_another(work: Callable[[], T]) -> T:
         if turn == mine and problem is None:
             try:
                 result = work()
-            except ValueError as error:
-                problem = str(error)
+            except (ValueError, OSError) as error:
+                problem = _in_one_line(error)
         problem = _first_problem(problem)
     if problem is not None:
         raise ValueError(problem)

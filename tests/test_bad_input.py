@@ -58,6 +58,15 @@ def no_weights(config, folder):
     (folder / "model.safetensors").unlink()
 
 
+def damaged_weights(config, folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def old_weights(config, folder):
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
 CASES = {
     "model folder missing": (lambda p: {"model": "./nowhere"}, "is not there"),
     "model not on the hub": (lambda p: {"model": "no/such-model"}, "cannot be read from the hub"),
@@ -98,6 +107,17 @@ CASES = {
     "micro-batch too small": (lambda p: {"micro_batch_tokens": 9}, "--micro_batch_tokens 9 cannot hold"),
     "output folder of something else": (lambda p: {"output_dir": str(p / "llama")}, "something else"),
     "output is a file": (lambda p: {"output_dir": str(p / "llama" / "config.json")}, "is a file"),
+    "lora on nothing": (lambda p: {"lora": "true", "lora_targets": "c_attn"}, "it has down_proj, gate_proj"),
+    "no such stage": (lambda p: {"ds_config": tier(p, "7", {"zero_optimization": {"stage": 7}})}, "stage is 7"),
+    "a key that ZeRO does not have": (
+        lambda p: {"ds_config": tier(p, "k", {"zero_optimization": {"stage": 2, "bucket": 1}})}, "bucket"),
+    "damaged weights": (lambda p: {"model": copied(p, "damaged", damaged_weights)}, "is damaged"),
+    "weights of the old kind": (lambda p: {"model": copied(p, "old", old_weights)}, "only pytorch_model.bin"),
+    "all pairs held out": (lambda p: {"eval_pairs": 501}, "more than half of the 1000 pairs"),
+    "evaluation file missing": (lambda p: {"eval_dataset": "./none.jsonl"}, "--eval_dataset ./none.jsonl"),
+    "a cache that cannot be": (lambda p: {"cache_dir": str(p / "llama" / "config.json")}, "can be read and written"),
+    "negative generations": (lambda p: {"generations": -1}, "--generations is -1"),
+    "an infinite rate": (lambda p: {"learning_rate": "inf"}, "finite"),
     "lora on the head": (lambda p: {"lora": "true", "lora_targets": "lm_head"}, "output head"),
     "resume from nowhere": (lambda p: {"resume": "/nowhere"}, "is no checkpoint"),
     "rates in words": (lambda p: {"learning_rate": "fast"}, "--learning_rate"),
@@ -146,6 +166,18 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_pairs(place, tmp_
     assert done.returncode == 1, done.stdout[-3000:]
     (line,) = [line for line in done.stdout.splitlines() if "dpo_ds: error:" in line]
     assert "the loss is" in line and "look at its pairs" in line and "Traceback" not in done.stdout
+
+
+def test_weights_that_do_not_fit_the_config_are_noticed(place, tmp_path):
+    """transformers would give what is missing random values, and the run would train nonsense."""
+    model = copied(place, "deeper", lambda c, f: c.update(num_hidden_layers=3))
+    done = launching.run(
+        1, "-m", "dpo_ds.train", "--model", model, "--dataset", "sample", "--output_dir", tmp_path / "out",
+        "--cache_dir", tmp_path / "cache", check=False,
+    )  # fmt: skip
+    assert done.returncode == 1, done.stdout[-3000:]
+    (line,) = [line for line in done.stdout.splitlines() if "dpo_ds: error:" in line]
+    assert "9 tensors" in line and "model.layers.2." in line and "Traceback" not in done.stdout
 
 
 def test_a_reference_that_is_not_the_policy_is_noticed(place, tmp_path):

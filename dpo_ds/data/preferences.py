@@ -98,6 +98,13 @@ def load_preferences(source: str, split: str = "auto", role: str = "train") -> d
 
     Raises ValueError, with the remedy, if there is nothing to be had there, or no such split.
     """
+    try:
+        return _load(source, split, role)
+    except ValueError as error:
+        raise ValueError(f"{'--eval_dataset' if role == 'eval' else '--dataset'} {error}") from None
+
+
+def _load(source: str, split: str, role: str) -> datasets.Dataset:
     if source == SAMPLE:
         from dpo_ds.embedded import sample_file
 
@@ -112,12 +119,12 @@ def load_preferences(source: str, split: str = "auto", role: str = "train") -> d
     elif path.is_dir():
         sets = _load_folder(path)
     elif source.startswith(("/", ".", "~")) or source.count("/") != 1 or path.suffix in LOADERS:
-        raise ValueError(f"--dataset {source} is not there: name a hub id, a folder or a file ({_endings()})")
+        raise ValueError(f"{source} is not there: name a hub id, a folder or a file ({_endings()})")
     else:
         sets = _load_hub(source)
     rows = _choose_split(source, sets, split, role)
     if len(rows) == 0:
-        raise ValueError(f"--dataset {source} holds no rows: name one that does")
+        raise ValueError(f"{source} holds no rows: name one that does")
     return rows
 
 
@@ -128,7 +135,7 @@ def _endings() -> str:
 def _load_file(path: Path) -> dict:
     suffix = path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
     if suffix not in LOADERS:
-        raise ValueError(f"--dataset {path} ends in {path.suffix or 'nothing'}; it must be one of {_endings()}")
+        raise ValueError(f"{path} ends in {path.suffix or 'nothing'}; it must be one of {_endings()}")
     try:
         sets = datasets.load_dataset(LOADERS[suffix], data_files=str(path), **(CSV if LOADERS[suffix] == "csv" else {}))
         for rows in sets.values():
@@ -137,7 +144,7 @@ def _load_file(path: Path) -> dict:
     except Exception as error:  # datasets wraps what its readers raise, in many types
         if LOADERS[suffix] == "json":
             return {"train": _load_mixed_json(path)}
-        raise ValueError(f"--dataset {path} cannot be read as {LOADERS[suffix]}: {_cause(error)}") from None
+        raise ValueError(f"{path} cannot be read as {LOADERS[suffix]}: {_cause(error)}") from None
 
 
 def _load_mixed_json(path: Path) -> datasets.Dataset:
@@ -147,7 +154,7 @@ def _load_mixed_json(path: Path) -> datasets.Dataset:
         with reader(path, "rt", encoding="utf-8-sig", errors="surrogateescape") as file:
             text = file.read()
     except (OSError, EOFError, zlib.error) as error:
-        raise ValueError(f"--dataset {path} cannot be read: {error}") from None
+        raise ValueError(f"{path} cannot be read: {error}") from None
     try:
         whole = json.loads(text)
         rows = whole if isinstance(whole, list) else [whole]
@@ -161,7 +168,7 @@ def _json(path: Path, number: int, line: str):
     try:
         return json.loads(line)
     except json.JSONDecodeError as error:
-        raise ValueError(f"--dataset {path}: row {number} is not JSON ({error.msg}); mend or remove it") from None
+        raise ValueError(f"{path}: row {number} is not JSON ({error.msg}); mend or remove it") from None
 
 
 def _load_folder(path: Path) -> dict:
@@ -171,9 +178,7 @@ def _load_folder(path: Path) -> dict:
             return loaded if isinstance(loaded, dict) else {"train": loaded}
         return datasets.load_dataset(str(path))
     except Exception as error:
-        raise ValueError(
-            f"--dataset {path} is a folder without data that `datasets` can read: {_cause(error)}"
-        ) from None
+        raise ValueError(f"{path} is a folder without data that `datasets` can read: {_cause(error)}") from None
 
 
 def _load_hub(source: str) -> dict:
@@ -186,7 +191,7 @@ def _load_hub(source: str) -> dict:
             remedy = "it is gated or private: ask for access on its page, then set HF_TOKEN or run `hf auth login`"
         else:
             remedy = "check the id and the network, or download it elsewhere and name the folder or file"
-        raise ValueError(f"--dataset {source} is no file here and cannot be read from the hub: {remedy}") from None
+        raise ValueError(f"{source} is no file here and cannot be read from the hub: {remedy}") from None
 
 
 def _cause(error: BaseException) -> str:
@@ -198,14 +203,14 @@ def _cause(error: BaseException) -> str:
 def _choose_split(source: str, sets: dict, split: str, role: str) -> datasets.Dataset:
     if split != "auto":
         if split not in sets:
-            raise ValueError(f"--dataset {source} has no split {split}; --dataset_split takes {', '.join(sets)}")
+            raise ValueError(f"{source} has no split {split}; --dataset_split takes {', '.join(sets)}")
         return sets[split]
     for name in PREFERRED_SPLITS[role]:
         if name in sets:
             return sets[name]
     if len(sets) == 1:
         return next(iter(sets.values()))
-    raise ValueError(f"--dataset {source} has the splits {', '.join(sets)}: choose one with --dataset_split")
+    raise ValueError(f"{source} has the splits {', '.join(sets)}: choose one with --dataset_split")
 
 
 # --------------------------------------------------------------------------------------------------------- checking
