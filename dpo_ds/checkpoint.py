@@ -83,8 +83,7 @@ def _require_same(folder: Path, theirs: dict, mine: dict) -> None:
         if theirs.get(key) != mine[key]:
             raise ValueError(
                 f"--output_dir {folder} holds another run ({key} is {_shown(theirs.get(key))} there and "
-                f"{_shown(mine[key])} here): "
-                "name another folder, or make the options agree to go on with that run"
+                f"{_shown(mine[key])} here): name another folder, or make the options agree to go on with that run"
             )
 
 

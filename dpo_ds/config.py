@@ -145,6 +145,8 @@ def parse_options(argv: list[str], command: str = "train") -> Options:
     options, _, unknown = parser.parse_args_into_dataclasses(
         argv, return_remaining_strings=True, look_for_args_file=False
     )
+    if unknown and not unknown[0].startswith("-"):
+        raise ValueError(f"unexpected argument {unknown[0]}: options are written --name value")
     if unknown:
         raise ValueError(_unknown(unknown[0], ["--" + name for name in [*FIELDS, "model_name", "config"]]))
     check(options)
@@ -180,8 +182,6 @@ def _read_yaml(path: str) -> dict:
 
 
 def _unknown(word: str, known: list[str]) -> str:
-    if not word.startswith("-") and word not in known and known[0].startswith("-"):
-        return f"unexpected argument {word}: options are written --name value"
     nearest = difflib.get_close_matches(word.split("=")[0], known, n=1, cutoff=0.0)
     return f"unknown option {word.split('=')[0]}; did you mean {nearest[0]}? (--help lists all)"
 

@@ -13,14 +13,17 @@ def _names(targets: str) -> list[str]:
 
 def require_targets(model, targets: str) -> None:
     """Raises ValueError if a name in `targets` is no linear module of the model, or its output head."""
+    if targets == ALL:
+        return
     kinds = ("Linear", "Conv1D")
     linear = {name.rpartition(".")[2] for name, module in model.named_modules() if type(module).__name__ in kinds}
-    for target in _names(targets) if targets != ALL else ():
-        if target == "lm_head":
+    for target in _names(targets):
+        module = target.rpartition(".")[2]
+        if module == "lm_head":
             raise ValueError(
                 "--lora_targets: the output head is fused with the loss and takes no adapter: leave it out"
             )
-        if target.rpartition(".")[2] not in linear:
+        if module not in linear:
             names = ", ".join(sorted(linear - {"lm_head"}))
             raise ValueError(f"--lora_targets {target}: the model has no such linear module; it has {names}")
 

@@ -176,7 +176,7 @@ def load_tokenizer(model: Model):
 
 
 def fetch_weights(model: Model) -> Path:
-    """The folder with the weights, downloaded if they are on the hub. Raises ValueError if they are not there."""
+    """The folder with the weights, downloaded if they are on the hub. Raises ValueError if they are not whole."""
     folder = Path(model.source)
     if not folder.is_dir():
         from huggingface_hub import snapshot_download
@@ -186,7 +186,12 @@ def fetch_weights(model: Model) -> Path:
             folder = Path(snapshot_download(model.source, allow_patterns=[*WEIGHT_FILES, *OTHER_FILES]))
         except (OSError, HfHubHTTPError) as error:
             raise ValueError(_not_found(model.name, model.source, error)) from error
-    weight_files(folder)
+    for file in weight_files(folder):
+        try:
+            with safe_open(file, framework="pt"):  # reads the header alone
+                pass
+        except SafetensorError as error:
+            raise ValueError(f"{file} is damaged ({error}): copy it again") from None
     return folder
 
 
@@ -206,10 +211,4 @@ def weight_files(folder: Path) -> list[Path]:
         raise ValueError(
             f"{folder} holds no safetensors weights{instead}; save the model with save_pretrained, which writes them"
         )
-    for file in files:
-        try:
-            with safe_open(file, framework="pt"):  # reads the header alone
-                pass
-        except SafetensorError as error:
-            raise ValueError(f"{file} is damaged ({error}): copy it again") from None
     return files

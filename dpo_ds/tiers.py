@@ -13,8 +13,11 @@ from dpo_ds.models import Model
 from dpo_ds.resources import tier_files
 
 AUTO = "auto"
-# What DeepSpeed is told (0: the number of ranks). It never sees a step's pairs; dpo_ds sets the boundaries itself.
-BATCH_SIZES = {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1, "train_batch_size": 0}
+# DeepSpeed never sees a step's pairs: dpo_ds sets the boundaries itself.
+BATCH_SIZES_ARE_OURS = (
+    ': remove it or make it "auto"; a step is --global_batch_pairs pairs, and --micro_batch_tokens says how much of it '
+    "a GPU takes at a time"
+)
 
 
 def choose_tier(options: Options, model: Model) -> str:
@@ -50,21 +53,16 @@ def fill_tier(name: str, options: Options, *, learning_rate: float, hidden_size:
     config = copy.deepcopy(load_tier(name))
     _refuse_broken(name, config)
 
-    def settle(section: dict, key: str, value, flag: str) -> None:
-        """Fills an "auto" or missing key, and refuses another value than the option's."""
+    def settle(section: dict, key: str, value, flag: str | None = None) -> None:
+        """Fills an "auto" or missing key, and refuses another value than the option's (or, without one, than ours)."""
         if section.get(key, AUTO) not in (AUTO, value):
-            raise ValueError(
-                f"--ds_config {name} sets {key} to {section[key]}, but {flag} says {value}: make them agree"
-            )
+            remedy = f", but {flag} says {value}: make them agree" if flag else BATCH_SIZES_ARE_OURS
+            raise ValueError(f"--ds_config {name} sets {key} to {section[key]}{remedy}")
         section[key] = value
 
-    for key, value in BATCH_SIZES.items():
-        if config.get(key, AUTO) not in (AUTO, value or ranks):
-            raise ValueError(
-                f'--ds_config {name} sets {key} to {config[key]}: remove it or make it "auto"; a step is '
-                "--global_batch_pairs pairs, and --micro_batch_tokens says how much of it a GPU takes at a time"
-            )
-        config[key] = value or ranks
+    settle(config, "train_micro_batch_size_per_gpu", 1)
+    settle(config, "gradient_accumulation_steps", 1)
+    settle(config, "train_batch_size", ranks)
     settle(config, "gradient_clipping", options.max_grad_norm, "--max_grad_norm")
     settle(config.setdefault("bf16", {}), "enabled", options.precision == "bf16", f"--precision {options.precision}")
 

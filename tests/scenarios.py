@@ -53,16 +53,16 @@ class Stopped(Exception):
     """The run ends here."""
 
 
+PLAIN_AFTER_STEP = Trainer.after_step
+
+
 def stop_after(step: int | None) -> None:
-    def after_step(self, steps_done, last, plain=PLAIN_AFTER_STEP):
-        plain(self, steps_done, last)
+    def after_step(self, steps_done, last):
+        PLAIN_AFTER_STEP(self, steps_done, last)
         if steps_done == step:
             raise Stopped
 
     Trainer.after_step = after_step
-
-
-PLAIN_AFTER_STEP = Trainer.after_step
 
 
 def main() -> None:

@@ -118,6 +118,7 @@ CASES = {
     "a cache that cannot be": (lambda p: {"cache_dir": str(p / "llama" / "config.json")}, "can be read and written"),
     "negative generations": (lambda p: {"generations": -1}, "--generations is -1"),
     "an infinite rate": (lambda p: {"learning_rate": "inf"}, "finite"),
+    "lora on the head by its path": (lambda p: {"lora": "true", "lora_targets": "model.lm_head"}, "output head"),
     "lora on the head": (lambda p: {"lora": "true", "lora_targets": "lm_head"}, "output head"),
     "resume from nowhere": (lambda p: {"resume": "/nowhere"}, "is no checkpoint"),
     "rates in words": (lambda p: {"learning_rate": "fast"}, "--learning_rate"),

@@ -28,6 +28,7 @@ def test_what_is_written_reads_back_equal(tmp_path):
     [
         ("--model m --lerning_rate 1", "did you mean --learning_rate?"),
         ("--model m --lora_rank 8", "did you mean --lora_r?"),
+        ("--model m extra", "unexpected argument extra: options are written --name value"),
         ("--model m --beta abc", "--beta"),
         ("--model m --beta 0", "--beta is 0.0, but must be more than 0"),
         ("--model m --learning_rate nan", "--learning_rate is nan"),

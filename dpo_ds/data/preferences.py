@@ -60,9 +60,6 @@ class Report:
             lines += [f"{count} {verb}: {kind} ({_named(count, rows)})" for kind, (count, rows) in kinds.items()]
         return lines
 
-    def as_dict(self) -> dict:
-        return {"total": self.total, "left_out": self.left_out, "changed": self.changed}
-
     def check(self) -> None:
         """Raises ValueError if nothing is left, or more is left out than may be."""
         left_out = self.total - self.kept
@@ -136,15 +133,16 @@ def _load_file(path: Path) -> dict:
     suffix = path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
     if suffix not in LOADERS:
         raise ValueError(f"{path} ends in {path.suffix or 'nothing'}; it must be one of {_endings()}")
+    kind = LOADERS[suffix]
     try:
-        sets = datasets.load_dataset(LOADERS[suffix], data_files=str(path), **(CSV if LOADERS[suffix] == "csv" else {}))
+        sets = datasets.load_dataset(kind, data_files=str(path), **(CSV if kind == "csv" else {}))
         for rows in sets.values():
             rows.data.validate(full=True)  # Arrow's reader takes bytes that are not text
         return sets
     except Exception as error:  # datasets wraps what its readers raise, in many types
-        if LOADERS[suffix] == "json":
+        if kind == "json":
             return {"train": _load_mixed_json(path)}
-        raise ValueError(f"{path} cannot be read as {LOADERS[suffix]}: {_cause(error)}") from None
+        raise ValueError(f"{path} cannot be read as {kind}: {_cause(error)}") from None
 
 
 def _load_mixed_json(path: Path) -> datasets.Dataset:
