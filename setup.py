@@ -24,7 +24,8 @@ setup(
     packages=[*find_packages(include=["dpo_ds", "dpo_ds.*"]), "dpo_ds.ds_configs"],
     package_dir={"dpo_ds.ds_configs": "ds_configs"},
     package_data={
-        "dpo_ds": [f"embedded/**/*.{kind}" for kind in ("json", "jsonl.gz", "safetensors", "txt", "md")],
+        "dpo_ds": ["model_shapes.json"]
+        + [f"embedded/**/*.{kind}" for kind in ("json", "jsonl.gz", "safetensors", "txt", "md")],
         "dpo_ds.ds_configs": ["*.json"],
     },
     # pip installs dependencies first, so this takes the place of DeepSpeed's script (deepspeed_command.py).

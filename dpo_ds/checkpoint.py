@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from dpo_ds import __version__, world
 from dpo_ds.config import NOT_IDENTITY, Options, to_yaml
+from dpo_ds.shards import optimizer_state
 
 DEEPSPEED_TAG = "deepspeed"
 
@@ -135,9 +136,45 @@ def save(engine, folder: Path, step: int, options: Options) -> Path:
 def load(engine, checkpoint: Path) -> int:
     """Puts the engine where it was: weights, optimizer, schedule, random state. Returns the steps done."""
     rank = world.from_environment().rank
+    if engine.deepspeed.zero_nvme_offload_optimizer():
+        _expect_swapped_state(engine.deepspeed.optimizer, checkpoint / DEEPSPEED_TAG, rank)
     engine.deepspeed.load_checkpoint(str(checkpoint), tag=DEEPSPEED_TAG)
+    _count_as_before(engine.deepspeed.basic_optimizer)
     _set_random_state(load_file(checkpoint / f"random-{rank}.safetensors"))
     return describe(checkpoint)["step"]
+
+
+def _count_as_before(adam) -> None:
+    """DeepSpeed's CPUAdam multiplies beta into beta^n at every step, and computes a power where it starts at another:
+    the last bit differs at half of the steps. Empty updates take it through the steps that were done."""
+    if not hasattr(adam, "ds_opt_adam"):
+        return
+    done = max((state["step"] for state in adam.state.values() if "step" in state), default=0)
+    group = adam.param_groups[0]
+    lr, betas, *rest = (group[key] for key in ("lr", "betas", "eps", "weight_decay", "bias_correction"))
+    for step in range(1, done + 1):
+        adam.ds_opt_adam.adam_update(adam.opt_id, step, lr, *betas, *rest, *(torch.empty(0) for _ in range(4)))
+
+
+def _expect_swapped_state(optimizer, folder: Path, rank: int) -> None:
+    """With the optimizer on NVMe, DeepSpeed's load only copies swap files back. Adam's moments among them would not be
+    read, its step count and the groups' learning rates would start again, and groups too small for a swap file (1 MiB)
+    would keep the weights of the model's start: this puts all that in place, before the copying."""
+    saved = optimizer_state(folder, rank)["optimizer_state_dict"]
+    optimizer._set_fp32_optimizer_param_groups()
+    optimizer.optimizer.load_state_dict(saved["optimizer_state_dict"])
+    optimizer._clear_fp32_optimizer_param_groups()
+    for number, (group, weights) in enumerate(
+        zip(optimizer.fp32_partitioned_groups_flat, saved["fp32_flat_groups"], strict=True)
+    ):
+        if not optimizer._swappable_optimizer_subgroup(number):
+            group.data.copy_(weights.data)
+            continue
+        for key in ("exp_avg", "exp_avg_sq"):
+            # Never touched, so never in memory: the swapper takes on what has a group's size, and then its file.
+            state = torch.empty(optimizer.fp16_partitioned_groups_flat_numel[number], dtype=group.dtype)
+            optimizer.optimizer.state[group][key] = state
+        optimizer.optimizer_swapper._get_param_swap_info(group).release_memory()
 
 
 def _random_state() -> dict[str, torch.Tensor]:

@@ -49,16 +49,34 @@ class Options:
         default="auto", help="bf16 keeps fp32 master weights. auto: bf16 on a GPU, fp32 on CPU."
     )
     gradient_checkpointing: Literal["auto", "on", "off"] = HfArg(
-        default="auto", help="Recompute activations in backward. auto: on from 1 B parameters."
+        default="auto", help="Recompute activations in backward. auto: on where memory needs it, by the plan."
     )
     micro_batch_tokens: int | None = HfArg(
         default=None,
         help="Tokens of one micro-batch on one rank, at most: a packed pair is prompt + chosen + rejected. By default "
-        "what the longest pair needs, and 8192 at least (4096 on CPU).",
+        "what the plan finds room for, up to the rank's share of a step (4096 on CPU).",
+    )
+
+    # whether it fits
+    plan: Literal["auto", "only", "off"] = HfArg(
+        default="auto",
+        help="auto: work out what the run takes, pick tier and micro-batch by it, refuse what cannot fit; only: print "
+        "that and stop; off: the class's tier, whatever the machine.",
+    )
+    gpus: int | None = HfArg(default=None, help="Plan for so many GPUs (nodes of 8); by default one for each rank.")
+    gpu_memory: float | None = HfArg(default=None, help="Plan for GPUs of so many GiB; by default this machine's.")
+    host_memory: float | None = HfArg(default=None, help="Plan for so many GiB of host memory in each node.")
+    nvme: float | None = HfArg(default=None, help="Plan for so many GiB on --nvme_path in each node.")
+    nvme_path: str | None = HfArg(
+        default=None, help="Folder on a fast local disk, for tiers that keep the optimizer's state there."
     )
 
     # the loss
     beta: float = HfArg(default=0.1, help="DPO's beta: how strongly the policy is held to the reference.")
+    router_aux_loss_coef: str = HfArg(
+        default="0",
+        help="Weight of a mixture of experts' load-balancing loss, over each pair's tokens; model: as in its config.",
+    )
     reference: Literal["precomputed", "live", "base", "none"] = HfArg(
         default="precomputed",
         help="Reference log-probabilities: a table made once; a second engine; LoRA's base weights; or none.",
@@ -97,7 +115,8 @@ class Options:
     lora_alpha: float = HfArg(default=32.0, help="Their scale is lora_alpha / lora_r.")
     lora_dropout: float = HfArg(default=0.0, help="Dropout on the adapters' input.")
     lora_targets: str = HfArg(
-        default="all-linear", help="Comma-separated module names, or all-linear (all but the output head)."
+        default="all-linear",
+        help="Comma-separated module names, or all-linear: all but the output head, and but fused experts.",
     )
 
     # on the way, and the end
@@ -120,7 +139,10 @@ class Options:
 
 
 # Fields that say where or how to run, not what to compute: two runs that differ only here are the same run.
-NOT_IDENTITY = frozenset({"output_dir", "cache_dir", "resume", "export", "generations", "save_every", "eval_every"})
+NOT_IDENTITY = frozenset(
+    {"output_dir", "cache_dir", "resume", "export", "generations", "save_every", "eval_every"}
+    | {"plan", "gpus", "gpu_memory", "host_memory", "nvme", "nvme_path"}
+)
 
 DESCRIPTION = "The options of a run. --model alone is enough; the rest follows from the model and the machine."
 
@@ -200,13 +222,18 @@ def check(options: Options) -> None:
         "eval_every",
         "save_every",
         "generations",
+        "nvme",
     ):
         _require(options, name, lambda x: x >= 0, "0 or more")
+    for name in ("gpus", "gpu_memory", "host_memory"):
+        _require(options, name, lambda x: x > 0, "more than 0")
     for name in ("warmup_ratio", "max_left_out"):
         _require(options, name, lambda x: 0 <= x <= 1, "between 0 and 1")
     _require(options, "lora_dropout", lambda x: 0 <= x < 1, "from 0 to below 1")
     _require(options, "max_length", lambda x: x >= 2, "2 or more: a prompt token and a response token")
     _require(options, "seed", lambda x: x >= 0, "0 or more")
+    if options.router_aux_loss_coef != "model":
+        _require_number("router_aux_loss_coef", options.router_aux_loss_coef)
     if options.reference == "base" and not options.lora:
         raise ValueError("--reference base uses LoRA's frozen base weights: add --lora, or use --reference precomputed")
 
@@ -217,6 +244,15 @@ def _require(options: Options, name: str, holds, wanted: str) -> None:
         raise ValueError(f"--{name} is {value}, but must be finite")
     if value is not None and not holds(value):
         raise ValueError(f"--{name} is {value}, but must be {wanted}")
+
+
+def _require_number(name: str, text: str) -> None:
+    try:
+        fine = math.isfinite(float(text)) and float(text) >= 0
+    except ValueError:
+        fine = False
+    if not fine:
+        raise ValueError(f"--{name} is {text}, but must be 0, a number above it, or model")
 
 
 def to_yaml(options: Options) -> str:

@@ -8,6 +8,7 @@ import contextlib
 import ctypes
 import gc
 import io
+import shutil
 from pathlib import Path
 
 import deepspeed
@@ -18,19 +19,21 @@ from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deep
 from dpo_ds import world
 from dpo_ds.config import Options
 from dpo_ds.lora import add_lora
+from dpo_ds.models import torch_dtype
 from dpo_ds.scoring import attention
 from dpo_ds.scoring.packed import PackedBatch
 from dpo_ds.scoring.scorer import PairScorer
-from dpo_ds.tiers import reference_config
+from dpo_ds.tiers import reference_config, swap_folders
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+FIRST_PARAMETER_ID = 1_000_000  # far above a reference's, which may be alive beside the policy
 
 
 class Engine:
     """A DeepSpeed engine that scores packed batches and, if it is a policy's, learns from them."""
 
-    def __init__(self, engine):
+    def __init__(self, engine, config: dict | None = None):
         self.deepspeed = engine
+        self.swap_folders = swap_folders(config or {})
 
     @property
     def device(self) -> torch.device:
@@ -41,9 +44,10 @@ class Engine:
         """The transformers model, or peft's wrapper of it."""
         return self.deepspeed.module.model
 
-    def __call__(self, batch: PackedBatch) -> torch.Tensor:
-        """logps [B, 2] with a graph: to be followed by `backward`."""
-        return self.deepspeed(batch.to(self.device))
+    def __call__(self, batch: PackedBatch) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """logps [B, 2] with a graph, to be followed by `backward`; and the router's loss [B], where a run wants it."""
+        found = self.deepspeed(batch.to(self.device))
+        return found if isinstance(found, tuple) else (found, None)
 
     def score(self, batch: PackedBatch) -> torch.Tensor:
         """logps [B, 2] without a graph. Under ZeRO-3 a policy must have been through `backward` once before."""
@@ -90,6 +94,7 @@ class Engine:
         engine, self.deepspeed = self.deepspeed, None
         optimizer, parameters = engine.optimizer, list(engine.module.parameters())
         engine.destroy()
+        free_swap_buffers(parameters)
         # ZeRO's hooks and groups form cycles with all they hold, and some outlive the engine: empty the holders.
         for holder in (optimizer, getattr(engine, "basic_optimizer", None)):
             if holder is not None:
@@ -100,6 +105,7 @@ class Engine:
             if hasattr(parameter, "ds_tensor"):
                 parameter.ds_tensor = None
         del engine, optimizer, parameters
+        clear_swap_folders(self.swap_folders)
         release_memory()
 
 
@@ -113,15 +119,46 @@ def release_memory() -> None:
         pass
 
 
-def policy_engine(folder: Path, config: dict, options: Options, *, checkpointing: bool, total_steps: int) -> Engine:
+def free_swap_buffers(parameters: list) -> None:
+    """DeepSpeed locks the buffers through which parameters come from NVMe in memory, and never gives them back."""
+    for swapper in {id(s): s for p in parameters if (s := getattr(p, "nvme_swapper", None))}.values():
+        swapper.synchronize_writes()
+        for handle, buffer in (
+            (swapper.aio_read_handle, swapper.buffers),
+            (swapper.aio_write_handle, swapper.partitioned_swap_buffer),
+        ):
+            if buffer is not None:
+                handle.free_cpu_locked_tensor(buffer)
+        swapper.buffers = swapper.partitioned_swap_buffer = swapper.partitioned_swap_pool = None
+
+
+def clear_swap_folders(folders: list[Path]) -> None:
+    """Removes what an engine, or an earlier start's, wrote to NVMe; by all ranks together. DeepSpeed leaves its files
+    behind, and would copy an earlier engine's into each checkpoint."""
+    if not folders:
+        return
+    world.wait_for_all()  # no rank is using its files any more
+    if world.from_environment().local_rank == 0:
+        for folder in folders:
+            shutil.rmtree(folder, ignore_errors=True)
+            with contextlib.suppress(OSError):  # not empty: the run's other engine is in it
+                folder.parent.rmdir()
+    world.wait_for_all()  # before any rank makes its folders anew
+
+
+def policy_engine(folder: Path, config: dict, options: Options, *, total_steps: int) -> Engine:
     """The model to train: all its weights, or LoRA adapters on frozen ones."""
+    clear_swap_folders(swap_folders(config))
+    # Swap files are named by these numbers: a policy's must be the same after a resume, whether or not a reference's
+    # engine came before it.
+    deepspeed.zero.Init.param_id = FIRST_PARAMETER_ID
     model = _load(folder, config, options)
     if options.lora:
         model = add_lora(model, options)
-    if checkpointing:
+    if options.gradient_checkpointing == "on":
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.train()
-    scorer = PairScorer(model)
+    scorer = PairScorer(model, balance=float(options.router_aux_loss_coef) > 0)
     engine = _initialize(
         model=scorer,
         model_parameters=_parameter_groups(scorer, options.weight_decay),
@@ -135,7 +172,7 @@ def policy_engine(folder: Path, config: dict, options: Options, *, checkpointing
     )
     if config["zero_optimization"]["stage"] == 0 and options.precision == "bf16":
         _forget_first_step(engine.basic_optimizer)
-    return Engine(engine)
+    return Engine(engine, config)
 
 
 def _initialize(**arguments):
@@ -155,9 +192,10 @@ def _forget_first_step(optimizer) -> None:
 def reference_engine(folder: Path, config: dict, options: Options) -> Engine:
     """The frozen model that DPO measures against, without an optimizer. `config` is the policy's."""
     config = reference_config(config)
+    clear_swap_folders(swap_folders(config))
     model = _load(folder, config, options)
     model.requires_grad_(False)
-    return Engine(_initialize(model=PairScorer(model), config=config))
+    return Engine(_initialize(model=PairScorer(model), config=config), config)
 
 
 def _load(folder: Path, config: dict, options: Options):
@@ -167,7 +205,7 @@ def _load(folder: Path, config: dict, options: Options):
         unset_hf_deepspeed_config()
     model, found = AutoModelForCausalLM.from_pretrained(
         folder,
-        dtype=DTYPES[options.precision],
+        dtype=torch_dtype(options.precision),
         attn_implementation=attention.NAME,
         trust_remote_code=options.trust_remote_code,
         use_safetensors=True,

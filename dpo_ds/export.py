@@ -166,8 +166,6 @@ def export_engine(run, policy, summary: dict) -> Path:
     """Exports a live policy to the run's merged/ folder, by all ranks together."""
     import deepspeed
 
-    from dpo_ds.engines import DTYPES
-
     folder = run.folder / "merged"
     if folder.exists():
         world.say(f"{folder} is there already, from an earlier start of this run, and stays as it is")
@@ -176,14 +174,17 @@ def export_engine(run, policy, summary: dict) -> Path:
     partitioned = policy.deepspeed.zero_optimization_stage() == 3
 
     def fetch(names: list[str], mine: bool) -> dict[str, torch.Tensor] | None:
-        tensors = {name: parameters[name] for name in names}
-        with deepspeed.zero.GatheredParameters(
-            [t for t in tensors.values() if isinstance(t, torch.nn.Parameter)], enabled=partitioned
-        ):
-            return {name: t.detach().cpu().clone() for name, t in tensors.items()} if mine else None
+        whole = {}
+        for name in names:  # one by one: offload to NVMe has a fixed number of buffers
+            tensor = parameters[name]
+            gathered = [tensor] if isinstance(tensor, torch.nn.Parameter) else []
+            with deepspeed.zero.GatheredParameters(gathered, enabled=partitioned):
+                if mine:
+                    whole[name] = tensor.detach().cpu().clone()
+        return whole if mine else None
 
     card = model_card(run.options, summary, run.train_pairs.digest, policy.deepspeed.zero_optimization_stage())
-    dtype = DTYPES[run.options.precision]
+    dtype = models.torch_dtype(run.options.precision)
     write_folder(policy.model, fetch, folder, run.tokenizer, dtype, card)
     world.say(f"merged checkpoint: {folder}")
     return folder
@@ -206,7 +207,7 @@ def export_checkpoint(source: Path, folder: Path) -> Path:
             from dpo_ds.lora import add_lora
 
             model = add_lora(model, options)
-    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[options.precision]
+    dtype = models.torch_dtype(options.precision)
     weights = CheckpointWeights(source / checkpoint.DEEPSPEED_TAG, facts["stage"], facts["ranks"])
 
     def fetch(names: list[str], mine: bool) -> dict[str, torch.Tensor]:

@@ -5,31 +5,48 @@ import torch
 from dpo_ds.config import Options
 
 ALL = "all-linear"
+HEAD = "lm_head"
 
 
-def _names(targets: str) -> list[str]:
-    return [name.strip() for name in targets.split(",")]
+def linear_modules(model) -> set[str]:
+    """Names (their last part) of the model's linear modules, without the output head: it is fused with the loss."""
+    kinds = ("Linear", "Conv1D")  # GPT-2 has the latter
+    names = {name.rpartition(".")[2] for name, module in model.named_modules() if type(module).__name__ in kinds}
+    return names - {HEAD}
 
 
-def require_targets(model, targets: str) -> None:
-    """Raises ValueError if a name in `targets` is no linear module of the model, or its output head."""
-    if targets == ALL:
-        return
-    kinds = ("Linear", "Conv1D")
-    linear = {name.rpartition(".")[2] for name, module in model.named_modules() if type(module).__name__ in kinds}
-    for target in _names(targets):
-        module = target.rpartition(".")[2]
-        if module == "lm_head":
+def targets(model, wanted: str) -> list[str]:
+    """The names of the modules that get adapters. A mixture's experts are fused parameters, no modules: they get none.
+
+    Raises ValueError if a wanted name is no linear module of the model, or its output head.
+    """
+    linear = linear_modules(model)
+    if wanted == ALL:
+        return sorted(linear)
+    names = [name.strip() for name in wanted.split(",")]
+    for name in names:
+        module = name.rpartition(".")[2]
+        if module == HEAD:
             raise ValueError(
                 "--lora_targets: the output head is fused with the loss and takes no adapter: leave it out"
             )
         if module not in linear:
-            names = ", ".join(sorted(linear - {"lm_head"}))
-            raise ValueError(f"--lora_targets {target}: the model has no such linear module; it has {names}")
+            raise ValueError(
+                f"--lora_targets {name}: the model has no such linear module; it has {', '.join(sorted(linear))}"
+            )
+    return names
+
+
+def is_target(name: str, names: list[str]) -> bool:
+    """Whether a module of that path gets an adapter: peft's rule, the whole path or its end."""
+    return any(name == target or name.endswith(f".{target}") for target in names)
 
 
 def add_lora(model, options: Options):
-    """Wraps a causal LM with adapters; its own weights are frozen. The adapters begin as the identity (B = 0)."""
+    """Wraps a causal LM with adapters; its own weights are frozen. The adapters begin as the identity (B = 0).
+
+    Raises ValueError as `targets` does.
+    """
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(
@@ -37,7 +54,7 @@ def add_lora(model, options: Options):
         r=options.lora_r,
         lora_alpha=options.lora_alpha,
         lora_dropout=options.lora_dropout,
-        target_modules=ALL if options.lora_targets == ALL else _names(options.lora_targets),
+        target_modules=targets(model, options.lora_targets),
         fan_in_fan_out=any(type(module).__name__ == "Conv1D" for module in model.modules()),  # GPT-2
     )
     torch.manual_seed(options.seed)  # the same first adapters on every rank, and in every run of this seed

@@ -1,5 +1,12 @@
-"""Finding a model and knowing it from its config alone: class, parameters, context, before any weight is read."""
+"""Models, known from their config alone: class, tier, parameters, context, before any weight is read.
 
+    python -m dpo_ds.models         the twelve models that this package was made for
+
+Their shapes travel with the package (model_shapes.json: config.json's facts, from the models' pages), so that a plan
+needs no network. Any other causal language model of transformers is known by the same rules from its own config.
+"""
+
+import functools
 import json
 from dataclasses import dataclass
 from functools import cached_property
@@ -7,8 +14,9 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from dpo_ds import hub
+from dpo_ds import hub, world
 from dpo_ds.embedded import model_folder
+from dpo_ds.resources import MODEL_SHAPES
 
 EMBEDDED = "tiny-gpt2"
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json")
@@ -37,6 +45,17 @@ SIZE_CLASSES = (
 )
 
 
+def torch_dtype(precision: str):
+    """torch's dtype for --precision bf16 or fp32."""
+    import torch
+
+    return {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
+
+
+def _path(module) -> str:
+    return f"{type(module).__module__}.{type(module).__qualname__}"
+
+
 @dataclass(frozen=True)
 class Model:
     """A causal language model that has been found, but not loaded."""
@@ -44,7 +63,7 @@ class Model:
     name: str  # as the user gave it
     source: str  # what from_pretrained takes: a folder, or the hub id
     config: object
-    trust_remote_code: bool
+    trust_remote_code: bool = False
 
     @cached_property
     def skeleton(self):
@@ -58,6 +77,8 @@ class Model:
     @cached_property
     def parameters(self) -> int:
         """Number of parameters, tied ones once."""
+        if self.name in table() and self.config is table()[self.name].config:
+            return table()[self.name].parameters
         return sum(p.numel() for p in self.skeleton.parameters())
 
     @cached_property
@@ -69,24 +90,72 @@ class Model:
         text = self.config.get_text_config()
         return any(getattr(text, key, None) for key in ("num_local_experts", "num_experts", "n_routed_experts"))
 
+    @cached_property
+    def moe_blocks(self) -> list[str]:
+        """Classes of the modules that hold experts. Under ZeRO-3 they must be gathered whole: ranks whose tokens go to
+        different experts would wait for each other for ever."""
+        if not self.is_moe:
+            return []
+        return sorted({_path(module) for module in self.skeleton.modules() if hasattr(module, "experts")})
+
+    @cached_property
+    def largest_block(self) -> int:
+        """Parameters of the largest block of experts; 0 without any."""
+        names = set(self.moe_blocks)
+        blocks = (m for m in self.skeleton.modules() if names and _path(m) in names)
+        return max((sum(p.numel() for p in block.parameters()) for block in blocks), default=0)
+
     @property
     def tier(self) -> str:
+        """The ds_configs file of the model's class, for full fine-tuning."""
         return "zero3_offload_moe" if self.is_moe and self.parameters > 5e9 else self.size_class.tier
+
+    @property
+    def lora_tier(self) -> str:
+        return "zero3_lora_large" if self.tier.startswith("zero3") else self.tier
 
     @property
     def context(self) -> int | None:
         """Tokens that the model's positions reach; None where the config names no limit."""
-        return getattr(self.config.get_text_config(), "max_position_embeddings", None)
+        text = self.config.get_text_config()
+        # Command-R's config.json has both, the second for what it was trained on in the end.
+        limits = [getattr(text, key, None) for key in ("max_position_embeddings", "model_max_length")]
+        return max((limit for limit in limits if limit), default=None)
 
     @property
     def hidden_size(self) -> int:
         return self.config.get_text_config().hidden_size
 
 
+@dataclass(frozen=True)
+class Row:
+    """A model of the table: what its page on the hub says, without the hub."""
+
+    parameters: int  # counted on the meta device, tests/test_models.py counts again
+    config: object
+
+
+@functools.cache
+def table() -> dict[str, Row]:
+    """The twelve models by hub id."""
+    from transformers import AutoConfig
+
+    rows = json.loads(MODEL_SHAPES.read_text(encoding="utf-8"))
+    return {name: Row(row["parameters"], AutoConfig.for_model(**row["config"])) for name, row in rows.items()}
+
+
+@functools.cache
+def known_model(name: str, trust_remote_code: bool = False) -> Model:
+    """The model's shape: of the twelve from the package, without a network; of any other as `find_model` reads it."""
+    if name in table() and not Path(name).exists():
+        return Model(name, name, table()[name].config)
+    return find_model(name, trust_remote_code)
+
+
 def find_model(name: str, trust_remote_code: bool = False) -> Model:
     """Reads the model's config, from the package, a folder, or the hub.
 
-    Raises ValueError if there is none to be had, or it is no causal language model that packed pairs can score.
+    Raises ValueError if there is none to be had, or it is no causal language model.
     """
     from transformers import AutoConfig
 
@@ -107,7 +176,7 @@ def find_model(name: str, trust_remote_code: bool = False) -> Model:
         config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(_not_found(name, source, error)) from error
-    _require_packable(name, config, trust_remote_code)
+    _require_causal(name, config, trust_remote_code)
     return Model(name, source, config, trust_remote_code)
 
 
@@ -126,12 +195,12 @@ def _not_found(name: str, source: str, error: Exception) -> str:
     return f"--model {name} is no folder here and cannot be read from the hub: {remedy}"
 
 
-def _require_packable(name: str, config, trust_remote_code: bool) -> None:
+def _require_causal(name: str, config, trust_remote_code: bool) -> None:
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         if trust_remote_code and "AutoModelForCausalLM" in getattr(config, "auto_map", {}):
-            return  # its attention says so by itself if it cannot be packed
+            return
         raise ValueError(
             f"--model {name} is a {config.model_type} model, not a causal language model; name one that is"
         )
@@ -143,11 +212,6 @@ def _require_packable(name: str, config, trust_remote_code: bool) -> None:
         raise ValueError(
             f"--model {name} was saved as {saved_as[0]}, not as a causal language model ({architecture.__name__}): its "
             "output head would be random; name a checkpoint that has one"
-        )
-    if not architecture._supports_attention_backend:
-        raise ValueError(
-            f"--model {name}: {architecture.__name__} does not call transformers' attention interface, so packed pairs "
-            "cannot be scored with it; choose a model that does (GPT-2, Llama, Mistral, Gemma, Qwen2, Phi-3, …)"
         )
 
 
@@ -212,3 +276,23 @@ def weight_files(folder: Path) -> list[Path]:
             f"{folder} holds no safetensors weights{instead}; save the model with save_pretrained, which writes them"
         )
     return files
+
+
+def print_table() -> None:
+    """The twelve, as Markdown."""
+    print("| model | class | tier | tier with --lora | parameters | context |\n|---|---|---|---|---|---|")
+    for name in table():
+        model = known_model(name)
+        tiers = f"`{model.tier}` | `{model.lora_tier}`"
+        print(f"| `{name}` | {model.size_class.name} | {tiers} | {model.parameters:,} | {model.context:,} |")
+
+
+def main(argv: list[str]) -> None:
+    with world.user_errors():
+        if argv:
+            raise ValueError(f"python -m dpo_ds.models takes no arguments: leave out {argv[0]}")
+    print_table()
+
+
+if __name__ == "__main__":
+    world.run_main(main)

@@ -8,13 +8,14 @@ from pathlib import Path
 
 import torch
 
-from dpo_ds import checkpoint, models, world
+from dpo_ds import checkpoint, models, plan, world
 from dpo_ds.config import Options
 from dpo_ds.data.preferences import check_preferences, held_out, load_preferences
 from dpo_ds.data.steps import Schedule, too_small
 from dpo_ds.data.tokens import PairSet, Tokenizing, tokenize_pairs
-from dpo_ds.lora import require_targets
-from dpo_ds.tiers import choose_tier, fill_tier
+from dpo_ds.nvme import require_nvme
+from dpo_ds.scoring.twin import require_exact
+from dpo_ds.tiers import fill_tier, swap_folders
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,6 @@ class Run:
     weights: Path  # the folder from which the policy and the reference are loaded
     tokenizer: object
     ds_config: dict
-    checkpointing: bool
     train_pairs: PairSet
     eval_pairs: PairSet  # may be empty
     schedule: Schedule
@@ -40,23 +40,21 @@ class Run:
 
 def prepare(options: Options, ranks: int) -> Run:
     """Raises ValueError, in one line and on every rank, for whatever cannot work."""
-    model = models.find_model(options.model, options.trust_remote_code)
-    tokenizer = models.load_tokenizer(model)
-    options = _decide(options, model)
-    ds_config = fill_tier(
-        choose_tier(options, model),
-        options,
-        learning_rate=options.learning_rate,
-        hidden_size=model.hidden_size,
-        ranks=ranks,
-        on_gpu=torch.cuda.is_available(),
+    # The plan comes before any download; rank 0's machine stands for all.
+    options = world.one_after_another(
+        lambda: plan.for_run(options).options if world.from_environment().speaks else None
     )
+    options = _name_things(world.from_rank_0(options))
+    model = models.find_model(options.model, options.trust_remote_code)
+    world.one_after_another(lambda: world.from_environment().speaks and require_exact(options.model, model.config))
+    tokenizer = models.load_tokenizer(model)
+    ds_config = fill_tier(options.ds_config, options, model, ranks, torch.cuda.is_available())
+    if folders := swap_folders(ds_config):
+        world.one_after_another(lambda: require_nvme(folders))
     checkpoint.check_folder(Path(options.output_dir), options)  # before any work goes into data
     train_pairs, eval_pairs = world.one_after_another(lambda: load_pairs(options, tokenizer))
     longest = max(int(pairs.packed_lengths.max()) for pairs in (train_pairs, eval_pairs) if len(pairs))
-    if options.micro_batch_tokens is None:
-        options = options.replace(micro_batch_tokens=max(longest, 8192 if torch.cuda.is_available() else 4096))
-    elif options.micro_batch_tokens < longest:
+    if options.micro_batch_tokens < longest:
         raise ValueError(too_small(options.micro_batch_tokens, longest))
     schedule = Schedule.of(
         len(train_pairs), options.global_batch_pairs, options.epochs, options.max_steps, options.seed
@@ -73,7 +71,6 @@ def prepare(options: Options, ranks: int) -> Run:
         weights=weights,
         tokenizer=tokenizer,
         ds_config=ds_config,
-        checkpointing=_checkpoint_activations(options, model),
         train_pairs=train_pairs,
         eval_pairs=eval_pairs,
         schedule=schedule,
@@ -82,33 +79,16 @@ def prepare(options: Options, ranks: int) -> Run:
     )
 
 
-def _decide(options: Options, model: models.Model) -> Options:
-    """Fills what follows from the model and the machine."""
-    if options.lora:
-        require_targets(model.skeleton, options.lora_targets)
+def _name_things(options: Options) -> Options:
     changes = {}
-    if options.precision == "auto":
-        on_gpu = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-        changes["precision"] = "bf16" if on_gpu else "fp32"
-    if options.learning_rate is None:
-        changes["learning_rate"] = model.size_class.learning_rate * (10 if options.lora else 1)
-    if options.max_length is None:
-        changes["max_length"] = min(1024, model.context or 1024)
-    elif model.context is not None and options.max_length > model.context:
-        raise ValueError(f"--max_length {options.max_length} is above the model's context of {model.context}: lower it")
     if options.output_dir is None:
         changes["output_dir"] = str(
             Path("runs", f"{Path(options.model).name}-{Path(options.dataset).name.split('.')[0]}")
         )
     if options.generations is None:
-        changes["generations"] = 3 if model.parameters < 1e9 else 0
+        small = models.known_model(options.model, options.trust_remote_code).parameters < 1e9
+        changes["generations"] = 3 if small else 0
     return options.replace(**changes)
-
-
-def _checkpoint_activations(options: Options, model: models.Model) -> bool:
-    if options.gradient_checkpointing == "auto":
-        return model.parameters >= 1e9
-    return options.gradient_checkpointing == "on"
 
 
 def load_pairs(options: Options, tokenizer) -> tuple[PairSet, PairSet]:

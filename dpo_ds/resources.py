@@ -6,6 +6,7 @@ Try `python -c "from dpo_ds.resources import tier_files; print(tier_files())"`.
 from pathlib import Path
 
 _PACKAGE = Path(__file__).resolve().parent
+MODEL_SHAPES = _PACKAGE / "model_shapes.json"
 
 
 def tier_files() -> dict[str, Path]:

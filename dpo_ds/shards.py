@@ -24,9 +24,14 @@ class CheckpointWeights:
         self.shapes = dict(models[0]["frozen_param_shapes"] or {})
         self.groups, self.offsets, start = [], {}, 0
         for rank in range(ranks):
-            prefix = "" if (folder / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt").is_file() else "bf16_"
-            state = _load(folder / f"{prefix}zero_pp_rank_{rank}_mp_rank_00_optim_states.pt")
-            self.groups.append(state["optimizer_state_dict"]["fp32_flat_groups"])
+            groups = optimizer_state(folder, rank)["optimizer_state_dict"]["fp32_flat_groups"]
+            swapped = folder / "offloaded_tensors" / f"rank{rank:02d}"
+            self.groups.append(
+                [
+                    group if len(group) else _swap_file(swapped / f"{group.ds_id}.tensor.swp", shapes, ranks)
+                    for group, shapes in zip(groups, models[0]["param_shapes"], strict=True)
+                ]
+            )
         for group in models[0]["param_shapes"]:
             for name, shape in group.items():
                 self.shapes[name], self.offsets[name] = shape, start
@@ -42,6 +47,18 @@ class CheckpointWeights:
         else:
             slices = [fragments[name] for fragments in self.frozen]
         return torch.cat(slices)[: shape.numel()].view(shape)
+
+
+def _swap_file(path: Path, shapes: dict[str, torch.Size], ranks: int) -> torch.Tensor:
+    """A group of the optimizer's that was on NVMe: its file is padded at the end."""
+    length = sum(math.ceil(shape.numel() / ranks) for shape in shapes.values())
+    return torch.from_file(str(path), size=length, dtype=torch.float32)
+
+
+def optimizer_state(folder: Path, rank: int) -> dict:
+    """A stage 3 rank's optimizer file, memory-mapped."""
+    prefix = "" if (folder / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt").is_file() else "bf16_"
+    return _load(folder / f"{prefix}zero_pp_rank_{rank}_mp_rank_00_optim_states.pt")
 
 
 def _slice(groups: list[torch.Tensor], start: int, length: int) -> torch.Tensor:

@@ -11,8 +11,17 @@ from dpo_ds.config import parse_options
 def main(argv: list[str]) -> None:
     with world.user_errors():
         options = parse_options(argv)
+        if world.from_environment().speaks or options.plan == "only":
+            world.quiet_start()
+            from dpo_ds import plan
+
+            planned = plan.for_run(options)
+            if options.plan != "off":
+                world.say(planned.table())
+        if options.plan == "only":
+            return
         ranks = world.join().size
-        from dpo_ds.prepare import prepare  # after join: DeepSpeed looks at the environment when it is imported
+        from dpo_ds.prepare import prepare
 
         run = prepare(options, ranks)
     train(run)
@@ -30,13 +39,7 @@ def train(run) -> dict:
         return {}
     world.say(describe(run))
     with references(run) as reference:
-        policy = policy_engine(
-            run.weights,
-            run.ds_config,
-            run.options,
-            checkpointing=run.checkpointing,
-            total_steps=run.schedule.steps,
-        )
+        policy = policy_engine(run.weights, run.ds_config, run.options, total_steps=run.schedule.steps)
         trainer = Trainer(run, policy, *reference(policy))
         summary = trainer.train()
         if len(run.eval_pairs):

@@ -36,6 +36,8 @@ class Trainer:
         self.here = world.from_environment()
         self.eval_reference = eval_reference
         self.starts_equal = self.options.reference != "none"
+        self.router_coefficient = float(self.options.router_aux_loss_coef)
+        self.metrics = [*METRICS, *(["router_aux_loss"] if self.router_coefficient > 0 else [])]
 
     def train(self) -> dict:
         """Runs what is left of the schedule. Returns the last metrics."""
@@ -64,8 +66,9 @@ class Trainer:
         """One forward and backward that count for nothing. ZeRO-3 fixes what it prefetches on its first pass, and a
         first pass without a backward (an evaluation) would spoil every step; and what lacks memory fails here."""
         with torch.random.fork_rng(devices=[self.policy.device] if self.policy.device.type == "cuda" else []):
-            logps = self.policy(self.pack(self.deal(self.run.schedule.step(number))[0]))
-            self.policy.backward(0.0 * logps.sum(), last=False)
+            logps, balance = self.policy(self.pack(self.deal(self.run.schedule.step(number))[0]))
+            nothing = 0.0 * logps.sum() + (0.0 if balance is None else 0.0 * balance.sum())
+            self.policy.backward(nothing, last=False)
 
     def deal(self, indices: np.ndarray) -> list[MicroBatch]:
         """This rank's micro-batches of a step."""
@@ -80,7 +83,7 @@ class Trainer:
         started = time.perf_counter()
         indices = self.run.schedule.step(number)
         micro_batches = self.deal(indices)
-        sums = torch.zeros(len(METRICS), device=self.policy.device)
+        sums = torch.zeros(len(self.metrics), device=self.policy.device)
         for place, micro_batch in enumerate(micro_batches):
             sums += self.learn(micro_batch, len(indices), last=place == len(micro_batches) - 1)
         learning_rate = self.policy.learning_rate
@@ -92,7 +95,7 @@ class Trainer:
         metrics = {
             "step": number + 1,
             "epoch": round((number + 1) / self.run.schedule.steps_per_epoch, 4),
-            **dict(zip(METRICS, values, strict=True)),
+            **dict(zip(self.metrics, values, strict=True)),
             "grad_norm": grad_norm,
             "learning_rate": learning_rate,
             "applied": applied,
@@ -103,14 +106,19 @@ class Trainer:
         return metrics
 
     def learn(self, micro_batch: MicroBatch, step_pairs: int, last: bool) -> torch.Tensor:
-        """Forward and backward of one micro-batch. Returns its sums of METRICS, on the device."""
+        """Forward and backward of one micro-batch. Returns its sums of `self.metrics`, on the device."""
         batch = self.pack(micro_batch)
         reference = self.reference(micro_batch, batch)
-        logps = self.policy(batch)
+        logps, balance = self.policy(batch)
         losses = dpo_loss(logps[:, 0] - logps[:, 1], reference[:, 0] - reference[:, 1], self.options.beta)
+        total = losses.sum()
+        if balance is not None:
+            total = total + self.router_coefficient * balance.sum()
         # DeepSpeed averages gradients over ranks: times their number, the average is the sum over all pairs.
-        self.policy.backward(micro_batch.weight * losses.sum() * self.here.size / step_pairs, last)
+        self.policy.backward(micro_batch.weight * total * self.here.size / step_pairs, last)
         rows = preference_metrics(logps.detach(), reference, losses.detach(), self.options.beta)
+        if balance is not None:
+            rows = torch.cat([rows, balance.detach()[:, None]], dim=1)
         return micro_batch.weight * rows.sum(0)
 
     def check(self, number: int, indices: np.ndarray, loss: float) -> None:

@@ -51,6 +51,7 @@ def join() -> World:
         raise ValueError(
             f"rank {world.rank} has no GPU: this node has {torch.cuda.device_count()}; lower --num_gpus to that"
         )
+    quiet_start()
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", world.size))
     if "OMP_NUM_THREADS" not in os.environ or not torch.cuda.is_available():
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
@@ -61,18 +62,22 @@ def join() -> World:
     os.environ.setdefault("MASTER_PORT", str(_free_port()))
     if torch.cuda.is_available():
         torch.cuda.set_device(world.local_rank)
-    else:
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed
 
-    _quiet_libraries()
     with contextlib.redirect_stdout(io.StringIO()):
         deepspeed.init_distributed(verbose=False, timeout=PATIENCE)
     return world
 
 
-def _quiet_libraries() -> None:
-    """Warnings only: the libraries' own account of what they do would drown ours."""
+def quiet_start() -> None:
+    """What must be said before DeepSpeed is imported and CUDA allocates; and warnings only from the libraries, whose
+    own account of what they do would drown ours."""
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    elif exact_pinned_memory():
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", EXACT_PINNED)
     import deepspeed
     import transformers
 
@@ -81,6 +86,21 @@ def _quiet_libraries() -> None:
     transformers.logging.disable_progress_bar()
     # DeepSpeed 0.19 still calls what torch 2.13 has renamed, once a collective.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+    # The name that transformers 5.23 asks for instead is not there in 5.10.
+    warnings.filterwarnings("ignore", category=FutureWarning, message=".*gradient_checkpointing_")
+
+
+# torch rounds a page-locked block up to a power of two, above this many MB not: 16.4 GiB would take 32.
+EXACT_PINNED = "pinned_max_round_threshold_mb:1"
+
+
+def exact_pinned_memory() -> bool:
+    """Whether page-locked memory takes its own size here: torch 2.13 can be told so, and nothing else has been."""
+    import torch
+    from packaging.version import Version
+
+    known = Version(torch.__version__.split("+")[0]) >= Version("2.13")
+    return known and "pinned_max_round_threshold_mb" in os.environ.get("PYTORCH_ALLOC_CONF", EXACT_PINNED)
 
 
 def _free_port() -> int:
@@ -180,6 +200,17 @@ def _first_problem(problem: str | None) -> str | None:
     problems = [None] * from_environment().size
     torch.distributed.all_gather_object(problems, problem)
     return next((p for p in problems if p is not None), None)
+
+
+def from_rank_0(value: T) -> T:
+    """Rank 0's value, on every rank."""
+    if from_environment().size == 1:
+        return value
+    import torch
+
+    box = [value]
+    torch.distributed.broadcast_object_list(box, 0)
+    return box[0]
 
 
 def sum_over_ranks(tensor):

@@ -22,6 +22,14 @@ if [ ! -e "$STAMP" ]; then
     python -m pip install --quiet --no-compile --disable-pip-version-check "$(grep '^torch==' constraints.txt)"
     STEP="installing dpo_ds and what it needs with pip"
     python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt -e '.[test]'
+    # Offload to NVMe alone needs libaio: where it cannot be had, everything else works.
+    STEP="installing libaio-dev with apt-get"
+    if [ ! -e /usr/include/libaio.h ]; then
+        libaio() { DEBIAN_FRONTEND=noninteractive timeout 60 apt-get "$@" </dev/null >/dev/null 2>&1; }
+        { [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null && {
+            libaio install --yes libaio-dev || { libaio update && libaio install --yes libaio-dev; }
+        }; } || echo "dpo_ds: no libaio-dev, and no way to install it here: offload to NVMe will be refused" >&2
+    fi
     touch "$STAMP"
 fi
 STEP="running ${0##*/}"

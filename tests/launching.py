@@ -46,10 +46,10 @@ def run(ranks: int, *words: str, timeout: float = 400, check: bool = True, **env
     return done
 
 
-def run_scenarios(ranks: int, scenarios: list[dict], file: Path, **env: str) -> str:
+def run_scenarios(ranks: int, scenarios: list[dict], file: Path, **more) -> str:
     """Runs scenarios (see scenarios.py) in one launch; returns what they printed."""
     file.write_text(json.dumps(scenarios))
-    return run(ranks, ROOT / "tests" / "scenarios.py", file, **env).stdout
+    return run(ranks, ROOT / "tests" / "scenarios.py", file, **more).stdout
 
 
 def metrics(folder: Path) -> list[dict]:

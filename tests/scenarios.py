@@ -1,9 +1,11 @@
 """Several runs of the main job in one launch, one after the other: python scenarios.py FILE (under any launcher).
 
-FILE is JSON: a list of {"argv": [...], "shard_bytes": n, "stop_after": n}. Each run is prepared and trained as
-`python -m dpo_ds.train` does; one with stop_after ends there as if it had been killed, and the next with its folder
-resumes it. Beside each run's folder, NAME.collectives.json counts the collectives that dpo_ds itself called within its
-steps.
+FILE is JSON: a list of {"argv": [...]}, each prepared and trained as `python -m dpo_ds.train` does, and perhaps with
+    "shard_bytes": n                      exported in shards of that size
+    "stop_after": n                       ended there as if it had been killed; the next with its folder resumes it
+    "uneven_routing": true                rank r's tokens go to Mixtral's experts 2r and 2r + 1
+    "experts_implementation": "eager"     not the one that transformers would take
+Beside each run's folder, NAME.collectives.json counts the collectives that dpo_ds itself called within its steps.
 """
 
 import contextlib
@@ -13,6 +15,8 @@ from collections import Counter
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedModel
+from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
 
 from dpo_ds import world
 from dpo_ds.config import parse_options
@@ -65,6 +69,28 @@ def stop_after(step: int | None) -> None:
     Trainer.after_step = after_step
 
 
+def route_unevenly(rank: int | None) -> None:
+    router = MixtralTopKRouter
+    router.forward = PLAIN_ROUTER
+    if rank is None:
+        return
+
+    def forward(self, hidden):
+        logits, _, _ = PLAIN_ROUTER(self, hidden)
+        push = torch.zeros_like(logits)
+        push[:, 2 * rank : 2 * rank + 2] = 1e4
+        scores, experts = (logits + push).float().softmax(-1).topk(self.top_k, dim=-1)
+        routed.update(experts.unique().tolist())
+        return logits + push, scores / scores.sum(-1, keepdim=True), experts
+
+    router.forward = forward
+
+
+PLAIN_ROUTER = MixtralTopKRouter.forward
+PLAIN_IMPLEMENTATION = PreTrainedModel.get_correct_experts_implementation
+routed: set[int] = set()
+
+
 def main() -> None:
     from dpo_ds import export
     from dpo_ds.prepare import prepare
@@ -74,10 +100,18 @@ def main() -> None:
     for scenario in json.loads(Path(sys.argv[-1]).read_text()):
         counts.clear()
         export.SHARD_BYTES = scenario.get("shard_bytes", SHARD_BYTES)
+        routed.clear()
         run = prepare(parse_options(scenario["argv"]), here.size)
         stop_after(scenario.get("stop_after"))
+        route_unevenly(here.rank if "uneven_routing" in scenario else None)
+        experts = scenario.get("experts_implementation")
+        PreTrainedModel.get_correct_experts_implementation = (
+            (lambda self, wanted, experts=experts: experts) if experts else PLAIN_IMPLEMENTATION
+        )
         with contextlib.suppress(Stopped):
             train(run)
+        if routed:
+            print(f"rank {here.rank} routed to {sorted(routed)}", flush=True)
         if here.speaks:
             (run.folder.parent / f"{run.folder.name}.collectives.json").write_text(json.dumps(counts))
     world.leave()

@@ -16,6 +16,7 @@ world.join()
 from dpo_ds.config import parse_options
 from dpo_ds.engines import policy_engine, reference_engine
 from dpo_ds.scoring.packed import pack
+from dpo_ds.models import find_model
 from dpo_ds.tiers import fill_tier
 
 def resident():
@@ -26,8 +27,10 @@ def resident():
 folder, stage, precision = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 tier = folder / f"stage{stage}.json"
 tier.write_text(json.dumps({"zero_optimization": {"stage": stage}}))
-options = parse_options(["--model", str(folder), "--precision", precision, "--warmup_ratio", "0"])
-config = fill_tier(str(tier), options, learning_rate=1e-3, hidden_size=64, ranks=1, on_gpu=False)
+options = parse_options(
+    ["--model", str(folder), "--precision", precision, "--warmup_ratio", "0", "--learning_rate", "1e-3"]
+)
+config = fill_tier(str(tier), options, find_model(str(folder)), ranks=1, on_gpu=False)
 generator = np.random.default_rng(0)
 batch = pack([tuple(generator.integers(0, 900, n).astype(np.int32) for n in (17, 7, 12))])
 sizes = []
@@ -38,8 +41,8 @@ def reference():
     return engine
 
 def policy():
-    engine = policy_engine(folder, config, options, checkpointing=False, total_steps=10)
-    logps = engine(batch)
+    engine = policy_engine(folder, config, options, total_steps=10)
+    logps, _ = engine(batch)
     before = {n: p.detach().float().clone() for n, p in engine.model.named_parameters() if p.dim() > 1}
     engine.backward((logps[:, 0] - logps[:, 1]).sum(), True)
     engine.step()

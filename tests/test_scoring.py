@@ -21,9 +21,9 @@ def random_pairs(lengths=LENGTHS, seed=3):
     return [tuple(generator.integers(1, tiny.VOCABULARY, n).astype(np.int32) for n in sizes) for sizes in lengths]
 
 
-@pytest.fixture(scope="module", params=list(tiny.configs()))
+@pytest.fixture(scope="module", params=tiny.NAMES)
 def folder(request, tmp_path_factory):
-    return tiny.make(request.param, tmp_path_factory.mktemp(request.param))
+    return tiny.make(request.param, tmp_path_factory.mktemp("model"))
 
 
 def packed_model(folder, dtype=torch.float32):

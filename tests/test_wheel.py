@@ -129,6 +129,7 @@ def test_wheel_holds_every_module_and_data_file(installed: Installed) -> None:
     package = installed.source / "dpo_ds"
     modules = {*package.rglob("*.py")} | {path for path in package.glob("embedded/**/*") if path.is_file()}
     expected = {str(path.relative_to(installed.source)) for path in modules}
+    expected.add("dpo_ds/model_shapes.json")
     expected |= {f"dpo_ds/ds_configs/{name}.json" for name in checkout_tiers()}
     held = {name for name in zipfile.ZipFile(installed.wheel).namelist() if ".dist-info/" not in name}
     assert held == expected

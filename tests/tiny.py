@@ -1,22 +1,20 @@
-"""Tiny models with random weights and every peculiarity that matters here, made by code: no downloads."""
+"""Tiny models with random weights and every peculiarity that matters here, made by code: no downloads.
+
+Twins of the report's twelve models, by their hub id, each with a tokenizer and chat template of that model's shape; and
+a few further shapes, with the embedded tokenizer.
+"""
 
 from pathlib import Path
 
+import templates
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    CohereConfig,
-    Gemma2Config,
-    GPT2Config,
-    LlamaConfig,
-    MistralConfig,
-    MixtralConfig,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer, CohereConfig, Gemma2Config, LlamaConfig, MistralConfig
 
 from dpo_ds.embedded import model_folder
+from dpo_ds.models import table
+from dpo_ds.scoring.twin import randomise, twin
 
-VOCABULARY = 1024  # at least the embedded tokenizer's
+VOCABULARY = 1024  # at least the tokenizers'
 CONTEXT = 512
 WINDOW = 9  # shorter than the prompts
 
@@ -33,32 +31,33 @@ COMMON = dict(
     pad_token_id=None,
     tie_word_embeddings=False,
 )
+TIED = {**COMMON, "tie_word_embeddings": True}
+OTHERS = {
+    "llama": LlamaConfig(**COMMON),
+    "llama-tied": LlamaConfig(**TIED),
+    "mistral-v0.1": MistralConfig(**COMMON, sliding_window=WINDOW),
+    "command-r-plus": CohereConfig(**TIED, logit_scale=0.25, use_qk_norm=True),
+    "gemma2": Gemma2Config(
+        **TIED, head_dim=12, sliding_window=WINDOW, attn_logit_softcapping=5.0, final_logit_softcapping=3.0
+    ),
+}
+TWELVE = list(table())
+NAMES = [*TWELVE, *OTHERS]
 
 
-def configs() -> dict:
-    tied = {**COMMON, "tie_word_embeddings": True}
-    return {
-        "gpt2": GPT2Config(
-            vocab_size=VOCABULARY, n_embd=48, n_layer=2, n_head=4, n_positions=CONTEXT, bos_token_id=0, eos_token_id=0
-        ),
-        "llama": LlamaConfig(**COMMON),
-        "llama-tied": LlamaConfig(**tied),
-        "mistral": MistralConfig(**COMMON, sliding_window=WINDOW),
-        "cohere": CohereConfig(**tied, logit_scale=0.25, use_qk_norm=True),
-        "gemma2": Gemma2Config(
-            **tied, head_dim=12, sliding_window=WINDOW, attn_logit_softcapping=5.0, final_logit_softcapping=3.0
-        ),
-        "mixtral": MixtralConfig(**COMMON, num_local_experts=4, num_experts_per_tok=2, sliding_window=None),
-    }
+def config(name: str):
+    if name in OTHERS:
+        return OTHERS[name]
+    small = twin(table()[name].config, VOCABULARY)
+    small.max_position_embeddings = CONTEXT
+    return small
 
 
 def make(name: str, folder: Path, dtype=torch.float32) -> Path:
-    """Saves the tiny model and the embedded tokenizer to a folder, as a user would have them."""
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(configs()[name], dtype=dtype)
-    for parameter in model.parameters():
-        if parameter.dim() > 1:  # larger than the usual, so that attention and position matter
-            torch.nn.init.normal_(parameter, std=0.12)
+    """Saves the tiny model and its tokenizer to a folder, as a user would have them."""
+    model = AutoModelForCausalLM.from_config(config(name), dtype=dtype)
+    randomise(model)
     model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(model_folder()).save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(model_folder()) if name in OTHERS else templates.tokenizer(name)
+    tokenizer.save_pretrained(folder)
     return folder

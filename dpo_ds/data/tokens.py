@@ -21,7 +21,7 @@ import pyarrow as pa
 
 from dpo_ds.data.preferences import Report, counted, prompt_hash
 
-FORMAT = 1  # of the folder below and of all that decides its content; raise it when either changes
+FORMAT = 2  # of the folder below and of all that decides its content; raise it when either changes
 SMALL = 20_000  # rows: below it, starting processes costs more than it saves
 
 # Kinds in the report. The first three change a pair, the others leave it out.
@@ -128,25 +128,28 @@ class Encoder:
             )
         self.tokenizer, self.options = tokenizer, tokenizing
         self.templated = tokenizing.chat_template == "auto" and bool(tokenizer.chat_template)
-        # What the template writes after an answer, and how much of it belongs to the response.
-        self.suffix, self.kept_suffix = self._turn_end() if self.templated else ("", "")
+        # What the template writes before an answer (None: it rewrites the prompt then) and after it, and how much of
+        # the latter belongs to the response.
+        self.lead, self.suffix, self.kept_suffix = self._around_answer() if self.templated else (None, "", "")
 
-    def _turn_end(self) -> tuple[str, str]:
+    def _around_answer(self) -> tuple[str | None, str, str]:
         answer = "dpo ds answer"
         chat = [{"role": "user", "content": "question"}, {"role": "assistant", "content": answer}]
         try:
-            rendered = self._render(chat, open_turn=False)
+            rendered, opened = self._render(chat, open_turn=False), self._render(chat[:1], open_turn=True)
         except jinja2.TemplateError as error:
             raise ValueError(
                 f"the chat template of {self.tokenizer.name_or_path} takes no plain dialogue ({error}); "
                 "use --chat_template none"
             ) from error
-        suffix = rendered[rendered.rfind(answer) + len(answer) :]
+        at = rendered.rfind(answer)
+        lead = rendered[len(opened) : at] if rendered.startswith(opened) else None
+        suffix = rendered[at + len(answer) :]
         specials = {str(token) for token in self.tokenizer.added_tokens_decoder.values()}
         specials |= set(self.tokenizer.all_special_tokens)
         # Some tokenizers list runs of blanks as added tokens; they end nothing.
         ends = [at + len(token) for token in specials if token.strip() and (at := suffix.find(token)) >= 0]
-        return suffix, suffix[: min(ends)] if ends else ""
+        return lead, suffix, suffix[: min(ends)] if ends else ""
 
     def _render(self, messages: list[dict], open_turn: bool) -> str:
         return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=open_turn)
@@ -174,30 +177,35 @@ class Encoder:
 
     def _templated_texts(self, row: dict, note: dict) -> list[str]:
         messages = row["messages"]
-        try:
-            prompt = self._render(messages, open_turn=True)
-        except jinja2.TemplateError:
-            if messages[0]["role"] != "system" or len(messages) < 2:
-                note["left_out"] = REFUSED
-                return ["", "", ""]
+        if messages[0]["role"] == "system" and len(messages) > 1 and not self._takes_system(messages):
             first = {"role": messages[1]["role"], "content": f"{messages[0]['content']}\n\n{messages[1]['content']}"}
             messages = [first, *messages[2:]]
             note["changed"].append(FOLDED)
         try:
             prompt = self._render(messages, open_turn=True)
-            full = [
-                self._render([*messages, {"role": "assistant", "content": row[key].strip()}], open_turn=False)
-                for key in ("chosen", "rejected")
-            ]
+            return [prompt, *(self._with_answer(messages, prompt, row[key]) for key in ("chosen", "rejected"))]
         except jinja2.TemplateError:
             note["left_out"] = REFUSED
             return ["", "", ""]
-        if self.suffix:
-            full = [
-                text.removesuffix(self.suffix) + self.kept_suffix if text.endswith(self.suffix) else text
-                for text in full
-            ]
-        return [prompt, *full]
+
+    def _takes_system(self, messages: list[dict]) -> bool:
+        """Some templates refuse a system message, some leave it out without a word."""
+        try:
+            return messages[0]["content"].strip() in self._render(messages, open_turn=True)
+        except jinja2.TemplateError:
+            return False
+
+    def _with_answer(self, messages: list[dict], prompt: str, answer: str) -> str:
+        answer = answer.strip()
+        for end in (self.kept_suffix.strip(), self.tokenizer.eos_token):  # data that was written out by a template
+            answer = answer.removesuffix(end).rstrip() if end else answer
+        text = self._render([*messages, {"role": "assistant", "content": answer}], open_turn=False)
+        if self.lead is not None and not text.startswith(prompt):
+            # Mistral's writes a system message with the last user message only, so not once an answer follows.
+            return prompt + self.lead + answer + self.kept_suffix
+        if self.suffix and text.endswith(self.suffix):
+            return text.removesuffix(self.suffix) + self.kept_suffix
+        return text
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
         """Token ids. A template has written its special tokens itself; plain text gets the tokenizer's own."""

@@ -61,6 +61,8 @@ AttentionInterface.register(NAME, packed_attention)
 @functools.cache
 def choose_kernel(device_type: str):
     """The fastest kernel that this process can run on this kind of device."""
+    if device_type == "meta":
+        return _sizes_only
     if device_type != "cuda":
         return _per_segment
     if importlib.util.find_spec("flash_attn") is not None:
@@ -145,3 +147,23 @@ def _softcapped(q, k, v, mask, scale, softcap):
     scores = softcap * torch.tanh(q @ k.transpose(-1, -2) * scale / softcap)
     weights = scores.float().masked_fill(~mask, -math.inf).softmax(-1)
     return weights.to(v.dtype) @ v
+
+
+def _sizes_only(query, key, value, *_):
+    """For counting memory on the meta device (activations.py): what a flash kernel keeps and allocates."""
+    return _SizesOnly.apply(query, key, value)
+
+
+class _SizesOnly(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, query, key, value):
+        out = torch.empty_like(query)
+        log_sums = query.new_empty(query.shape[:2], dtype=torch.float32)
+        ctx.save_for_backward(query, key, value, out, log_sums)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        query, key, value, *_ = ctx.saved_tensors
+        torch.empty_like(query, dtype=torch.float32)  # flash-attention accumulates the queries' gradient in fp32
+        return tuple(torch.empty_like(x) for x in (query, key, value))

@@ -57,7 +57,7 @@ class _FusedLogps(torch.autograd.Function):
         log_norm_N = torch.empty(N, dtype=torch.float32, device=hidden.device)
         target_N = torch.empty_like(log_norm_N)
         step = max(1, tile // V)
-        for i in range(0, N, step):
+        for i in _starts(hidden, N, step):
             rows = slice(i, i + step)
             logits = _logits(hidden[rows], weight, bias, scale, softcap)
             log_norm_N[rows] = torch.logsumexp(logits, dim=-1)
@@ -76,7 +76,7 @@ class _FusedLogps(torch.autograd.Function):
         grad_weight = torch.empty_like(weight) if want_weight else None
         grad_bias = torch.empty_like(bias) if want_bias else None
         step = max(1, tile // N)
-        for i in range(0, V, step):
+        for i in _starts(hidden, V, step):
             columns = slice(i, min(i + step, V))
             tile_weight = weight[columns]
             logits = _logits(hidden, tile_weight, None if bias is None else bias[columns], scale, softcap)
@@ -98,6 +98,11 @@ class _FusedLogps(torch.autograd.Function):
         return (grad_hidden.to(hidden.dtype) if want_hidden else None, grad_weight, grad_bias, *[None] * 4)
 
 
+def _starts(hidden: torch.Tensor, total: int, step: int) -> range:
+    """Where tiles begin; where memory is counted (activations.py), one tile takes as much as all of them."""
+    return range(0, step if hidden.is_meta else total, step)
+
+
 def _logits(hidden, weight, bias, scale, softcap) -> torch.Tensor:
     logits = _mm_fp32(hidden, weight.t())
     if bias is not None:
@@ -111,6 +116,6 @@ def _mm_fp32(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """a @ b as fp32, not rounded to the inputs' dtype on the way."""
     if a.dtype == torch.float32:
         return a @ b
-    if a.is_cuda:
+    if a.is_cuda or a.is_meta:
         return torch.mm(a, b, out_dtype=torch.float32)
     return a.float() @ b.float()

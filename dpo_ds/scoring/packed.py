@@ -31,6 +31,7 @@ class PackedBatch:
     rows: torch.Tensor  # [N] int64: the row of the pack that predicts each response token
     targets: torch.Tensor  # [N] int64: the response tokens
     responses: torch.Tensor  # [N] int64: 2b for chosen of pair b, 2b + 1 for its rejected
+    token_pairs: torch.Tensor  # [T] int64: the pair of each token
     pairs: int  # B
 
     def to(self, device: torch.device | str) -> "PackedBatch":
@@ -72,6 +73,7 @@ def pack(pairs: Sequence[Pair]) -> PackedBatch:
         rows=_int64(rows),
         targets=_int64(targets),
         responses=_int64(responses),
+        token_pairs=torch.repeat_interleave(torch.tensor([sum(map(len, pair)) for pair in pairs])),
         pairs=len(pairs),
     )
 

@@ -1,0 +1,81 @@
+"""A run of the main job that measures its own memory: python memory.py OPTIONS… (under any launcher).
+
+Each rank writes memory-RANK.json to the run's folder: bytes of its own anonymous memory (mapped files do not count) at
+the start, when all is imported and nothing loaded; the peak above that, in building the policy and in the steps; and
+the state, what closing the policy's engine gives back: weights, optimizer and what else stays between two steps. Beside
+them tokens, the most of a micro-batch.
+"""
+
+import ctypes
+import gc
+import json
+import sys
+import threading
+import time
+
+from dpo_ds import world
+from dpo_ds.config import parse_options
+
+
+def resident() -> int:
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("RssAnon"))
+
+
+def settled() -> int:
+    """What is in use: garbage collected, free pages given back."""
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    return resident()
+
+
+class Peak:
+    """The highest `resident` since it was made, looked at every two milliseconds."""
+
+    def __init__(self):
+        self.value = 0
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def _watch(self) -> None:
+        while True:
+            self.value = max(self.value, resident())
+            time.sleep(0.002)
+
+
+def main() -> None:
+    with world.user_errors():
+        options = parse_options(sys.argv[1:])
+        here = world.join()
+        from dpo_ds import train as job
+        from dpo_ds.engines import Engine
+        from dpo_ds.prepare import prepare
+        from dpo_ds.trainer import Trainer
+
+        run = prepare(options, here.size)
+    found = {"rank": here.rank, "start": settled()}
+    peak = Peak()
+    plain_train, plain_close, plain_pack = Trainer.train, Engine.close, Trainer.pack
+
+    def train(self):
+        result = plain_train(self)
+        found["peak"] = peak.value - found["start"]
+        return result
+
+    def close(self):
+        before = settled()
+        plain_close(self)
+        found["state"] = before - settled()
+
+    def pack(self, micro_batch):
+        batch = plain_pack(self, micro_batch)
+        found["tokens"] = max(found.get("tokens", 0), batch.input_ids.numel())
+        return batch
+
+    Trainer.train, Engine.close, Trainer.pack = train, close, pack
+    job.train(run)
+    (run.folder / f"memory-{here.rank}.json").write_text(json.dumps(found))
+    world.leave()
+
+
+if __name__ == "__main__":
+    main()

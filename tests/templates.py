@@ -1,0 +1,194 @@
+"""Small tokenizers with the chat templates and special tokens of twelve models, made by code: no downloads.
+
+Each is its model's in shape: the same special tokens, the same text around a message, the same way with blanks. The
+vocabulary is not: it is the embedded one, or the like of a sentencepiece model trained on the embedded sample, and
+fits in tiny.VOCABULARY. EOS has id 0, as in tiny's configs.
+
+The templates are written here, from what is known of the real ones: meant are the revisions whose Phi-3 takes a system
+role and writes no BOS, and whose Mixtral takes no system role.
+"""
+
+import gzip
+import json
+import string
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from dpo_ds.embedded import model_folder, sample_file
+
+END = "<|endoftext|>"  # what a base calls its EOS; a model's own name takes its place
+WORDS = 512  # tokens of the sentencepiece-like base besides its 256 bytes
+
+# -------------------------------------------------------------------------------------------------------- vocabularies
+
+
+@cache
+def byte_level() -> str:
+    """The embedded tokenizer, as JSON: like those of GPT-2, Llama-3, Qwen2 and Command-R."""
+    return AutoTokenizer.from_pretrained(model_folder()).backend_tokenizer.to_str()
+
+
+@cache
+def pieces() -> str:
+    """A BPE over words that begin with the mark of a blank, as JSON: like those of Mistral, Gemma, Yi and Phi-3.
+
+    A character that is not in it, a newline for one, is written as bytes. A blank at a text's end is a token by
+    itself, which melts into the next word when the text goes on.
+    """
+    with gzip.open(sample_file(), "rt", encoding="utf-8") as file:
+        texts = [row["prompt"] + row["chosen"] for row in map(json.loads, file)]
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.Metaspace()
+    visible = sorted(string.digits + string.ascii_letters + string.punctuation)
+    trainer = trainers.BpeTrainer(vocab_size=WORDS, special_tokens=[END], initial_alphabet=visible, show_progress=False)
+    bpe.train_from_iterator(texts, trainer)
+    trained = json.loads(bpe.to_str())["model"]
+    # Only now: the trainer would take their names for special tokens.
+    vocabulary = trained["vocab"] | {f"<0x{byte:02X}>": len(trained["vocab"]) + byte for byte in range(256)}
+    merges = [tuple(merge) for merge in trained["merges"]]
+    whole = Tokenizer(models.BPE(vocabulary, merges, byte_fallback=True, fuse_unk=True))
+    whole.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return whole.to_str()
+
+
+# ----------------------------------------------------------------------------------------------------------- templates
+
+ALTERNATE = (
+    "{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('roles must alternate') }}{% endif %}"
+)
+
+
+def chatml(default_system: str = "") -> str:
+    default = f"<|im_start|>system\n{default_system}<|im_end|>\n"
+    return (
+        ("{% if messages[0].role != 'system' %}" + default + "{% endif %}" if default_system else "")
+        + "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+
+
+PHI_3 = (
+    "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% else %}{{ eos_token }}{% endif %}"
+)
+LLAMA_3 = (
+    "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n"
+    "{{ m.content | trim }}<|eot_id|>{% endfor %}"
+    "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
+)
+# The system text goes in front of the user's last message only while that is the last of all, so that the text with
+# an answer has no system text. That is no slip of ours: the real one does so.
+MISTRAL = (
+    "{{ bos_token }}{% set system = messages[0].content ~ '\n\n' if messages[0].role == 'system' else '' %}"
+    "{% for m in (messages[1:] if system else messages) %}" + ALTERNATE + "{% if m.role == 'user' %}"
+    "[INST] {{ system if loop.last }}{{ m.content }}[/INST]{% else %} {{ m.content | trim }}</s>{% endif %}{% endfor %}"
+)
+GEMMA = (
+    "{{ bos_token }}{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+    "{% for m in messages %}" + ALTERNATE + "<start_of_turn>{{ 'model' if m.role == 'assistant' else m.role }}\n"
+    "{{ m.content | trim }}<end_of_turn>\n{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
+)
+COMMAND_R = (
+    "{{ bos_token }}{% set system = messages[0].role == 'system' %}"
+    "{% if system %}<|START_OF_TURN_TOKEN|><|SYSTEM_TOKEN|>{{ messages[0].content }}<|END_OF_TURN_TOKEN|>{% endif %}"
+    "{% for m in (messages[1:] if system else messages) %}" + ALTERNATE + "<|START_OF_TURN_TOKEN|>"
+    "<|{{ 'USER' if m.role == 'user' else 'CHATBOT' }}_TOKEN|>{{ m.content.strip() }}<|END_OF_TURN_TOKEN|>{% endfor %}"
+    "{% if add_generation_prompt %}<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>{% endif %}"
+)
+MIXTRAL = (
+    "{{ bos_token }}{% for m in messages %}" + ALTERNATE + "{% if m.role == 'user' %} [INST] {{ m.content }} [/INST]"
+    "{% elif m.role == 'assistant' %} {{ m.content }}</s>{% else %}{{ raise_exception('no such role') }}{% endif %}"
+    "{% endfor %}"
+)
+
+# -------------------------------------------------------------------------------------------------------------- models
+
+
+@dataclass(frozen=True)
+class Shape:
+    template: str | None
+    eos: str
+    bos: str | None = None
+    pad: str | None = None
+    more: tuple[str, ...] = ()  # further special tokens
+    adds_bos: bool = False  # to a plain text
+    rstrip: bool = False  # the further ones swallow the blanks behind them
+    base: Callable[[], str] = byte_level
+    blank: str = "never"  # where `pieces` puts a blank of its own: "always" before each piece of text, "first", "never"
+    blanks: tuple[str, ...] = ()  # runs of them that are added tokens
+    named: bool = False  # its chat templates are several, by name
+
+
+CHATML = ("<|im_start|>", "<|im_end|>")
+HEADERS = ("<|start_header_id|>", "<|end_header_id|>", "<|end_of_text|>")
+TURNS = ("<|START_OF_TURN_TOKEN|>", "<|USER_TOKEN|>", "<|CHATBOT_TOKEN|>", "<|SYSTEM_TOKEN|>")
+
+GPT_2 = Shape(None, END, END)
+STABLELM_2 = Shape(chatml(), END, END, END, CHATML)
+LLAMA = Shape(LLAMA_3, "<|eot_id|>", "<|begin_of_text|>", None, HEADERS, adds_bos=True)
+QWEN_2 = Shape(chatml("You are a helpful assistant."), "<|im_end|>", None, END, CHATML)
+
+SHAPES = {
+    "gpt2": GPT_2,
+    "stabilityai/stablelm-2-1_6b-chat": STABLELM_2,
+    "microsoft/Phi-3-mini-4k-instruct": Shape(
+        PHI_3, END, "<s>", END, ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>"), rstrip=True, base=pieces,
+        blank="always",
+    ),
+    "meta-llama/Meta-Llama-3-8B-Instruct": LLAMA,
+    "meta-llama/Meta-Llama-3-70B-Instruct": LLAMA,
+    "mistralai/Mistral-7B-Instruct-v0.3": Shape(
+        MISTRAL, "</s>", "<s>", None, ("[INST]", "[/INST]"), adds_bos=True, base=pieces, blank="first"
+    ),
+    "google/gemma-7b-it": Shape(
+        GEMMA, "<eos>", "<bos>", "<pad>", ("<start_of_turn>", "<end_of_turn>"), adds_bos=True, base=pieces,
+        blanks=("\n", "\n\n"),
+    ),
+    "Qwen/Qwen2-7B-Instruct": QWEN_2,
+    "Qwen/Qwen2-72B-Instruct": QWEN_2,
+    "01-ai/Yi-34B-Chat": Shape(chatml(), "<|im_end|>", "<|startoftext|>", "<unk>", ("<|im_start|>",), base=pieces),
+    "CohereForAI/c4ai-command-r-v01": Shape(
+        COMMAND_R, "<|END_OF_TURN_TOKEN|>", "<BOS_TOKEN>", "<PAD_TOKEN>", TURNS, adds_bos=True, named=True
+    ),
+    "mistralai/Mixtral-8x7B-Instruct-v0.1": Shape(MIXTRAL, "</s>", "<s>", adds_bos=True, base=pieces, blank="first"),
+}  # fmt: skip
+
+
+def make(shape: Shape, name: str = "") -> PreTrainedTokenizerFast:
+    backend = Tokenizer.from_str(shape.base().replace(END, shape.eos))
+    if shape.base is pieces:
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=shape.blank)
+    more = [AddedToken(token, rstrip=shape.rstrip, normalized=False, special=True) for token in shape.more]
+    roles = {"eos_token": shape.eos, "bos_token": shape.bos, "pad_token": shape.pad}
+    roles = {role: token for role, token in roles.items() if token}
+    backend.add_special_tokens([*roles.values(), *more])
+    backend.add_tokens(list(shape.blanks))
+    if shape.adds_bos:
+        backend.post_processor = processors.TemplateProcessing(
+            single=f"{shape.bos} $A", special_tokens=[(shape.bos, backend.token_to_id(shape.bos))]
+        )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        name_or_path=name,
+        chat_template={"default": shape.template, "rag": "{{ documents }}"} if shape.named else shape.template,
+        extra_special_tokens=more,
+        **roles,
+    )
+
+
+def end_of_turn(model_id: str) -> str:
+    """What ends an answer of the model: EOS, where it has no token for that alone."""
+    shape = SHAPES[model_id]
+    return next((end for end in ("<|im_end|>", "<|end|>", "<end_of_turn>") if end in shape.more), shape.eos)
+
+
+@cache
+def tokenizer(model_id: str) -> PreTrainedTokenizerFast:
+    """The stand-in for a model's own; shared, so not to be changed."""
+    return make(SHAPES[model_id], model_id)

@@ -1,0 +1,37 @@
+"""The recipes: their heads are what the plan says today, every key is explained, and the options take them."""
+
+import importlib.util
+
+import launching
+import pytest
+import yaml
+
+from dpo_ds import plan
+from dpo_ds.config import parse_options
+from dpo_ds.models import table
+
+FOLDER = launching.ROOT / "launch" / "recipes"
+spec = importlib.util.spec_from_file_location("make_recipes", FOLDER / "make.py")
+make = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(make)
+
+RECIPES = [(model, lora) for model in table() for lora in (False, True)]
+
+
+@pytest.mark.parametrize(("model", "lora"), RECIPES, ids=[make.name(*recipe) for recipe in RECIPES])
+def test_a_recipe_is_what_the_plan_says(model, lora):
+    path = FOLDER / make.name(model, lora)
+    text = path.read_text()
+    assert text == make.text(model, lora), "run python launch/recipes/make.py"
+    lines = text.splitlines()
+    for number, line in enumerate(lines):
+        assert not line or line.startswith("#") or lines[number - 1].startswith("# "), f"{line} has no comment"
+    options = parse_options(["--config", str(path)])
+    assert (options.model, options.lora) == (model, lora)
+    written = {key: value for key, value in yaml.safe_load(text).items() if value is not None}
+    assert written.keys() <= vars(options).keys()
+    assert plan.choose(options, make.MACHINE).fits
+
+
+def test_there_are_no_others():
+    assert {path.name for path in FOLDER.glob("*.yaml")} == {make.name(*recipe) for recipe in RECIPES}
