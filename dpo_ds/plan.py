@@ -6,9 +6,7 @@
 The options of dpo_ds.train, and a machine; without one, this machine. Sizes are GiB, as nvidia-smi and free count.
 dpo_ds.train makes the same plan first: it picks the tier, the micro-batch and whether activations are recomputed.
 
-What DeepSpeed (0.19.8) holds where was read in its sources and is compared with what real runs hold and peak at, on CPU
-(tests/test_plan.py); activations are counted on the model's own code (activations.py). Nothing has been compared with a
-GPU yet.
+What a choice holds where is in footprint.py; this file makes the choice, and says what would fit where nothing does.
 """
 
 import argparse
@@ -16,114 +14,19 @@ import dataclasses
 import functools
 import json
 import math
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
-from dpo_ds import activations, models, world
+from dpo_ds import models, world
 from dpo_ds.config import Options, parse_options
-from dpo_ds.lora import is_target
-from dpo_ds.lora import targets as lora_targets
-from dpo_ds.scoring.twin import require_exact
+from dpo_ds.footprint import WHEN, Footprint, Part, Shape, longest_pair
+from dpo_ds.machine import GIB, NODE_GPUS, Machine, gib
 from dpo_ds.tiers import fill_tier
 
-GIB = 2**30
-# What every process takes before a model is loaded.
-CUDA = 2 * GIB  # per GPU: context, cuBLAS and NCCL workspaces; an estimate
-PROCESS = int(0.8 * GIB)  # of the host, per rank: Python, torch, DeepSpeed, datasets; measured 0.35 to 0.7 on CPU
-# Of a GPU's memory, this much is lost to the driver and to fragmentation; an estimate.
+# Of a GPU's memory, the rest is lost to the driver and to fragmentation; an estimate.
 USABLE = 0.95
-NODE_GPUS = 8
-# Per rank on CPU, measured; products in bf16 take more.
-CPU_WORK, CPU_WORK_BF16 = 70 * 2**20, 160 * 2**20
-LEFT_BEHIND = "freed, but kept by the C library"
-ADAM, MASTER = 8, 4  # bytes a trained parameter: two fp32 moments; the fp32 weight
-
-
-@dataclass(frozen=True)
-class Machine:
-    """Where a run would take place. Sizes in bytes; `gpu_memory` None: no GPUs, the ranks share the host's memory."""
-
-    ranks: int
-    ranks_per_node: int
-    gpu_memory: int | None
-    host_memory: int  # of each node
-    nvme: int = 0  # of each node
-
-    @classmethod
-    def of(cls, options: Options) -> "Machine":
-        """This machine with as many ranks as the launcher says, where the options do not name another."""
-        import torch
-
-        ranks = options.gpus or world.from_environment().size
-        per_node = min(ranks, NODE_GPUS) if options.gpus else int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
-        if ranks % per_node:
-            raise ValueError(f"--gpus {ranks} are not whole nodes of {NODE_GPUS}: plan for a multiple of that")
-        gpu = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
-        host = host_memory()
-        if gpu is None and (options.gpus or options.gpu_memory):  # a plan for another machine: A100s, as most have them
-            gpu, host = 80 * GIB, 1000 * GIB
-        gpu = int(options.gpu_memory * GIB) if options.gpu_memory else gpu
-        host = int(options.host_memory * GIB) if options.host_memory else host
-        nvme = int(options.nvme * GIB) if options.nvme is not None else nvme_free(options.nvme_path)
-        return cls(ranks, per_node, gpu, host, nvme)
-
-    @property
-    def name(self) -> str:
-        nodes = self.ranks // self.ranks_per_node
-        host = f"{_gib(self.host_memory)} GiB of host memory" + (" each" if nodes > 1 else "")
-        nvme = f", {_gib(self.nvme)} GiB of NVMe" if self.nvme else ""
-        if self.gpu_memory is None:
-            return f"{self.ranks} rank(s) without GPU, {host}{nvme}"
-        where = f"{nodes} nodes of {self.ranks_per_node}" if nodes > 1 else f"{self.ranks}"
-        return f"{where} GPU(s) of {_gib(self.gpu_memory)} GiB, {host}{nvme}"
-
-
-def host_memory() -> int:
-    """Bytes of memory that this process may use: the machine's, or less by a control group's limit."""
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    limits = [total]
-    own = Path("/proc/self/cgroup").read_text().splitlines() if Path("/proc/self/cgroup").is_file() else []
-    for line in own:
-        number, controllers, path = line.split(":", 2)
-        root, file = (
-            ("/sys/fs/cgroup", "memory.max") if number == "0" else ("/sys/fs/cgroup/memory", "memory.limit_in_bytes")
-        )
-        if number == "0" or "memory" in controllers.split(","):
-            # A limit may sit on any group above; in a container, the group's own path may not be there.
-            folder = Path(root + path)
-            for group in (folder, *folder.parents):
-                if not str(group).startswith(root):
-                    break
-                if (group / file).is_file() and (text := (group / file).read_text().strip()).isdigit():
-                    limits.append(int(text))
-    return min(limits)
-
-
-def nvme_free(path: str | None) -> int:
-    if path is None:
-        return 0
-    folder = Path(path).expanduser().absolute()
-    disk = os.statvfs(next(place for place in (folder, *folder.parents) if place.exists()))  # the run makes the rest
-    return disk.f_frsize * disk.f_bavail
-
-
-# ---------------------------------------------------------------------------------------------------- what a run takes
-
-
-WHEN = ("always", "compute and step", "compute", "step")
-
-
-@dataclass(frozen=True)
-class Part:
-    """Bytes of one kind. `where`: gpu (each), host (each node), nvme (each node) or disk (the run's folder). `when`:
-    one of WHEN; a micro-batch is computed, or the optimizer steps, not both at once."""
-
-    where: str
-    what: str
-    bytes: int
-    when: str = "always"
+PLENTY = 10**6 * GIB
+SHORTEST = 128  # tokens of a row worth training on
 
 
 @dataclass(frozen=True)
@@ -161,7 +64,7 @@ class Plan:
     def lacking(self) -> list[str]:
         names = {"gpu": "of GPU memory", "host": "of host memory", "nvme": "on --nvme_path"}
         return [
-            f"{_gib(self.need(where))} GiB {names[where]} (there are {_gib(room)})"
+            f"{gib(self.need(where))} GiB {names[where]} (there are {gib(room)})"
             for where, room in self.room.items()
             if self.need(where) > room
         ]
@@ -182,10 +85,10 @@ class Plan:
             "|---|---|---:|---|",
         ]
         for part in self.parts:
-            lines.append(f"| {part.where} | {part.what} | {_gib(part.bytes)} | {part.when} |")
+            lines.append(f"| {part.where} | {part.what} | {gib(part.bytes)} | {part.when} |")
         for where in dict.fromkeys(part.where for part in self.parts):
-            room = f" of {_gib(self.room[where])}" if where in self.room else ""
-            lines.append(f"| **{where}** | **at most** | **{_gib(self.need(where))}**{room} | |")
+            room = f" of {gib(self.room[where])}" if where in self.room else ""
+            lines.append(f"| **{where}** | **at most** | **{gib(self.need(where))}**{room} | |")
         return "\n".join(lines)
 
     def facts(self) -> dict:
@@ -205,154 +108,7 @@ class Plan:
         }
 
 
-def _gib(size: int) -> str:
-    """Three figures, no more: what is known."""
-    value = size / GIB
-    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 1 else f"{value:.2f}"
-
-
-class Footprint:
-    """A model with its adapters, as numbers: parameters by what ZeRO does with them, activations by the token."""
-
-    def __init__(self, model: models.Model, options: Options):
-        require_exact(model.name, model.config, model.trust_remote_code)
-        self.model, self.dtype = model, models.torch_dtype(options.precision)
-        skeleton = model.skeleton
-        # (numbers in the tensor, whether it is trained)
-        self.sizes = [(p.numel(), not options.lora) for p in skeleton.parameters()]
-        if options.lora:
-            adapted = lora_targets(skeleton, options.lora_targets)
-            matrices = [m.weight for name, m in skeleton.named_modules() if is_target(name, adapted)]
-            self.sizes += [(options.lora_r * side, True) for matrix in matrices for side in matrix.shape]
-        self.all = sum(size for size, _ in self.sizes)
-        self.trained = sum(size for size, trained in self.sizes if trained)
-        self.largest_trained = max(size for size, trained in self.sizes if trained)
-        # ZeRO-3 gathers a module's own parameters at a time, and those of a block of experts all at once.
-        own = (sum(p.numel() for p in module.parameters(recurse=False)) for module in skeleton.modules())
-        self.largest_gathered = max(model.largest_block, *own)
-        self.counter = activations.Counter(model.config, options, self.dtype, model.is_moe)
-
-    def small(self, threshold: int) -> int:
-        """Parameters in tensors of at most `threshold`: ZeRO-3 keeps those whole on every rank."""
-        return sum(size for size, _ in self.sizes if size <= threshold)
-
-    @functools.cache  # noqa: B019 (a plan's few footprints live as long as the process)
-    def activations(self, tokens: int, pair_tokens: int, recompute: bool) -> int:
-        return self.counter.count(tokens, pair_tokens, recompute).bytes
-
-
-def parts(footprint: Footprint, options: Options, config: dict, machine: Machine) -> Iterator[Part]:
-    """What a filled DeepSpeed config holds where. Micro-batch and gradient_checkpointing must be decided."""
-    zero = config["zero_optimization"]
-    stage, ranks, per_node = zero["stage"], machine.ranks, machine.ranks_per_node
-    item = footprint.dtype.itemsize
-    accumulation = 4 if config.get("data_types", {}).get("grad_accum_dtype") == "fp32" else item
-    optimizer_at = (zero.get("offload_optimizer") or {}).get("device", "gpu")
-    weights_at = (zero.get("offload_param") or {}).get("device", "gpu") if stage == 3 else "gpu"
-    share = math.ceil(footprint.all / ranks) if stage == 3 else footprint.all
-    mine = math.ceil(footprint.trained / ranks) if stage else footprint.trained
-
-    def part(where: str, what: str, size: float, when: str = "always") -> Part:
-        where = {"cpu": "host"}.get(where, where)
-        if where == "gpu" and machine.gpu_memory is None:
-            where = "host"
-        return Part(where, what, int(size) * (1 if where in ("gpu", "disk") else per_node), when)
-
-    def pinned(size: float) -> int:
-        """Page-locked host memory, which torch rounds up to a power of two unless told not to (world.join tells it)."""
-        rounded = machine.gpu_memory is not None and not world.exact_pinned_memory()
-        return 2 ** math.ceil(math.log2(size)) if rounded and size > 1 else int(size)
-
-    yield part(
-        weights_at, f"weights ({options.precision})", pinned(item * share) if weights_at == "cpu" else item * share
-    )
-    if weights_at == "nvme":
-        swap = zero["offload_param"]
-        yield part("host", "buffers of the weights", item * swap.get("buffer_count", 5) * swap["buffer_size"])
-    if options.reference == "live":
-        yield part(weights_at, "the reference's weights", item * (share if stage == 3 else footprint.all))
-    masters = stage > 0 or options.precision == "bf16"
-    state = ADAM + (MASTER if masters else 0)
-    if optimizer_at == "gpu":
-        yield part("gpu", "Adam's moments" + (" and fp32 weights" if masters else ""), state * mine)
-    else:
-        yield from offloaded_optimizer(part, pinned, optimizer_at, zero, mine)
-    yield from gradients(part, pinned, footprint, config, options, optimizer_at, mine, accumulation)
-    if stage == 3:
-        small = footprint.small(zero.get("stage3_param_persistence_threshold", 100_000))
-        yield part("gpu", "small parameters kept whole", item * small * (ranks > 1 or weights_at != "gpu"))
-        ahead = zero.get("stage3_max_live_parameters", 10**9) if zero.get("stage3_max_reuse_distance", 1) else 0
-        live = min(footprint.all, ahead + footprint.largest_gathered)
-        gathered = ranks > 1 or weights_at != "gpu"  # a single rank uses its partition as it is
-        yield part("gpu", "gathered parameters", item * live * gathered, "compute")
-    if stage:
-        buckets = 2 if zero.get("overlap_comm", stage == 3) else 1
-        yield part("gpu", "reduction buckets", buckets * item * zero.get("reduce_bucket_size", 5 * 10**8), "compute")
-        if ranks > 1:
-            yield part("gpu", "the largest gradient, reduced", item * footprint.largest_trained, "compute")
-    recompute = options.gradient_checkpointing == "on"
-    pair_tokens = min(longest_pair(options), options.micro_batch_tokens)
-    size = footprint.activations(options.micro_batch_tokens, pair_tokens, recompute)
-    yield part("gpu", "activations, " + ("recomputed" if recompute else "kept") + ", and head tiles", size, "compute")
-    if machine.gpu_memory is not None:
-        yield part("gpu", "CUDA context and libraries", CUDA)
-    else:
-        # glibc keeps freed blocks below 32 MB for later: measured, a fifth to the whole of what comes and goes.
-        yield part("host", LEFT_BEHIND, size, "compute")
-        bf16 = CPU_WORK_BF16 if options.precision == "bf16" else 0
-        yield part("host", "work space of the libraries", CPU_WORK + bf16, "compute")
-    yield part("host", "processes", PROCESS)
-    checkpoint = (ADAM + MASTER) * footprint.trained if masters else ADAM * footprint.trained
-    frozen = footprint.all - footprint.trained if stage == 3 else footprint.all
-    yield part("disk", "a checkpoint", checkpoint + item * frozen)
-    yield part("disk", "the merged model", item * footprint.model.parameters)
-
-
-def offloaded_optimizer(part, pinned, where: str, zero: dict, mine: int) -> Iterator[Part]:
-    groups = _split(mine, int(zero.get("sub_group_size", 10**9)))
-    if where == "nvme":
-        yield part("nvme", "Adam's moments, fp32 weights and gradients", (ADAM + MASTER + 4) * mine)
-        # A group at a time comes to the host: moments, weights and gradients.
-        yield part("host", "the group being updated", pinned((ADAM + MASTER + 4) * groups[0]))
-    else:
-        yield part("host", "Adam's moments and fp32 weights", sum(3 * pinned(4 * size) for size in groups))
-        yield part("host", "fp32 gradients", sum(pinned(4 * size) for size in groups))
-
-
-def gradients(
-    part, pinned, footprint: Footprint, config: dict, options: Options, optimizer_at: str, mine: int, accumulation: int
-) -> Iterator[Part]:
-    """Gradients as they wait for the step."""
-    zero = config["zero_optimization"]
-    stage = zero["stage"]
-    if stage == 0:
-        yield part("gpu", "gradients", 4 * mine, "compute and step")
-    elif stage == 1:
-        yield part("gpu", "gradients", footprint.dtype.itemsize * footprint.trained, "compute and step")
-    else:
-        at = "gpu" if optimizer_at == "gpu" else "host"
-        when = "always" if stage == 3 or at == "host" else "compute and step"
-        size = accumulation * mine
-        yield part(at, "gradients, accumulated", pinned(size) if at == "host" else size, when)
-    if optimizer_at == "gpu" and stage:
-        group = min(mine, int(zero.get("sub_group_size", 10**9))) if stage == 3 else mine
-        yield part("gpu", "fp32 gradients of the update", 4 * group, "step")
-    if config["optimizer"]["params"].get("torch_adam"):
-        # torch's own AdamW makes two temporaries of the tensor that it updates; a partition is one tensor.
-        group = footprint.largest_trained if stage == 0 else min(mine, int(zero.get("sub_group_size", 10**9)))
-        yield part("gpu", "AdamW's temporaries", 8 * group, "step")
-
-
-def _split(total: int, size: int) -> list[int]:
-    return [size] * (total // size) + ([total % size] if total % size else [])
-
-
 # ------------------------------------------------------------------------------------------------------- what to choose
-
-
-def longest_pair(options: Options) -> int:
-    """The most tokens that a packed pair can have."""
-    return 2 * options.max_length - 1
 
 
 def decide(options: Options, model: models.Model, on_gpu: bool) -> Options:
@@ -401,9 +157,9 @@ def candidates(options: Options, model: models.Model, machine: Machine) -> list[
 
 
 @functools.lru_cache(maxsize=4)
-def _footprint(model: str, trust_remote_code: bool, precision: str, lora: bool, lora_r: int, lora_targets: str):
+def _shape(model: str, trust_remote_code: bool, precision: str, lora: bool, lora_r: int, lora_targets: str) -> Shape:
     options = Options(model=model, precision=precision, lora=lora, lora_r=lora_r, lora_targets=lora_targets)
-    return Footprint(models.known_model(model, trust_remote_code), options)
+    return Shape(models.known_model(model, trust_remote_code), options)
 
 
 def choose(options: Options, machine: Machine) -> Plan:
@@ -411,27 +167,25 @@ def choose(options: Options, machine: Machine) -> Plan:
     model = models.known_model(options.model, options.trust_remote_code)
     options = decide(options, model, machine.gpu_memory is not None)
     lora = (options.lora, options.lora_r, options.lora_targets) if options.lora else (False, 1, "")
-    footprint = _footprint(options.model, options.trust_remote_code, options.precision, *lora)
+    shape = _shape(options.model, options.trust_remote_code, options.precision, *lora)
     plans = []
     for tier in candidates(options, model, machine):
-        plan = fill(footprint, options.replace(ds_config=tier), machine)
+        plan = fill(shape, options.replace(ds_config=tier), machine)
         if plan.fits:
             return plan
         plans.append(plan)
     return min(plans, key=lambda plan: plan.excess)
 
 
-def fill(footprint: Footprint, options: Options, machine: Machine) -> Plan:
+def fill(shape: Shape, options: Options, machine: Machine) -> Plan:
     """The plan of one tier: activations kept if a step's share of pairs fits so, else recomputed, in the largest
     micro-batch that fits."""
     somewhere = options if options.nvme_path else options.replace(nvme_path="/nvme")  # a plan needs no real one
-    config = fill_tier(options.ds_config, somewhere, footprint.model, machine.ranks, machine.gpu_memory is not None)
+    config = fill_tier(options.ds_config, somewhere, shape.model, machine.ranks, machine.gpu_memory is not None)
 
     def plan(tokens: int, checkpointing: str) -> Plan:
         decided = options.replace(micro_batch_tokens=tokens, gradient_checkpointing=checkpointing)
-        return Plan(
-            footprint.model, decided, machine, footprint.trained, tuple(parts(footprint, decided, config, machine))
-        )
+        return Plan(shape.model, decided, machine, shape.trained, tuple(Footprint(shape, decided, config, machine)))
 
     pair = longest_pair(options)
     if options.micro_batch_tokens is not None:
@@ -467,9 +221,6 @@ def _largest(plan: Callable[[int], Plan], least: int, most: int) -> Plan:
 
 
 # ---------------------------------------------------------------------------------------------------- what to say of it
-
-PLENTY = 10**6 * GIB
-SHORTEST = 128  # tokens of a row worth training on
 
 
 @functools.lru_cache(maxsize=4)
@@ -517,7 +268,7 @@ def refusal(plan: Plan, options: Options) -> str:
 
 def _needs(plan: Plan) -> str:
     names = {"gpu": "GiB a GPU", "host": "GiB of host memory", "nvme": "GiB of NVMe"}
-    return ", ".join(f"{_gib(plan.need(where))} {names[where]}" for where in plan.room if plan.need(where))
+    return ", ".join(f"{gib(plan.need(where))} {names[where]}" for where in plan.room if plan.need(where))
 
 
 def remedies(options: Options, machine: Machine) -> Iterator[tuple[str, Plan]]:
@@ -576,7 +327,7 @@ def _cell(plan: Plan) -> str:
     if not plan.fits:
         return f"no: {', '.join(plan.lacking)}"
     recompute = ", recomputed" if plan.options.gradient_checkpointing == "on" else ""
-    need = " + ".join(f"{_gib(plan.need(where))}" for where in ("gpu", "host"))
+    need = " + ".join(f"{gib(plan.need(where))}" for where in ("gpu", "host"))
     return f"`{plan.options.ds_config}` {plan.options.micro_batch_tokens:,} tokens{recompute}: {need}"
 
 

@@ -18,6 +18,8 @@ def main(argv: list[str]) -> None:
             planned = plan.for_run(options)
             if options.plan != "off":
                 world.say(planned.table())
+        else:
+            world.let_rank_0_plan()
         if options.plan == "only":
             return
         ranks = world.join().size

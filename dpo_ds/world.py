@@ -14,6 +14,7 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -37,6 +38,25 @@ def from_environment() -> World:
     """Which rank the launcher says this is; nothing is started."""
     rank, local_rank, size = (int(os.environ.get(k, d)) for k, d in [("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)])
     return World(rank, local_rank, size)
+
+
+def let_rank_0_plan(at_most: float = 60) -> None:
+    """On rank 0's node, where ranks outnumber cores, waits until rank 0 opens the port at which all meet, or that many
+    seconds: to import torch eight times over on two cores would make the plan's refusal late by as much."""
+    world = from_environment()
+    if world.rank != world.local_rank or world.size <= len(os.sched_getaffinity(0)):
+        return
+    until = time.monotonic() + at_most
+    while time.monotonic() < until and not _listening(int(os.environ["MASTER_PORT"])):
+        time.sleep(0.1)
+
+
+def _listening(port: int) -> bool:
+    """Whether some process of this machine listens there: looked up, because a rank that connected and left would be
+    taken for one that has joined."""
+    tables = [Path("/proc/net/tcp"), Path("/proc/net/tcp6")]
+    lines = [line.split() for table in tables if table.is_file() for line in table.read_text().splitlines()[1:]]
+    return any(local.endswith(f":{port:04X}") and state == "0A" for _, local, _, state, *_ in lines)
 
 
 def join() -> World:
@@ -87,7 +107,7 @@ def quiet_start() -> None:
     # DeepSpeed 0.19 still calls what torch 2.13 has renamed, once a collective.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     # The name that transformers 5.23 asks for instead is not there in 5.10.
-    warnings.filterwarnings("ignore", category=FutureWarning, message=".*gradient_checkpointing_")
+    warnings.filterwarnings("ignore", category=FutureWarning, message=".*gradient_checkpointing")
 
 
 # torch rounds a page-locked block up to a power of two, above this many MB not: 16.4 GiB would take 32.

@@ -1,11 +1,14 @@
 """Real launches for tests: DeepSpeed's launcher over gloo, two ranks on this machine's CPU."""
 
+import contextlib
 import json
 import os
 import socket
 import subprocess
 import sys
 from pathlib import Path
+
+import psutil
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -32,18 +35,36 @@ def command(ranks: int, *words: str) -> list[str]:
 
 
 def run(ranks: int, *words: str, timeout: float = 400, check: bool = True, **env: str) -> subprocess.CompletedProcess:
-    done = subprocess.run(
-        command(ranks, *map(str, words)),
-        env={**environment(), **env},
+    return execute(command(ranks, *map(str, words)), timeout, check, env={**environment(), **env})
+
+
+def execute(argv: list[str], timeout: float = 400, check: bool = True, **more) -> subprocess.CompletedProcess:
+    """Runs it to its end, both streams in `stdout`; what takes too long is killed with all its children."""
+    process = subprocess.Popen(
+        argv,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=timeout,
         stdin=subprocess.DEVNULL,
+        **more,
     )
-    if check and done.returncode != 0:
-        raise AssertionError(f"exit code {done.returncode}:\n{done.stdout[-6000:]}")
-    return done
+    try:
+        stdout, _ = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        kill_tree(process.pid)
+        stdout, _ = process.communicate()
+        raise AssertionError(f"still running after {timeout:.0f} s:\n{stdout[-6000:]}") from None
+    if check and process.returncode != 0:
+        raise AssertionError(f"exit code {process.returncode}:\n{stdout[-6000:]}")
+    return subprocess.CompletedProcess(process.args, process.returncode, stdout)
+
+
+def kill_tree(pid: int) -> None:
+    """A launcher that is killed leaves its ranks running, and whoever reads their output waiting."""
+    parent = psutil.Process(pid)
+    for process in [*parent.children(recursive=True), parent]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
 
 
 def run_scenarios(ranks: int, scenarios: list[dict], file: Path, **more) -> str:

@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 from dpo_ds import plan
 from dpo_ds.config import parse_options
 from dpo_ds.embedded import model_folder
-from dpo_ds.plan import GIB, Machine
+from dpo_ds.footprint import LEFT_BEHIND
+from dpo_ds.machine import GIB, Machine, host_memory
 
 SHAPES = {"10M": (384, 6, 1024), "17M": (512, 5, 1376), "25M": (512, 8, 1376)}  # hidden, layers, intermediate
 BUCKETS = {"reduce_bucket_size": "auto", "allgather_bucket_size": "auto"}
@@ -67,7 +68,7 @@ def argv(place, case: str) -> list[str]:
     shape, ranks, tier, extra = CASES[case]
     options = {
         "model": place / shape, "dataset": "sample", "ds_config": place / f"{tier}.json", "output_dir": place / case,
-        "cache_dir": place / "cache", "max_steps": 2, "global_batch_pairs": 40 * ranks, "reference": "none",
+        "cache_dir": place / "cache", "max_steps": 2, "global_batch_pairs": 20 * ranks, "reference": "none",
         "max_length": 96, "eval_pairs": 0, "export": "none", "precision": "fp32", "micro_batch_tokens": 2048, **extra,
     }  # fmt: skip
     return [f"--{key}={value}" for key, value in options.items()]
@@ -90,7 +91,7 @@ def test_predicted_is_measured(case, place):
     assert len(found) == ranks
     options = parse_options(argv(place, case)).replace(micro_batch_tokens=max(rank["tokens"] for rank in found))
     chosen = plan.choose(options, Machine(ranks, ranks, None, 24 * GIB))
-    parts = [part for part in chosen.parts if part.where == "host" and part.what not in ("processes", plan.LEFT_BEHIND)]
+    parts = [part for part in chosen.parts if part.where == "host" and part.what not in ("processes", LEFT_BEHIND)]
     state = sum(part.bytes for part in parts if part.when == "always")
     peak = dataclasses.replace(chosen, parts=tuple(parts)).need("host")
     real_state, real_peak = (sum(rank[key] for rank in found) for key in ("state", "peak"))
@@ -219,4 +220,4 @@ def test_a_control_groups_limit_counts():
     """The machine's memory, or less where a container may not have it all."""
     with open("/proc/meminfo") as file:
         total = next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemTotal"))
-    assert 0 < plan.host_memory() <= 1.01 * total
+    assert 0 < host_memory() <= 1.01 * total

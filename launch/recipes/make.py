@@ -8,9 +8,10 @@ from pathlib import Path
 
 from dpo_ds import plan, world
 from dpo_ds.config import Options
+from dpo_ds.machine import GIB, Machine
 from dpo_ds.models import table
 
-MACHINE = plan.Machine(ranks=8, ranks_per_node=8, gpu_memory=80 * plan.GIB, host_memory=2000 * plan.GIB)
+MACHINE = Machine(ranks=8, ranks_per_node=8, gpu_memory=80 * GIB, host_memory=2000 * GIB)
 WHY = {
     "model": "Hub id, or a folder with this model's weights.",
     "dataset": "61,000 pairs, GPT-4's preferences; or a file of your own with prompt, chosen and rejected.",
