@@ -14,7 +14,12 @@ from dpo_ds.embedded import model_folder
 from dpo_ds.footprint import LEFT_BEHIND
 from dpo_ds.machine import GIB, Machine, host_memory
 
-SHAPES = {"10M": (384, 6, 1024), "17M": (512, 5, 1376), "25M": (512, 8, 1376)}  # hidden, layers, intermediate
+SHAPES = {
+    "10M": (384, 6, 1024),
+    "13M": (448, 5, 1216),
+    "17M": (512, 5, 1376),
+    "25M": (512, 8, 1376),
+}  # hidden, layers, intermediate
 BUCKETS = {"reduce_bucket_size": "auto", "allgather_bucket_size": "auto"}
 BASE = {
     "reduce_bucket_size": "auto",
@@ -35,17 +40,17 @@ TIERS = {
 # name: (shape, ranks, tier, further options)
 CASES = {
     "10M-1-stage0-fp32": ("10M", 1, "0", {}),
-    "17M-1-stage0-bf16": ("17M", 1, "0", {"precision": "bf16"}),
+    "13M-1-stage0-bf16": ("13M", 1, "0", {"precision": "bf16"}),
     "25M-1-stage0-fp32-checkpointing": ("25M", 1, "0", {"gradient_checkpointing": "on"}),
-    "25M-1-stage2-fp32": ("25M", 1, "2", {}),
-    "17M-2-stage2-bf16": ("17M", 2, "2", {"precision": "bf16"}),
+    "17M-1-stage2-fp32": ("17M", 1, "2", {}),
+    "13M-2-stage2-bf16": ("13M", 2, "2", {"precision": "bf16"}),
     "10M-1-stage3-fp32": ("10M", 1, "3", {}),
-    "25M-2-stage3-fp32": ("25M", 2, "3", {}),
-    "17M-2-stage3-bf16-sums": ("17M", 2, "3-bf16-sums", {"precision": "bf16"}),
-    "17M-1-offload-fp32": ("17M", 1, "3-offload", {}),
-    "25M-2-offload-bf16": ("25M", 2, "3-offload", {"precision": "bf16"}),
-    "25M-1-stage3-fp32-lora": ("25M", 1, "3", {"lora": "true"}),
-    "25M-2-offload-bf16-lora": ("25M", 2, "3-offload", {"lora": "true", "precision": "bf16"}),
+    "17M-2-stage3-fp32": ("17M", 2, "3", {}),
+    "13M-2-stage3-bf16-sums": ("13M", 2, "3-bf16-sums", {"precision": "bf16"}),
+    "13M-1-offload-fp32": ("13M", 1, "3-offload", {}),
+    "17M-2-offload-bf16": ("17M", 2, "3-offload", {"precision": "bf16"}),
+    "17M-1-stage3-fp32-lora": ("17M", 1, "3", {"lora": "true"}),
+    "17M-2-offload-bf16-lora": ("17M", 2, "3-offload", {"lora": "true", "precision": "bf16"}),
 }
 
 
@@ -68,7 +73,7 @@ def argv(place, case: str) -> list[str]:
     shape, ranks, tier, extra = CASES[case]
     options = {
         "model": place / shape, "dataset": "sample", "ds_config": place / f"{tier}.json", "output_dir": place / case,
-        "cache_dir": place / "cache", "max_steps": 2, "global_batch_pairs": 40 * ranks, "reference": "none",
+        "cache_dir": place / "cache", "max_steps": 2, "global_batch_pairs": 32 * ranks, "reference": "none",
         "max_length": 96, "eval_pairs": 0, "export": "none", "precision": "fp32", "micro_batch_tokens": 2048, **extra,
     }  # fmt: skip
     return [f"--{key}={value}" for key, value in options.items()]
