@@ -46,7 +46,11 @@ def prepare(options: Options, ranks: int) -> Run:
     )
     options = _name_things(world.from_rank_0(options))
     model = models.find_model(options.model, options.trust_remote_code)
-    world.one_after_another(lambda: world.from_environment().speaks and require_exact(options.model, model.config))
+    world.one_after_another(
+        lambda: (
+            world.from_environment().speaks and require_exact(options.model, model.config, options.trust_remote_code)
+        )
+    )
     tokenizer = models.load_tokenizer(model)
     ds_config = fill_tier(options.ds_config, options, model, ranks, torch.cuda.is_available())
     if folders := swap_folders(ds_config):

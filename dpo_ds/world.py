@@ -43,11 +43,11 @@ def from_environment() -> World:
 def let_rank_0_plan(at_most: float = 60) -> None:
     """On rank 0's node, where ranks outnumber cores, waits until rank 0 opens the port at which all meet, or that many
     seconds: to import torch eight times over on two cores would make the plan's refusal late by as much."""
-    world = from_environment()
-    if world.rank != world.local_rank or world.size <= len(os.sched_getaffinity(0)):
+    world, port = from_environment(), os.environ.get("MASTER_PORT")
+    if port is None or world.rank != world.local_rank or world.size <= len(os.sched_getaffinity(0)):
         return
     until = time.monotonic() + at_most
-    while time.monotonic() < until and not _listening(int(os.environ["MASTER_PORT"])):
+    while time.monotonic() < until and not _listening(int(port)):
         time.sleep(0.1)
 
 
