@@ -180,7 +180,9 @@ def choose(options: Options, machine: Machine) -> Plan:
 def fill(shape: Shape, options: Options, machine: Machine) -> Plan:
     """The plan of one tier: activations kept if a step's share of pairs fits so, else recomputed, in the largest
     micro-batch that fits."""
-    somewhere = options if options.nvme_path else options.replace(nvme_path="/nvme")  # a plan needs no real one
+    somewhere = options
+    if machine.nvme and not options.nvme_path:  # another machine's, whose folders nobody has named
+        somewhere = options.replace(nvme_path="/nvme")
     config = fill_tier(options.ds_config, somewhere, shape.model, machine.ranks, machine.gpu_memory is not None)
 
     def plan(tokens: int, checkpointing: str) -> Plan:
@@ -276,7 +278,10 @@ def remedies(options: Options, machine: Machine) -> Iterator[tuple[str, Plan]]:
     on_gpu = machine.gpu_memory is not None
 
     def trial(changed: Options, where: Machine) -> Plan | None:
-        plan = choose(changed, where)
+        try:
+            plan = choose(changed, where)
+        except ValueError:  # a change that the user's own ds_config does not go with
+            return None
         return plan if plan.fits else None
 
     if not options.lora and (found := trial(options.replace(lora=True), machine)):

@@ -200,12 +200,20 @@ def _leaves(config, path: str = ""):
 def _refuse_broken(name: str, config: dict) -> None:
     """What DeepSpeed 0.19 gets wrong, no longer knows, or what dpo_ds decides itself."""
     from deepspeed.runtime.config import DeepSpeedConfigError, _reject_removed_config_keys
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
     zero = config.get("zero_optimization", {})
     try:
         _reject_removed_config_keys(config)
     except DeepSpeedConfigError as error:
         raise ValueError(f"--ds_config {name}: {' '.join(str(error).split())}; remove it") from None
+    for key, field in DeepSpeedZeroConfig.model_fields.items():
+        extra = field.json_schema_extra or {}
+        if key in zero and extra.get("deprecated"):  # the plan would not see what it stands for
+            raise ValueError(
+                f"--ds_config {name}: zero_optimization.{key} is DeepSpeed's former word for {extra['new_param']}: "
+                "write that instead"
+            )
     if unknown := sorted(set(config) - KNOWN):
         nearest = difflib.get_close_matches(unknown[0], KNOWN, n=1)
         hint = f" (did you mean {nearest[0]}?)" if nearest else ""

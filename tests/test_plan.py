@@ -181,6 +181,22 @@ def test_a_refusal_says_what_would_fit_and_it_does():
     assert plan.for_run(options.replace(plan="off")).options.ds_config == "zero3_offload_large"
 
 
+def test_nvme_without_a_folder_is_told_so():
+    options = parse_options(["--model", "tiny-gpt2", "--ds_config", "zero3_nvme_large"])
+    with pytest.raises(ValueError, match="name a folder on a local drive with --nvme_path"):
+        plan.for_run(options)
+
+
+def test_no_remedy_that_the_config_refuses():
+    """zero3_nvme_large and LoRA do not go together: a run that lacks NVMe is told what it lacks, not that."""
+    options = parse_options([
+        "--model", LLAMA_70B, "--ds_config", "zero3_nvme_large", "--gpus", "8", "--gpu_memory", "80", "--nvme", "500",
+    ])  # fmt: skip
+    with pytest.raises(ValueError, match="on --nvme_path") as error:
+        plan.for_run(options)
+    assert "lora" not in str(error.value).lower()
+
+
 def test_the_users_70b_command_is_refused_in_seconds(tmp_path):
     """Eight ranks on a machine without GPUs and without a network: one line, exit code 2, nothing left behind."""
     started = time.time()
