@@ -1,0 +1,68 @@
+"""One run of dpo_ds for vs_trl.py, through the package's own steps; prints its measurements as JSON.
+
+    python benchmarks/one_ours.py MODEL PAIRS.jsonl MAX_LENGTH OUTPUT_DIR [further options of dpo_ds.train]
+"""
+
+import json
+import sys
+import time
+
+import work
+
+
+def main(model: str, pairs: str, max_length: str, output_dir: str, *more: str) -> dict:
+    from dpo_ds import world
+    from dpo_ds.config import parse_options
+
+    options = parse_options(
+        f"--model {model} --dataset {pairs} --max_length {max_length} --output_dir {output_dir} --eval_pairs 0 "
+        f"--cache_dir {output_dir}/cache --truncation keep_start --seed {work.SEED} --export none --generations 0 "
+        f"--global_batch_pairs {work.BATCH} --beta {work.BETA} --learning_rate {work.LEARNING_RATE} "
+        "--lr_scheduler constant --warmup_ratio 0 --weight_decay 0 --max_grad_norm 1.0 --precision fp32".split()
+        + list(more)
+    )
+    ranks = world.join().size
+    from dpo_ds.engines import policy_engine
+    from dpo_ds.flops import Flops
+    from dpo_ds.prepare import prepare
+    from dpo_ds.references import references
+    from dpo_ds.trainer import Trainer
+
+    run = prepare(options, ranks)
+    seconds, losses, cold = [], [], []
+    started = time.perf_counter()
+    with references(run) as reference:
+        reference_seconds = time.perf_counter() - started if options.reference == "precomputed" else 0.0
+        policy = policy_engine(run.weights, run.ds_config, run.options, total_steps=run.schedule.steps)
+        trainer = Trainer(run, policy, *reference(policy))
+        plain_step = trainer.step
+
+        def step(number: int) -> dict:
+            began = time.perf_counter()
+            metrics = plain_step(number)
+            seconds.append(time.perf_counter() - began)
+            losses.append(metrics["loss"])
+            cold.append(work.process_age())
+            return metrics
+
+        trainer.step = step
+        trainer.train()
+    lengths = run.train_pairs.lengths
+    later = [i for number in range(1, run.schedule.steps) for i in run.schedule.step(number)]
+    flops = Flops(run.model, run.options.replace(reference="live"))
+    peak = work.peak_memory()
+    return {
+        "pairs": len(run.train_pairs),
+        "step_seconds": seconds,
+        "losses": losses,
+        "reference_seconds": reference_seconds,
+        "cold_start": cold[0],
+        "peak_memory": peak,
+        "response_tokens": int(lengths[later, 1:].sum()),
+        "flops": flops.step(lengths[later]),
+        "matmul": work.matmul_speed(),
+    }
+
+
+if __name__ == "__main__":
+    print("RESULT " + json.dumps(main(*sys.argv[1:])))

@@ -1,0 +1,151 @@
+"""The work that the benchmarks share: a model folder, real pairs in one order, and what machine this is.
+
+The model is a Llama of 17 M parameters with random weights and GPT-2's vocabulary; the pairs are real, from
+../shared/data (DPO_DS_DATA names another place): HH harmless, AlpacaEval, and `long`, cut from both so that a prompt has
+2,048 tokens and a response about 100.
+"""
+
+import gzip
+import json
+import os
+import platform
+import resource
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+DATA = Path(os.environ.get("DPO_DS_DATA", ROOT.parent / "shared" / "data"))
+RESULTS = ROOT / "benchmarks" / "results"
+LONG_PROMPT, LONG_RESPONSE = 2048, 100
+MAX_LENGTH = {"hh": 1024, "alpaca": 1024, "long": LONG_PROMPT + LONG_RESPONSE + 16}
+SEED, BATCH, BETA, LEARNING_RATE = 42, 8, 0.1, 1e-5
+SHAPE = dict(hidden_size=256, num_hidden_layers=6, num_attention_heads=8, num_key_value_heads=4, intermediate_size=704)
+
+
+def tokenizer():
+    from transformers import AutoTokenizer
+
+    if not DATA.is_dir():
+        raise SystemExit(f"the benchmarks' pairs are not in {DATA}: name their folder in DPO_DS_DATA")
+    return AutoTokenizer.from_pretrained(DATA / "gpt2-tokenizer")
+
+
+def make_model(folder: Path, **shape) -> Path:
+    """A Llama of SHAPE with random weights, tied, and GPT-2's tokenizer."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    words = tokenizer()
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        **{**SHAPE, **shape},
+        vocab_size=len(words),
+        max_position_embeddings=4096,
+        tie_word_embeddings=True,
+        bos_token_id=words.bos_token_id,
+        eos_token_id=words.eos_token_id,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    words.save_pretrained(folder)
+    return folder
+
+
+def read(name: str) -> list[dict]:
+    """Rows of prompt, chosen, rejected, in the file's order."""
+    if name == "long":
+        return _long_rows()
+    file = {"hh": "hh-harmless/test.jsonl.gz", "alpaca": "alpaca-eval/pairs.jsonl.gz"}[name]
+    with gzip.open(DATA / file, "rt", encoding="utf-8") as lines:
+        rows = [json.loads(line) for line in lines]
+    if name == "alpaca":
+        return [{key: row[key] for key in ("prompt", "chosen", "rejected")} for row in rows]
+    return [row for row in map(_split_dialogue, rows) if row]
+
+
+def _split_dialogue(row: dict) -> dict | None:
+    turn = "\n\nAssistant:"
+    (prompt, chosen), (same, rejected) = (row[key].rsplit(turn, 1) for key in ("chosen", "rejected"))
+    if prompt != same or not chosen.strip() or not rejected.strip() or chosen.strip() == rejected.strip():
+        return None
+    return {"prompt": prompt + turn, "chosen": chosen, "rejected": rejected}
+
+
+def _long_rows() -> list[dict]:
+    """HH's responses of about 100 tokens after 2,048 tokens of real dialogues, the pair's own last."""
+    words = tokenizer()
+    rows, before = [], []
+    for row in read("hh"):
+        prompt, chosen, rejected = (words(row[key], verbose=False)["input_ids"] for key in row)
+        before = (before + prompt)[-LONG_PROMPT:]
+        if len(before) == LONG_PROMPT and min(len(chosen), len(rejected)) >= LONG_RESPONSE // 2:
+            parts = before, chosen[:LONG_RESPONSE], rejected[:LONG_RESPONSE]
+            texts = [words.decode(part) for part in parts]
+            if texts[1].strip() != texts[2].strip():
+                rows.append(dict(zip(("prompt", "chosen", "rejected"), texts, strict=True)))
+        before = before + chosen
+    return rows
+
+
+def write_pairs(name: str, pairs: int, folder: Path) -> tuple[Path, Path]:
+    """The set's first rows for dpo_ds, and the same in the order in which its seed takes them."""
+    from dpo_ds.data.steps import Schedule
+
+    rows = read(name)[:pairs]
+    if len(rows) < pairs:
+        raise SystemExit(f"{name} has {len(rows)} pairs, not {pairs}")
+    schedule = Schedule.of(pairs, BATCH, 1.0, None, SEED)
+    ordered = [rows[i] for number in range(schedule.steps) for i in schedule.step(number)]
+    files = folder / f"{name}.jsonl", folder / f"{name}-ordered.jsonl"
+    for file, content in zip(files, (rows, ordered), strict=True):
+        file.write_text("".join(json.dumps(row) + "\n" for row in content), encoding="utf-8")
+    return files
+
+
+def process_age() -> float:
+    """Seconds since this process began."""
+    ticks = int(Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()[19])
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+
+
+def peak_memory() -> int:
+    """The most bytes that this process ever held."""
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def matmul_speed(seconds: float = 1.0, size: int = 2048) -> float:
+    """FLOPs per second of a large fp32 product, the best of several."""
+    import torch
+
+    a, b = torch.randn(size, size), torch.randn(size, size)
+    best, until = 0.0, time.perf_counter() + seconds
+    while time.perf_counter() < until:
+        started = time.perf_counter()
+        a @ b
+        best = max(best, 2 * size**3 / (time.perf_counter() - started))
+    return best
+
+
+def machine() -> dict:
+    """Hardware and versions, for the results."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    import torch
+
+    def known(package: str) -> str | None:
+        try:
+            return version(package)
+        except PackageNotFoundError:
+            return None
+
+    cpu = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), "")
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    packages = ("torch", "deepspeed", "transformers", "peft", "trl", "flash-attn", "triton")
+    return {
+        "date": time.strftime("%Y-%m-%d"),
+        "cpu": cpu,
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "gpu": gpu,
+        "python": platform.python_version(),
+        **{name: found for name in packages if (found := known(name))},
+    }
