@@ -1,6 +1,6 @@
 """One run of dpo_ds for vs_trl.py, through the package's own steps; prints its measurements as JSON.
 
-    python benchmarks/one_ours.py MODEL PAIRS.jsonl MAX_LENGTH OUTPUT_DIR [further options of dpo_ds.train]
+python benchmarks/one_ours.py MODEL PAIRS.jsonl MAX_LENGTH OUTPUT_DIR [further options of dpo_ds.train]
 """
 
 import json

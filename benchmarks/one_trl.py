@@ -1,6 +1,6 @@
 """One run of TRL's DPOTrainer for vs_trl.py; prints its measurements as JSON.
 
-    python benchmarks/one_trl.py MODEL ORDERED-PAIRS.jsonl MAX_LENGTH OUTPUT_DIR live|precomputed recompute|keep
+python benchmarks/one_trl.py MODEL ORDERED-PAIRS.jsonl MAX_LENGTH OUTPUT_DIR live|precomputed recompute|keep
 """
 
 import json

@@ -149,7 +149,9 @@ def verdict(one_set: dict) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sets", nargs="+", choices=list(GOALS), default=list(GOALS))
-    parser.add_argument("--pairs", type=int, default=32, help="pairs of each set, in steps of 8; the first is not timed")
+    parser.add_argument(
+        "--pairs", type=int, default=32, help="pairs of each set, in steps of 8; the first is not timed"
+    )
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     found, sums = {}, []
@@ -162,7 +164,13 @@ def main() -> None:
             sums.append(summary(name, found[name]))
     text = table(sums)
     work.RESULTS.mkdir(exist_ok=True)
-    facts = {"machine": work.machine(), "pairs": options.pairs, "rounds": options.rounds, "summary": sums, "runs": found}
+    facts = {
+        "machine": work.machine(),
+        "pairs": options.pairs,
+        "rounds": options.rounds,
+        "summary": sums,
+        "runs": found,
+    }
     (work.RESULTS / "vs_trl.json").write_text(json.dumps(facts, indent=1) + "\n")
     (work.RESULTS / "vs_trl.md").write_text(f"{json.dumps(facts['machine'])}\n\n{text}\n")
     print(text)

@@ -10,6 +10,7 @@ import json
 import os
 import platform
 import resource
+import statistics
 import time
 from pathlib import Path
 
@@ -112,17 +113,17 @@ def peak_memory() -> int:
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def matmul_speed(seconds: float = 1.0, size: int = 2048) -> float:
-    """FLOPs per second of a large fp32 product, the best of several."""
+def matmul_speed(seconds: float = 2.0, size: int = 2048) -> float:
+    """FLOPs per second of a large fp32 product: the median of as many as there is time for."""
     import torch
 
     a, b = torch.randn(size, size), torch.randn(size, size)
-    best, until = 0.0, time.perf_counter() + seconds
+    speeds, until = [], time.perf_counter() + seconds
     while time.perf_counter() < until:
         started = time.perf_counter()
         a @ b
-        best = max(best, 2 * size**3 / (time.perf_counter() - started))
-    return best
+        speeds.append(2 * size**3 / (time.perf_counter() - started))
+    return statistics.median(speeds)
 
 
 def machine() -> dict:

@@ -157,7 +157,8 @@ class Footprint:
         if on_gpu and self.stage:
             group = self.group if self.stage == 3 else self.mine
             yield self.part("gpu", "fp32 gradients of the update", FP32 * group, "step")
-        if self.config["optimizer"]["params"].get("torch_adam"):
+        adam = self.config["optimizer"]["params"]
+        if adam.get("torch_adam") and not adam.get("fused"):
             # torch's own AdamW makes two temporaries of the tensor that it updates; a partition is one tensor.
             group = self.shape.largest_trained if self.stage == 0 else self.group
             yield self.part("gpu", "AdamW's temporaries", 2 * FP32 * group, "step")

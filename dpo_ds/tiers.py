@@ -87,6 +87,8 @@ def fill_tier(name: str, options: Options, model: Model, ranks: int, on_gpu: boo
         _fill_leaf_modules(zero, model)
     if not on_gpu and "offload_optimizer" not in zero:
         params.setdefault("torch_adam", True)  # torch's own AdamW: FusedAdam would have to be compiled first
+        if params["torch_adam"]:
+            params.setdefault("fused", True)  # one pass over the weights, without temporaries
     left = [path for path, value in _leaves(config) if value == AUTO]
     if left:
         raise ValueError(f'--ds_config {name}: no rule fills "auto" for {left[0]}; give it a value')
