@@ -4,8 +4,8 @@
     python benchmarks/vs_trl.py --sets hh --rounds 1
 
 Each run is a process of its own. TRL's settings are tried once on few pairs, the fastest goes on; then TRL and dpo_ds
-take turns. A step's time begins where the one before it ended; the first step, which pays for first times, is left out on
-both sides. What the reference's forward takes counts on both sides, wherever it is made. Medians of the rounds are
+take turns. A step's time begins where the one before it ended; the first step, which pays for first times, is left out
+on both sides. What the reference's forward takes counts on both sides, wherever it is made. Medians of the rounds are
 printed as a table and written to benchmarks/results/ with hardware and versions.
 """
 
@@ -109,7 +109,7 @@ def summary(name: str, found: dict) -> dict:
 
 def table(sums: list[dict]) -> str:
     lines = [
-        "| set | who | pairs/s | response tokens/s | ratio | peak memory | ratio | of matmul FLOPs | cold start | loss |",
+        "| set | who | pairs/s | response tokens/s | ratio | peak memory | ratio | of matmul | cold start | loss |",
         "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for one_set in sums:
@@ -124,7 +124,8 @@ def table(sums: list[dict]) -> str:
                     f"≤ {one_set['loss gap']:.0e}",
                 )
             lines.append(
-                f"| {one_set['set']} | {name} | {side['pairs/s']:.3f} | {side['response tokens/s']:,.0f} | {ratios[0]} | "
+                f"| {one_set['set']} | {name} | {side['pairs/s']:.3f} | {side['response tokens/s']:,.0f} | "
+                f"{ratios[0]} | "
                 f"{side['peak memory'] / 2**20:,.0f} MiB | {ratios[1]} | {ratios[2]} | {side['cold start']:.1f} s | "
                 f"{ratios[3]} |"
             )
@@ -149,9 +150,7 @@ def verdict(one_set: dict) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sets", nargs="+", choices=list(GOALS), default=list(GOALS))
-    parser.add_argument(
-        "--pairs", type=int, default=32, help="pairs of each set, in steps of 8; the first is not timed"
-    )
+    parser.add_argument("--pairs", type=int, default=32, help="of each set, in steps of 8; the first step is not timed")
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     found, sums = {}, []

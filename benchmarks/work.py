@@ -1,8 +1,8 @@
 """The work that the benchmarks share: a model folder, real pairs in one order, and what machine this is.
 
 The model is a Llama of 17 M parameters with random weights and GPT-2's vocabulary; the pairs are real, from
-../shared/data (DPO_DS_DATA names another place): HH harmless, AlpacaEval, and `long`, cut from both so that a prompt has
-2,048 tokens and a response about 100.
+../shared/data (DPO_DS_DATA names another place): HH harmless, AlpacaEval, and `long`, cut from HH's dialogues so that a
+prompt has 2,048 tokens and a response up to 100.
 """
 
 import gzip

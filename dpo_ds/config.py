@@ -48,13 +48,17 @@ class Options:
     precision: Literal["auto", "bf16", "fp32"] = HfArg(
         default="auto", help="bf16 keeps fp32 master weights. auto: bf16 on a GPU, fp32 on CPU."
     )
+    attention: Literal["auto", "flash_attention_3", "flash_attention_2", "varlen", "sdpa"] = HfArg(
+        default="auto",
+        help="Attention's kernel. auto: the fastest that GPU and model have; varlen is torch's own.",
+    )
     gradient_checkpointing: Literal["auto", "on", "off"] = HfArg(
         default="auto", help="Recompute activations in backward. auto: on where memory needs it, by the plan."
     )
     micro_batch_tokens: int | None = HfArg(
         default=None,
         help="Tokens of one micro-batch on one rank, at most: a packed pair is prompt + chosen + rejected. By default "
-        "what the plan finds room for, up to the rank's share of a step (4096 on CPU).",
+        "what the plan finds room for, up to the rank's share of a step (2048 on CPU, or a longer pair).",
     )
 
     # whether it fits
@@ -140,7 +144,7 @@ class Options:
 
 # Fields that say where or how to run, not what to compute: two runs that differ only here are the same run.
 NOT_IDENTITY = frozenset(
-    {"output_dir", "cache_dir", "resume", "export", "generations", "save_every", "eval_every"}
+    {"output_dir", "cache_dir", "resume", "export", "generations", "save_every", "eval_every", "attention"}
     | {"plan", "gpus", "gpu_memory", "host_memory", "nvme", "nvme_path"}
 )
 

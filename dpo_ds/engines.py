@@ -75,15 +75,15 @@ class Engine:
         self.deepspeed.set_gradient_accumulation_boundary(last)
         self.deepspeed.backward(loss)
 
-    def step(self) -> tuple[float, bool]:
-        """Applies the step's gradients. Returns their norm before clipping and whether the step was applied (not if
-        they overflowed)."""
+    def step(self) -> tuple[torch.Tensor, bool]:
+        """Applies the step's gradients. Returns their norm before clipping, fp32 on some device, and whether the step
+        was applied (not if they overflowed)."""
         norm = None
         if isinstance(self.deepspeed.optimizer, torch.optim.Optimizer):  # stage 0 in fp32: DeepSpeed keeps no norm
             norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
         self.deepspeed.step()
         norm = self.deepspeed.get_global_grad_norm() if norm is None else norm
-        return float(norm), self.deepspeed.was_step_applied()
+        return torch.as_tensor(norm, dtype=torch.float32), self.deepspeed.was_step_applied()
 
     @property
     def learning_rate(self) -> float:

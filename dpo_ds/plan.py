@@ -26,6 +26,7 @@ from dpo_ds.tiers import fill_tier
 # Of a GPU's memory, the rest is lost to the driver and to fragmentation; an estimate.
 USABLE = 0.95
 PLENTY = 10**6 * GIB
+CPU_TOKENS = 2048  # a micro-batch: twice as many leave the caches, 15% slower on AlpacaEval (benchmarks/README.md)
 SHORTEST = 128  # tokens of a row worth training on
 
 
@@ -193,7 +194,7 @@ def fill(shape: Shape, options: Options, machine: Machine) -> Plan:
     if options.micro_batch_tokens is not None:
         most = least = options.micro_batch_tokens
     elif machine.gpu_memory is None:
-        most, least = max(pair, 4096), pair
+        most, least = max(pair, CPU_TOKENS), pair
     else:
         most, least = pair * min(math.ceil(options.global_batch_pairs / machine.ranks), max(1, 65536 // pair)), pair
     asked = options.gradient_checkpointing
@@ -251,7 +252,7 @@ def _by_class(options: Options, machine: Machine) -> Options:
     tier = model.lora_tier if options.lora else model.tier
     return options.replace(
         ds_config=tier if options.ds_config == "auto" else options.ds_config,
-        micro_batch_tokens=options.micro_batch_tokens or max(longest_pair(options), 8192 if on_gpu else 4096),
+        micro_batch_tokens=options.micro_batch_tokens or max(longest_pair(options), 8192 if on_gpu else CPU_TOKENS),
         gradient_checkpointing={"auto": "on" if model.parameters >= 1e9 else "off"}.get(
             options.gradient_checkpointing, options.gradient_checkpointing
         ),

@@ -14,6 +14,7 @@ from dpo_ds.data.preferences import check_preferences, held_out, load_preference
 from dpo_ds.data.steps import Schedule, too_small
 from dpo_ds.data.tokens import PairSet, Tokenizing, tokenize_pairs
 from dpo_ds.nvme import require_nvme
+from dpo_ds.scoring import attention
 from dpo_ds.scoring.twin import require_exact
 from dpo_ds.tiers import fill_tier, swap_folders
 
@@ -30,6 +31,7 @@ class Run:
     train_pairs: PairSet
     eval_pairs: PairSet  # may be empty
     schedule: Schedule
+    attention: str  # the kernel
     resume_from: Path | None
     finished: bool  # an earlier start of this very run has come to its end
 
@@ -51,6 +53,7 @@ def prepare(options: Options, ranks: int) -> Run:
             world.from_environment().speaks and require_exact(options.model, model.config, options.trust_remote_code)
         )
     )
+    kernel = attention.use(options.attention, model.config, models.torch_dtype(options.precision))
     tokenizer = models.load_tokenizer(model)
     ds_config = fill_tier(options.ds_config, options, model, ranks, torch.cuda.is_available())
     if folders := swap_folders(ds_config):
@@ -78,6 +81,7 @@ def prepare(options: Options, ranks: int) -> Run:
         train_pairs=train_pairs,
         eval_pairs=eval_pairs,
         schedule=schedule,
+        attention=kernel,
         resume_from=found.resume_from,
         finished=found.finished,
     )

@@ -13,6 +13,7 @@ import torch
 from dpo_ds.engines import reference_engine
 from dpo_ds.prepare import Run
 from dpo_ds.score import reference_tables, score_all
+from dpo_ds.scoring.packed import move
 
 ForPolicy = Callable[[object], tuple[Callable, Callable[[], np.ndarray]]]
 
@@ -37,7 +38,7 @@ def references(run: Run) -> Iterator[ForPolicy]:
 
 
 def _lookup(table: np.ndarray, policy) -> Callable:
-    return lambda micro_batch, _: torch.from_numpy(table[list(micro_batch.indices)]).to(policy.device)
+    return lambda micro_batch, _: move(torch.from_numpy(table[list(micro_batch.indices)]), policy.device)
 
 
 def _score(run: Run, score) -> np.ndarray:

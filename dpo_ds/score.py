@@ -17,6 +17,7 @@ from filelock import FileLock
 from tqdm import tqdm
 
 from dpo_ds import models, world
+from dpo_ds.ahead import ahead
 from dpo_ds.checkpoint import write_whole
 from dpo_ds.config import parse_options
 from dpo_ds.data.steps import deal
@@ -35,10 +36,12 @@ def score_pairs(score, pairs: PairSet, indices: np.ndarray, micro_batch_tokens: 
     here = world.from_environment()
     place = {int(i): n for n, i in enumerate(indices)}
     logps = torch.zeros(len(indices), 2)
-    for micro_batch in deal(indices, pairs.packed_lengths, here.size, micro_batch_tokens)[here.rank]:
-        scored = score(pack([pairs.pair(i) for i in micro_batch.indices])).cpu()
+    mine = deal(indices, pairs.packed_lengths, here.size, micro_batch_tokens)[here.rank]
+    batches = ahead(lambda micro_batch: pack([pairs.pair(i) for i in micro_batch.indices]), mine)
+    scored = [score(batch) for batch in batches]  # on the device: nothing waits for it before the last is under way
+    for micro_batch, rows in zip(mine, scored, strict=True):
         if micro_batch.weight:
-            logps[[place[i] for i in micro_batch.indices]] = scored
+            logps[[place[i] for i in micro_batch.indices]] = rows.cpu()
     return world.sum_over_ranks(logps.to(_collective_device())).cpu().numpy()
 
 

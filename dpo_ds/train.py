@@ -63,7 +63,8 @@ def describe(run) -> str:
     start = f", from {run.resume_from}" if run.resume_from else ""
     return (
         f"{options.model} ({run.model.parameters / 1e6:,.1f} M parameters, {how}), ZeRO stage "
-        f"{run.ds_config['zero_optimization']['stage']}, {options.precision}, {world.from_environment().size} rank(s): "
+        f"{run.ds_config['zero_optimization']['stage']}, {options.precision}, {run.attention} attention, "
+        f"{world.from_environment().size} rank(s): "
         f"{run.schedule.steps} steps of {options.global_batch_pairs} of {len(run.train_pairs)} pairs, "
         f"{len(run.eval_pairs)} held out{start} -> {run.folder}"
     )

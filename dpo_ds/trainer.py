@@ -2,14 +2,16 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
 
 from dpo_ds import checkpoint, world
+from dpo_ds.ahead import ahead
 from dpo_ds.data.steps import MicroBatch, deal
 from dpo_ds.engines import Engine
+from dpo_ds.flops import Flops, peak_of
 from dpo_ds.losses import dpo_loss
 from dpo_ds.prepare import Run
 from dpo_ds.report import METRICS, Reporter, preference_metrics
@@ -38,6 +40,7 @@ class Trainer:
         self.starts_equal = self.options.reference != "none"
         self.router_coefficient = float(self.options.router_aux_loss_coef)
         self.metrics = [*METRICS, *(["router_aux_loss"] if self.router_coefficient > 0 else [])]
+        self.flops, self.peak = Flops(run.model, self.options), peak_of(policy.device)
 
     def train(self) -> dict:
         """Runs what is left of the schedule. Returns the last metrics."""
@@ -47,6 +50,7 @@ class Trainer:
         self.warm_up(done)
         self.eval_reference = self.eval_reference() if len(self.run.eval_pairs) else None
         last: dict = self.evaluate(0) if done == 0 else {}
+        self.upcoming = ahead(lambda micro_batch: (micro_batch, self.pack(micro_batch)), self.micro_batches(done))
         for number in range(done, self.run.schedule.steps):
             last |= self.step(number)
             self.after_step(number + 1, last)
@@ -75,23 +79,31 @@ class Trainer:
         lengths = self.run.train_pairs.packed_lengths
         return deal(indices, lengths, self.here.size, self.options.micro_batch_tokens)[self.here.rank]
 
+    def micro_batches(self, first_step: int) -> Iterator[MicroBatch]:
+        """Of all steps from that one on."""
+        for number in range(first_step, self.run.schedule.steps):
+            yield from self.deal(self.run.schedule.step(number))
+
     def pack(self, micro_batch: MicroBatch) -> PackedBatch:
-        return pack([self.run.train_pairs.pair(i) for i in micro_batch.indices])
+        """On the device."""
+        return pack([self.run.train_pairs.pair(i) for i in micro_batch.indices]).to(self.policy.device)
 
     def step(self, number: int) -> dict:
         """One optimizer step: every pair of it once, over all ranks. Returns its metrics."""
         started = time.perf_counter()
         indices = self.run.schedule.step(number)
-        micro_batches = self.deal(indices)
+        count = len(self.deal(indices))
         sums = torch.zeros(len(self.metrics), device=self.policy.device)
-        for place, micro_batch in enumerate(micro_batches):
-            sums += self.learn(micro_batch, len(indices), last=place == len(micro_batches) - 1)
+        for place in range(count):
+            sums += self.learn(*next(self.upcoming), len(indices), last=place == count - 1)
         learning_rate = self.policy.learning_rate
         grad_norm, applied = self.policy.step()
-        # The step's one collective of ours; DeepSpeed has its own for the gradients.
-        values = (world.sum_over_ranks(sums) / len(indices)).tolist()
+        # The step's one collective of ours (DeepSpeed has its own for the gradients), and the one wait for the device.
+        means = world.sum_over_ranks(sums) / len(indices)
+        *values, grad_norm = torch.cat([means, grad_norm.to(means).view(1)]).tolist()
         self.check(number, indices, values[0])
         seconds = time.perf_counter() - started
+        flops = self.flops.step(self.run.train_pairs.lengths[indices]) / seconds / self.here.size
         metrics = {
             "step": number + 1,
             "epoch": round((number + 1) / self.run.schedule.steps_per_epoch, 4),
@@ -101,13 +113,14 @@ class Trainer:
             "applied": applied,
             "tokens/s": round(int(self.run.train_pairs.packed_lengths[indices].sum()) / seconds, 1),
             "pairs/s": round(len(indices) / seconds, 2),
+            "TFLOP/s a rank": round(flops / 1e12, 4),
+            **({"mfu": round(flops / self.peak, 4)} if self.peak else {}),
         }
         self.reporter.step(metrics)
         return metrics
 
-    def learn(self, micro_batch: MicroBatch, step_pairs: int, last: bool) -> torch.Tensor:
+    def learn(self, micro_batch: MicroBatch, batch: PackedBatch, step_pairs: int, last: bool) -> torch.Tensor:
         """Forward and backward of one micro-batch. Returns its sums of `self.metrics`, on the device."""
-        batch = self.pack(micro_batch)
         reference = self.reference(micro_batch, batch)
         logps, balance = self.policy(batch)
         losses = dpo_loss(logps[:, 0] - logps[:, 1], reference[:, 0] - reference[:, 1], self.options.beta)

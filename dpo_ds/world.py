@@ -73,7 +73,8 @@ def join() -> World:
         )
     quiet_start()
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", world.size))
-    if "OMP_NUM_THREADS" not in os.environ or not torch.cuda.is_available():
+    # torchrun says 1 where nobody has said anything, and the optimizer's step on the host would take hours.
+    if os.environ.get("OMP_NUM_THREADS", "1") == "1" or not torch.cuda.is_available():
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
     os.environ.setdefault("RANK", "0")
     os.environ.setdefault("LOCAL_RANK", "0")

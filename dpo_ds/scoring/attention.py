@@ -1,23 +1,25 @@
 """Attention over packed pairs: one function, registered with transformers, that serves every architecture.
 
-Its kernel is chosen once per process (`choose_kernel`): flash-attention 2 where it is installed, torch's own varlen
-flash kernel on other GPUs, and per-segment scaled-dot-product attention on CPU. All of them take the same thing:
+Its kernel is chosen once per process (`use`), by the device and the model's heads: flash-attention 3 or 2 where they
+are installed, torch's own varlen flash kernel on other GPUs, and scaled-dot-product attention segment by segment where
+none of them will do, as on CPU. All take the same thing:
 queries and keys in segments, causal, aligned at the bottom right (row r of a segment sees columns up to
 r + keys - queries). Dropout is always off: a DPO policy and its reference must be the same function.
 
 Shapes: T query rows, K key rows (prompts twice), H heads, G key-value heads, D head dimension.
 """
 
-import functools
 import importlib.util
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface
 
-from dpo_ds.scoring.packed import Segments, segments_of
+from dpo_ds.scoring.packed import segments_of
 
 # Must hold none of "flash", "sdpa", "flex_attention", "/": transformers looks for these words in the name.
 NAME = "dpo_packed_pairs"
@@ -41,13 +43,12 @@ def packed_attention(
     key_rows = attention_mask[0, 0, 0, : segments.key_offsets[-1]]
     query_THD = query[0].transpose(0, 1)
     key_KGD, value_KGD = (x[0].transpose(0, 1).index_select(0, key_rows) for x in (key, value))
-    kernel = choose_kernel(query.device.type)
+    kernel = _in_use.get(query.device.type, _per_segment)
     out_THD = kernel(
         query_THD,
         key_KGD,
         value_KGD,
         segments,
-        attention_mask[0, 0, 1:],
         1 / math.sqrt(query.shape[-1]) if scaling is None else scaling,
         sliding_window,
         softcap,
@@ -58,36 +59,32 @@ def packed_attention(
 AttentionInterface.register(NAME, packed_attention)
 
 
-@functools.cache
-def choose_kernel(device_type: str):
-    """The fastest kernel that this process can run on this kind of device."""
-    if device_type == "meta":
-        return _sizes_only
-    if device_type != "cuda":
-        return _per_segment
-    if importlib.util.find_spec("flash_attn") is not None:
-        return _flash_attention_2
-    if importlib.util.find_spec("torch.nn.attention.varlen") is not None:
-        return _torch_varlen
-    print("dpo_ds: no flash-attention kernel found: attention runs segment by segment (pip install flash-attn)")
-    return _per_segment
+def _flash_attention_3(query, key, value, segments, scale, window, softcap):
+    from flash_attn_interface import flash_attn_varlen_func
+
+    out = flash_attn_varlen_func(
+        query,
+        key,
+        value,
+        *segments.on_device,
+        segments.longest_query,
+        segments.longest_key,
+        softmax_scale=scale,
+        causal=True,
+        window_size=(-1, -1) if window is None else (window - 1, 0),
+        softcap=softcap or 0.0,
+    )
+    return out[0] if isinstance(out, tuple) else out  # earlier builds return the sums of exponents as well
 
 
-def _offsets(offsets: torch.Tensor, segments: Segments) -> tuple[torch.Tensor, torch.Tensor]:
-    length = len(segments.query_offsets)
-    return offsets[0, :length].contiguous(), offsets[1, :length].contiguous()
-
-
-def _flash_attention_2(query, key, value, segments, offsets, scale, window, softcap):
+def _flash_attention_2(query, key, value, segments, scale, window, softcap):
     from flash_attn import flash_attn_varlen_func
 
-    query_offsets, key_offsets = _offsets(offsets, segments)
     return flash_attn_varlen_func(
         query,
         key,
         value,
-        query_offsets,
-        key_offsets,
+        *segments.on_device,
         segments.longest_query,
         segments.longest_key,
         softmax_scale=scale,
@@ -97,18 +94,15 @@ def _flash_attention_2(query, key, value, segments, offsets, scale, window, soft
     )
 
 
-def _torch_varlen(query, key, value, segments, offsets, scale, window, softcap):
-    if softcap or query.dtype == torch.float32:  # torch's kernel has neither soft-capping nor fp32
-        return _per_segment(query, key, value, segments, offsets, scale, window, softcap)
+def _torch_varlen(query, key, value, segments, scale, window, softcap):
     from torch.nn.attention.varlen import varlen_attn
 
-    query_offsets, key_offsets = _offsets(offsets, segments)
+    assert not softcap, "choose() gives such models another kernel"
     return varlen_attn(
         query,
         key,
         value,
-        query_offsets,
-        key_offsets,
+        *segments.on_device,
         segments.longest_query,
         segments.longest_key,
         scale=scale,
@@ -117,8 +111,7 @@ def _torch_varlen(query, key, value, segments, offsets, scale, window, softcap):
     )
 
 
-def _per_segment(query, key, value, segments, offsets, scale, window, softcap):
-    del offsets
+def _per_segment(query, key, value, segments, scale, window, softcap):
     outputs = []
     for (q0, q1), (k0, k1) in zip(pairwise(segments.query_offsets), pairwise(segments.key_offsets), strict=True):
         q, k, v = (x.transpose(0, 1)[None] for x in (query[q0:q1], key[k0:k1], value[k0:k1]))
@@ -167,3 +160,84 @@ class _SizesOnly(torch.autograd.Function):
         query, key, value, *_ = ctx.saved_tensors
         torch.empty_like(query, dtype=torch.float32)  # flash-attention accumulates the queries' gradient in fp32
         return tuple(torch.empty_like(x) for x in (query, key, value))
+
+
+# ------------------------------------------------------------------------------------------------------- which kernel
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """An implementation, where to find it, and what it can do. All but the last want bf16 on CUDA."""
+
+    call: Callable
+    module: str | None = None  # that must be installed
+    softcap: bool = True
+    head_dim: int = 256  # at most
+    capabilities: range = range(8, 100)  # major numbers of CUDA's compute capability
+    remedy: str = ""
+
+
+# The fastest first.
+KERNELS = {
+    "flash_attention_3": Kernel(
+        _flash_attention_3,
+        "flash_attn_interface",
+        capabilities=range(9, 10),
+        remedy="build it from flash-attention's hopper folder",
+    ),
+    "flash_attention_2": Kernel(_flash_attention_2, "flash_attn", remedy="pip install flash-attn"),
+    "varlen": Kernel(_torch_varlen, "torch.nn.attention.varlen", softcap=False, remedy="torch 2.11 or newer has it"),
+    "sdpa": Kernel(_per_segment),
+}
+# What packed_attention calls, by the kind of device; elsewhere it goes segment by segment.
+_in_use: dict[str, Callable] = {"meta": _sizes_only}
+
+
+def choose(wanted: str, config, dtype: torch.dtype, capability: tuple[int, int] | None) -> str:
+    """The name of the kernel for a model of `config`: the fastest that will do, or the wanted one.
+
+    capability: CUDA's compute capability, None on CPU. Raises ValueError, with what to do, if the wanted one cannot.
+    """
+    obstacles = {name: _obstacle(kernel, name, config, dtype, capability) for name, kernel in KERNELS.items()}
+    if wanted != "auto" and obstacles[wanted]:
+        usable = ", ".join(name for name, obstacle in obstacles.items() if not obstacle)
+        raise ValueError(f"--attention {wanted} {obstacles[wanted]}; what works here: auto, {usable}")
+    return next(name for name in KERNELS if wanted in ("auto", name) and not obstacles[name])
+
+
+def _obstacle(kernel: Kernel, name: str, config, dtype: torch.dtype, capability: tuple[int, int] | None) -> str | None:
+    """Why a kernel will not do, or None."""
+    if name == "sdpa":
+        return None
+    if capability is None:
+        return "needs a GPU"
+    if capability[0] not in kernel.capabilities:
+        return f"is not for GPUs of compute capability {capability[0]}.{capability[1]}"
+    if not _installed(kernel.module):
+        return f"is not installed ({kernel.remedy})"
+    if dtype == torch.float32:
+        return "has no fp32 (--precision bf16)"
+    text = config.get_text_config()
+    if getattr(text, "attn_logit_softcapping", None) and not kernel.softcap:
+        return f"has no soft-capping, which {type(config).__name__.removesuffix('Config')} needs"
+    if getattr(text, "kv_lora_rank", None):
+        return "wants keys and values of one width"
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    if head_dim > kernel.head_dim:
+        return f"goes up to heads of {kernel.head_dim} numbers, not {head_dim}"
+    return None
+
+
+def _installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # the package around it
+        return False
+
+
+def use(wanted: str, config, dtype: torch.dtype) -> str:
+    """Makes the kernel that `choose` names for this process's device the one that attention calls. Returns its name."""
+    capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
+    name = choose(wanted, config, dtype, capability)
+    _in_use["cuda"] = KERNELS[name].call
+    return name

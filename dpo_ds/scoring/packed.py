@@ -14,7 +14,7 @@ Shapes: T tokens of the pack, N response tokens, S segments (two a pair), B pair
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields, replace
 from itertools import pairwise
 
 import numpy as np
@@ -35,12 +35,24 @@ class PackedBatch:
     pairs: int  # B
 
     def to(self, device: torch.device | str) -> "PackedBatch":
-        """On another device, without waiting for the copies."""
-        tensors = {field.name: getattr(self, field.name) for field in fields(self) if field.type is torch.Tensor}
-        moved = {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
-        # Kernels need the segments as Python numbers: taken here, before the layout leaves the host.
-        moved["layout"].segments = segments_of(self.layout)
+        """On another device, without waiting for the copies: to a GPU they are made from page-locked memory."""
+        device = torch.device(device)
+        if device == self.input_ids.device:
+            return self
+        moved = {f.name: move(getattr(self, f.name), device) for f in fields(self) if f.type is torch.Tensor}
+        # Kernels need the segments as Python numbers, taken here, before the layout leaves the host, and their offsets
+        # as tensors: made once for all layers.
+        segments = segments_of(self.layout)
+        offsets = moved["layout"][0, 0, 1:, : len(segments.query_offsets)]
+        moved["layout"].segments = replace(segments, on_device=(offsets[0].contiguous(), offsets[1].contiguous()))
         return PackedBatch(**moved, pairs=self.pairs)
+
+
+def move(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """From the host to a device; to a GPU without waiting."""
+    if device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def pack(pairs: Sequence[Pair]) -> PackedBatch:
@@ -96,6 +108,7 @@ class Segments:
 
     query_offsets: list[int]  # S + 1 numbers
     key_offsets: list[int]
+    on_device: tuple[torch.Tensor, torch.Tensor] | None = field(default=None, compare=False)  # the same, int32
 
     @property
     def longest_query(self) -> int:

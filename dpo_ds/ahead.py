@@ -1,0 +1,21 @@
+"""Work prepared in a thread while the device computes."""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+Item, Ready = TypeVar("Item"), TypeVar("Ready")
+
+
+def ahead(prepare: Callable[[Item], Ready], items: Iterable[Item], many: int = 2) -> Iterator[Ready]:
+    """prepare(item) of each, in order, `many` of them begun before they are asked for. What `prepare` raises is raised
+    where its result is taken."""
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        begun: deque = deque()
+        for item in items:
+            begun.append(thread.submit(prepare, item))
+            if len(begun) > many:
+                yield begun.popleft().result()
+        while begun:
+            yield begun.popleft().result()
