@@ -23,7 +23,7 @@ def main(model: str, pairs: str, max_length: str, output_dir: str, *more: str) -
     )
     ranks = world.join().size
     from dpo_ds.engines import policy_engine
-    from dpo_ds.flops import Flops
+    from dpo_ds.flops import Flops, peak_of
     from dpo_ds.prepare import prepare
     from dpo_ds.references import references
     from dpo_ds.trainer import Trainer
@@ -49,7 +49,7 @@ def main(model: str, pairs: str, max_length: str, output_dir: str, *more: str) -
         trainer.train()
     lengths = run.train_pairs.lengths
     later = [i for number in range(1, run.schedule.steps) for i in run.schedule.step(number)]
-    flops = Flops(run.model, run.options.replace(reference="live"))
+    flops = Flops(run.model, run.options.replace(reference="live"))  # wherever it is made
     peak = work.peak_memory()
     return {
         "pairs": len(run.train_pairs),
@@ -58,6 +58,9 @@ def main(model: str, pairs: str, max_length: str, output_dir: str, *more: str) -
         "reference_seconds": reference_seconds,
         "cold_start": cold[0],
         "peak_memory": peak,
+        "gpu_memory": work.gpu_memory(),
+        "peak_flops": peak_of(policy.device),
+        "attention": run.attention,
         "response_tokens": int(lengths[later, 1:].sum()),
         "flops": flops.step(lengths[later]),
         "matmul": work.matmul_speed(),

@@ -1,6 +1,6 @@
 """One run of TRL's DPOTrainer for vs_trl.py; prints its measurements as JSON.
 
-python benchmarks/one_trl.py MODEL ORDERED-PAIRS.jsonl MAX_LENGTH OUTPUT_DIR live|precomputed recompute|keep
+python benchmarks/one_trl.py MODEL ORDERED-PAIRS.jsonl MAX_LENGTH OUTPUT_DIR live|precomputed recompute|keep [bf16=True] [lora=True]
 """
 
 import json
@@ -11,13 +11,21 @@ import time
 import work
 
 
-def main(model: str, pairs: str, max_length: str, output_dir: str, reference: str, activations: str) -> dict:
+def main(
+    model: str, pairs: str, max_length: str, output_dir: str, reference: str, activations: str, *more: str
+) -> dict:
     os.environ["TQDM_DISABLE"] = "1"
     import torch
     from datasets import load_dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
     from trl import DPOConfig, DPOTrainer
 
+    bf16, lora = "bf16=True" in more, "lora=True" in more
+    adapters = {}
+    if lora:
+        from peft import LoraConfig
+
+        adapters = {"peft_config": LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")}
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     seconds, losses, cold = [], [], []
 
@@ -58,7 +66,7 @@ def main(model: str, pairs: str, max_length: str, output_dir: str, reference: st
         max_grad_norm=1.0,
         beta=work.BETA,
         max_length=int(max_length),
-        bf16=False,
+        bf16=bf16,
         use_cpu=not torch.cuda.is_available(),
         gradient_checkpointing=activations == "recompute",
         precompute_ref_log_probs=reference == "precomputed",
@@ -73,11 +81,12 @@ def main(model: str, pairs: str, max_length: str, output_dir: str, reference: st
     words.pad_token = words.eos_token
     data = load_dataset("json", data_files=pairs, split="train", cache_dir=f"{output_dir}/cache")
     trainer = Timed(
-        model=AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32),
+        model=AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16 if bf16 else torch.float32),
         args=config,
         train_dataset=data,
         processing_class=words,
         callbacks=[Watch()],
+        **adapters,
     )
     trainer.train()
     return {
@@ -87,6 +96,7 @@ def main(model: str, pairs: str, max_length: str, output_dir: str, reference: st
         "reference_seconds": trainer.precomputing,
         "cold_start": cold[0],
         "peak_memory": work.peak_memory(),
+        "gpu_memory": work.gpu_memory(),
     }
 
 

@@ -108,6 +108,18 @@ def process_age() -> float:
     return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
 
 
+def memory() -> int:
+    """Bytes of this machine's memory."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def gpu_memory() -> int | None:
+    """The most bytes of tensors that the GPU ever held for this process."""
+    import torch
+
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
+
+
 def peak_memory() -> int:
     """The most bytes that this process ever held."""
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -145,7 +157,7 @@ def machine() -> dict:
         "date": time.strftime("%Y-%m-%d"),
         "cpu": cpu,
         "cores": len(os.sched_getaffinity(0)),
-        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "memory_gib": round(memory() / 2**30, 1),
         "gpu": gpu,
         "python": platform.python_version(),
         **{name: found for name in packages if (found := known(name))},

@@ -1,0 +1,241 @@
+"""Each attention kernel of this machine and the fused head against plain forwards; then what they cost.
+
+    python benchmarks/gpu_check.py [--models gpt2 ...] [--small] [--output FILE]     (bash benchmarks/gpu.sh check)
+
+Every model of the table as its tiny twin, packed and with each kernel, in fp32 and bf16: log-probabilities and gradients
+beside those of two plain fp32 forwards a pair with the whole matrix of logits. A bf16 kernel may be off by what a plain
+bf16 forward is off, and half as much again. A broken layout must not pass. Without a GPU it does the same with what a
+CPU has; --small takes small shapes for the timings.
+"""
+
+import argparse
+import contextlib
+import json
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import work
+from transformers import AutoModelForCausalLM
+
+sys.path.insert(0, str(work.ROOT))
+sys.path.insert(0, str(work.ROOT / "tests"))
+
+import oracle
+
+from dpo_ds.models import table
+from dpo_ds.scoring import attention, head
+from dpo_ds.scoring.packed import PackedBatch, pack
+from dpo_ds.scoring.scorer import PairScorer
+from dpo_ds.scoring.twin import randomise, twin
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+LENGTHS = ((37, 11, 23), (64, 30, 9), (5, 40, 41), (90, 1, 17))
+FP32 = {"logps": 2e-3, "gradients": 1e-3}  # sums of up to 41 log-probabilities; GPUs may use TF32 nowhere here
+SLACK = 1.5  # a packed bf16 run's error over a plain one's
+FLOOR = {"logps": 2e-2, "gradients": 1e-2}
+BROKEN = 0.05  # a broken layout moves log-probabilities by more, of the twins' one to five a token
+
+
+def some_pairs(vocabulary: int) -> list:
+    generator = np.random.default_rng(1)
+    return [tuple(generator.integers(1, vocabulary, n).astype(np.int32) for n in lengths) for lengths in LENGTHS]
+
+
+def graded(model, logps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """logps and the gradient of their margins' sum, flat, both fp32 on the host."""
+    model.zero_grad()
+    (logps[:, 0] - logps[:, 1]).sum().backward()
+    flat = torch.cat([p.grad.flatten().float().cpu() for p in model.parameters() if p.grad is not None])
+    return logps.detach().float().cpu(), flat
+
+
+def difference(found, expected) -> dict:
+    """The largest of a log-probability, and a gradient's relative error in the 2-norm."""
+    (logps, gradient), (logps_0, gradient_0) = found, expected
+    return {
+        "logps": float((logps - logps_0).abs().max()),
+        "gradients": float((gradient - gradient_0).norm() / gradient_0.norm()),
+    }
+
+
+def build(config, dtype, device, implementation: str):
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
+    randomise(model)
+    model = model.to(device=device, dtype=dtype)
+    model.set_attn_implementation(implementation)
+    return model
+
+
+def plain(config, pairs, dtype, device):
+    model = build(config, dtype, device, "eager")
+    with torch.device(device):
+        logps = oracle.pairs_logps(model, pairs)
+    return graded(model, logps)
+
+
+def packed(config, pairs, dtype, kernel: str, broken: bool = False):
+    attention.use(kernel, config, dtype)
+    model = build(config, dtype, DEVICE, attention.NAME)
+    batch = pack(pairs)
+    if broken:  # rejected sees chosen, and its positions go on after it
+        batch.position_ids = torch.arange(batch.input_ids.shape[1])[None]
+    return graded(model, PairScorer(model)(batch.to(DEVICE)))
+
+
+def available(config, dtype) -> list[str]:
+    names = []
+    for name in attention.KERNELS:
+        with contextlib.suppress(ValueError):
+            attention.use(name, config, dtype)
+            names.append(name)
+    return names
+
+
+def check_models(names: list[str]) -> list[dict]:
+    rows = []
+    for name in names:
+        config = twin(table()[name].config)
+        pairs = some_pairs(config.get_text_config().vocab_size)
+        expected = plain(config, pairs, torch.float32, "cpu")
+        for dtype in (torch.float32, torch.bfloat16):
+            allowed = FP32
+            if dtype == torch.bfloat16:
+                own = difference(plain(config, pairs, dtype, DEVICE), expected)
+                allowed = {key: SLACK * own[key] + FLOOR[key] for key in own}
+            for kernel in available(config, dtype):
+                error = difference(packed(config, pairs, dtype, kernel), expected)
+                fine = all(error[key] <= allowed[key] for key in error)
+                rows.append(
+                    {"model": name, "kernel": kernel, "dtype": str(dtype), **error, "allowed": allowed, "passed": fine}
+                )
+        broken = difference(packed(config, pairs, torch.float32, "sdpa", broken=True), expected)
+        rows.append({"model": name, "kernel": "broken layout", **broken, "passed": broken["logps"] > BROKEN})
+    return rows
+
+
+def check_head() -> list[dict]:
+    """The fused head's sum over 128 tokens beside fp64, forward and gradient."""
+    rows = []
+    for dtype, allowed in ((torch.float32, 1e-3), (torch.bfloat16, 0.1)):
+        torch.manual_seed(0)
+        hidden = torch.randn(128, 256).to(dtype)
+        weight = (torch.randn(8192, 256) / 8).to(dtype)
+        targets = torch.randint(0, 8192, (128,))
+        exact = [x.double().requires_grad_() for x in (hidden, weight)]
+        truth = (exact[0] @ exact[1].t()).log_softmax(-1).gather(1, targets[:, None]).sum()
+        truth.backward()
+        fast = [x.to(DEVICE).requires_grad_() for x in (hidden, weight)]
+        found = head.fused_logps(*fast, targets.to(DEVICE), tile=2**16).sum()
+        found.backward()
+        gaps = [float((f.grad.cpu() - e.grad).norm() / e.grad.norm()) for f, e in zip(fast, exact, strict=True)]
+        error = {"logps": abs(float(found) - float(truth)), "gradients": max(gaps)}
+        fine = error["logps"] < allowed and error["gradients"] < (1e-4 if dtype == torch.float32 else 2e-2)
+        rows.append({"model": "head", "kernel": "fused", "dtype": str(dtype), **error, "passed": fine})
+    return rows
+
+
+# ---------------------------------------------------------------------------------------------------------------- costs
+
+
+def timed(call, repeats: int = 5) -> float:
+    """Seconds, the fastest of several."""
+    best = float("inf")
+    for _ in range(repeats + 1):
+        if DEVICE.type == "cuda":
+            torch.cuda.synchronize()
+        started = time.perf_counter()
+        call()
+        if DEVICE.type == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - started)
+    return best
+
+
+def batch_of(lengths: tuple[int, int, int], tokens: int) -> PackedBatch:
+    pairs = max(1, tokens // sum(lengths))
+    return pack([tuple(np.ones(n, dtype=np.int32) for n in lengths)] * pairs).to(DEVICE)
+
+
+def attention_costs(small: bool) -> list[dict]:
+    """Forward and backward of one layer's attention at Llama-3-8B's heads, and the prompt's second gathering alone."""
+    heads, key_heads, width, tokens = (4, 2, 16, 512) if small else (32, 8, 128, 8192)
+    dtype = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
+    config = next(iter(table().values())).config
+    shapes = {"hh": (124, 41, 51), "ultrafeedback": (180, 350, 300), "long": (2048, 100, 100)}
+    rows = []
+    for name, lengths in shapes.items():
+        lengths = tuple(max(1, n // 16) for n in lengths) if small else lengths
+        batch = batch_of(lengths, tokens)
+        T = batch.input_ids.shape[1]
+        query = torch.randn(1, heads, T, width, device=DEVICE, dtype=dtype, requires_grad=True)
+        key, value = (torch.randn(1, key_heads, T, width, device=DEVICE, dtype=dtype, requires_grad=True) for _ in "kv")
+
+        def both(query=query, key=key, value=value, batch=batch):
+            out, _ = attention.packed_attention(None, query, key, value, batch.layout)
+            out.sum().backward()
+
+        def gather(key=key, value=value, batch=batch):
+            segments = attention.segments_of(batch.layout)
+            rows = batch.layout[0, 0, 0, : segments.key_offsets[-1]]
+            sum(x[0].transpose(0, 1).index_select(0, rows).sum() for x in (key, value)).backward()
+
+        for kernel in available(config, dtype):
+            attention.use(kernel, config, dtype)
+            rows.append({"lengths": name, "kernel": kernel, "tokens": T, "ms": 1e3 * timed(both)})
+        rows.append({"lengths": name, "kernel": "gather alone", "tokens": T, "ms": 1e3 * timed(gather)})
+    return rows
+
+
+def head_costs(small: bool) -> list[dict]:
+    """Forward and backward of the head at Llama-3-8B's shape, by tile, and the memory above its inputs."""
+    N, H, V = (64, 32, 2048) if small else (4096, 4096, 128256)
+    dtype = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
+    hidden = torch.randn(N, H, device=DEVICE, dtype=dtype, requires_grad=True)
+    weight = torch.randn(V, H, device=DEVICE, dtype=dtype).mul_(0.02).requires_grad_()
+    targets = torch.randint(0, V, (N,), device=DEVICE)
+    rows = []
+    for tile in [2**n for n in ((14, 16) if small else (22, 23, 24, 25, 26, 27, 28))]:
+
+        def both(tile=tile):
+            head.fused_logps(hidden, weight, targets, tile=tile).sum().backward()
+            hidden.grad = weight.grad = None
+
+        row = {"tile": tile, "ms": 1e3 * timed(both, 3)}
+        if DEVICE.type == "cuda":
+            before = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+            both()
+            row["MiB above inputs"] = (torch.cuda.max_memory_allocated() - before) / 2**20
+        row["TFLOP/s"] = 3 * 2 * N * H * V / row["ms"] / 1e9
+        rows.append(row)
+    return rows
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--models", nargs="+", default=list(table()), help="of the twelve")
+    parser.add_argument("--small", action="store_true")
+    parser.add_argument("--output", type=Path, default=work.RESULTS / "gpu_check.json")
+    options = parser.parse_args()
+    checks = check_models(options.models) + check_head()
+    facts = {"machine": work.machine(), "checks": checks}
+    for row in checks:
+        verdict = "passed" if row["passed"] else "FAILED"
+        print(
+            f"{verdict}: {row['model']}, {row['kernel']} {row.get('dtype', '')}: logps off by {row['logps']:.1e}, "
+            f"gradients by {row['gradients']:.1e}",
+            flush=True,
+        )
+    facts["attention"], facts["head"] = attention_costs(options.small), head_costs(options.small)
+    for row in [*facts["attention"], *facts["head"]]:
+        print(json.dumps(row))
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    options.output.write_text(json.dumps(facts, indent=1) + "\n")
+    return 0 if all(row["passed"] for row in checks) else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
