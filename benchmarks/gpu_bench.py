@@ -2,9 +2,9 @@
 
     python benchmarks/gpu_bench.py [--small] [--minutes 9] [--output FILE]     (bash benchmarks/gpu.sh bench WHEELS)
 
-Weights are random, texts are random words with the lengths of HH, UltraFeedback and a long-prompt set. LoRA first, then
-all weights with the optimizer on the host where it has the memory. --small does the same with tiny shapes, on a CPU too.
-What there is no time for within --minutes is named and left out.
+Weights are random, texts are random words with lengths like HH's, UltraFeedback's and a long-prompt set's. LoRA first,
+then all weights with the optimizer on the host where it has the memory. --small does the same with tiny shapes, on a
+CPU too. What there is no time for within --minutes is named and left out.
 """
 
 import argparse
@@ -31,8 +31,8 @@ TINY = dict(
     hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=128,
     vocab_size=2048,
 )  # fmt: skip
-# Mean tokens of prompt, chosen, rejected; max_length. HH's are measured (../shared/data/README.md), UltraFeedback's near
-# what its card shows, the third is the issue's.
+# Mean tokens of prompt, chosen, rejected; max_length. HH's are measured (../shared/data/README.md), UltraFeedback's are
+# our guess.
 SETS = {"hh": ((124, 41, 51), 1024), "ultrafeedback": ((180, 350, 300), 1024), "long": ((2048, 100, 100), 2300)}
 GOALS = {"hh": 2.0, "ultrafeedback": 1.3, "long": 2.0}
 HOST_FOR_FULL = 8.03e9 * 22.4 + 30 * 2**30  # bytes: Adam, masters, gradients; the process
@@ -142,7 +142,7 @@ def short(found: dict) -> dict:
 
 
 def layer_times(small: bool) -> dict:
-    """Seconds of forward and backward, recomputed, of one layer and of the rest, for a micro-batch of 1,024-token pairs."""
+    """Seconds of one layer and of the rest, for a micro-batch of 1,024-token pairs, activations recomputed."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 

@@ -1,6 +1,7 @@
 """One run of TRL's DPOTrainer for vs_trl.py; prints its measurements as JSON.
 
-python benchmarks/one_trl.py MODEL ORDERED-PAIRS.jsonl MAX_LENGTH OUTPUT_DIR live|precomputed recompute|keep [bf16=True] [lora=True]
+    python benchmarks/one_trl.py MODEL PAIRS.jsonl MAX_LENGTH OUTPUT_DIR live|precomputed recompute|keep [bf16=True] \
+        [lora=True]          PAIRS in the order in which they are to be taken
 """
 
 import json

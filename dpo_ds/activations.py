@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from dpo_ds.config import Options
 from dpo_ds.lora import add_lora
-from dpo_ds.scoring import attention
+from dpo_ds.scoring import attention, head
 from dpo_ds.scoring.packed import pack
 from dpo_ds.scoring.scorer import PairScorer
 
@@ -107,9 +107,10 @@ class Counter:
                 parameter.register_post_accumulate_grad_hook(_drop_gradient)
         return PairScorer(model)
 
-    def count(self, tokens: int, pair_tokens: int, checkpointing: bool) -> Activations:
+    def count(self, tokens: int, pair_tokens: int, checkpointing: bool, device: str) -> Activations:
         """For a micro-batch of `tokens` packed tokens in pairs of `pair_tokens`, with as many response tokens as there
-        can be."""
+        can be, on a device of that kind."""
+        head.TILES["meta"] = head.TILES[device]
         batch = _batch(tokens, pair_tokens)
         few, many = (self.scale * _peak(scorer, batch, checkpointing) for scorer in self.scorers)
         per_layer = (many - few) // (self.counts[1] - self.counts[0])

@@ -66,8 +66,8 @@ class Shape:
         return sum(size for size, _ in self.sizes if size <= threshold)
 
     @functools.cache  # noqa: B019 (a plan's few shapes live as long as the process)
-    def activations(self, tokens: int, pair_tokens: int, recompute: bool) -> int:
-        return self.counter.count(tokens, pair_tokens, recompute).bytes
+    def activations(self, tokens: int, pair_tokens: int, recompute: bool, device: str) -> int:
+        return self.counter.count(tokens, pair_tokens, recompute, device).bytes
 
 
 class Footprint:
@@ -186,7 +186,8 @@ class Footprint:
         """A micro-batch's activations, and what the libraries keep for themselves."""
         recompute = self.options.gradient_checkpointing == "on"
         tokens = self.options.micro_batch_tokens
-        size = self.shape.activations(tokens, min(longest_pair(self.options), tokens), recompute)
+        device = "cpu" if self.machine.gpu_memory is None else "cuda"
+        size = self.shape.activations(tokens, min(longest_pair(self.options), tokens), recompute, device)
         how = "recomputed" if recompute else "kept"
         yield self.part("gpu", f"activations, {how}, and head tiles", size, "compute")
         if self.machine.gpu_memory is not None:

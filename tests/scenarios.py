@@ -5,12 +5,14 @@ FILE is JSON: a list of {"argv": [...]}, each prepared and trained as `python -m
     "stop_after": n                       ended there as if it had been killed; the next with its folder resumes it
     "uneven_routing": true                rank r's tokens go to Mixtral's experts 2r and 2r + 1
     "experts_implementation": "eager"     not the one that transformers would take
-Beside each run's folder, NAME.collectives.json counts the collectives that dpo_ds itself called within its steps.
+Beside each run's folder, NAME.calls.json counts the collectives that dpo_ds itself called within its steps, and how
+often it waited for a tensor's numbers.
 """
 
 import contextlib
 import json
 import sys
+import threading
 from collections import Counter
 from pathlib import Path
 
@@ -23,18 +25,21 @@ from dpo_ds.config import parse_options
 from dpo_ds.train import train
 from dpo_ds.trainer import Trainer
 
+WAITS = ("item", "tolist", "cpu", "numpy", "nonzero", "__float__", "__int__", "__bool__", "__index__")
 COLLECTIVES = ("all_reduce", "all_gather", "all_gather_into_tensor", "broadcast", "barrier", "reduce", "gather")
 counts: Counter = Counter()
 SHARD_BYTES = 5_000_000_000
 
 
-def count_collectives_of_dpo_ds() -> None:
-    """Wraps torch's collectives; those called from dpo_ds's own files while a step runs are counted."""
+def count_calls_of_dpo_ds() -> None:
+    """Wraps torch's collectives and what reads a tensor's numbers: calls from dpo_ds's own files in a step's thread,
+    while it runs, are counted."""
     inside = []
+    package = str(Path(world.__file__).parent)
     plain_step = Trainer.step
 
     def step(self, number):
-        inside.append(number)
+        inside.append(threading.get_ident())
         try:
             return plain_step(self, number)
         finally:
@@ -42,15 +47,16 @@ def count_collectives_of_dpo_ds() -> None:
             counts["steps"] += 1
 
     Trainer.step = step
-    for name in COLLECTIVES:
-        plain = getattr(torch.distributed, name)
+    for place, name in [*((torch.distributed, n) for n in COLLECTIVES), *((torch.Tensor, n) for n in WAITS)]:
+        plain = getattr(place, name)
 
         def counted(*args, plain=plain, name=name, **kwargs):
-            if inside and "dpo_ds" in Path(sys._getframe(1).f_code.co_filename).parent.name:
+            own = sys._getframe(1).f_code.co_filename.startswith(package)
+            if own and threading.get_ident() in inside:
                 counts[name] += 1
             return plain(*args, **kwargs)
 
-        setattr(torch.distributed, name, counted)
+        setattr(place, name, counted)
 
 
 class Stopped(Exception):
@@ -96,7 +102,7 @@ def main() -> None:
     from dpo_ds.prepare import prepare
 
     here = world.join()
-    count_collectives_of_dpo_ds()
+    count_calls_of_dpo_ds()
     for scenario in json.loads(Path(sys.argv[-1]).read_text()):
         counts.clear()
         export.SHARD_BYTES = scenario.get("shard_bytes", SHARD_BYTES)
@@ -113,7 +119,7 @@ def main() -> None:
         if routed:
             print(f"rank {here.rank} routed to {sorted(routed)}", flush=True)
         if here.speaks:
-            (run.folder.parent / f"{run.folder.name}.collectives.json").write_text(json.dumps(counts))
+            (run.folder.parent / f"{run.folder.name}.calls.json").write_text(json.dumps(counts))
     world.leave()
 
 

@@ -132,11 +132,12 @@ def test_zero3_traces_are_never_invalidated(launched):
     assert "nvalidate trace" not in launched[1] + launched[2]
 
 
-def test_one_collective_a_step(place, launched):
-    """Two ranks: ours is one all-reduce of the metrics in each step, and nothing else. Reference tables need none."""
+def test_one_collective_and_one_wait_a_step(place, launched):
+    """Two ranks: ours is one all-reduce of the metrics in each step, then one look at them, and nothing else. Reference
+    tables need none."""
     for case in ("2-stage0", "2-stage3", "2-stage3-small-micro-batches", "2-stage3-live"):
-        counts = json.loads((place / f"{case}.collectives.json").read_text())
-        assert counts == {"steps": STEPS, "all_reduce": STEPS}, case
+        counts = json.loads((place / f"{case}.calls.json").read_text())
+        assert counts == {"steps": STEPS, "all_reduce": STEPS, "tolist": STEPS}, case
 
 
 def test_grad_norms_agree(place, launched):

@@ -184,3 +184,57 @@ def test_layout_survives_a_copy():
     batch = pack(random_pairs()).to("cpu")
     assert segments_of(batch.layout.detach().clone()) == segments_of(batch.layout)
     assert batch.pairs == len(LENGTHS)
+
+
+class Somewhere:
+    """A config by its heads alone, for choosing kernels."""
+
+    def __init__(self, **facts):
+        vars(self).update({"hidden_size": 4096, "num_attention_heads": 32, **facts})
+
+    def get_text_config(self):
+        return self
+
+
+@pytest.mark.parametrize(
+    ("capability", "installed", "facts", "chosen"),
+    [
+        (None, {"flash_attn"}, {}, "sdpa"),
+        ((8, 0), {"flash_attn", "flash_attn_interface"}, {}, "flash_attention_2"),
+        ((9, 0), {"flash_attn", "flash_attn_interface"}, {}, "flash_attention_3"),
+        ((9, 0), {"flash_attn"}, {}, "flash_attention_2"),
+        ((9, 0), {"torch.nn.attention.varlen"}, {}, "varlen"),
+        ((9, 0), {"torch.nn.attention.varlen"}, {"attn_logit_softcapping": 50.0}, "sdpa"),
+        ((9, 0), {"flash_attn"}, {"attn_logit_softcapping": 50.0}, "flash_attention_2"),
+        ((9, 0), {"flash_attn"}, {"head_dim": 512}, "sdpa"),
+        ((9, 0), {"flash_attn"}, {"kv_lora_rank": 512}, "sdpa"),
+        ((7, 5), {"flash_attn", "torch.nn.attention.varlen"}, {}, "sdpa"),
+        ((8, 0), set(), {}, "sdpa"),
+    ],
+)
+def test_the_fastest_kernel_that_will_do_is_chosen(monkeypatch, capability, installed, facts, chosen):
+    monkeypatch.setattr(attention, "_installed", lambda module: module in installed)
+    assert attention.choose("auto", Somewhere(**facts), torch.bfloat16, capability) == chosen
+    assert attention.choose("auto", Somewhere(**facts), torch.float32, capability) == "sdpa"
+    assert attention.choose("sdpa", Somewhere(**facts), torch.bfloat16, capability) == "sdpa"
+
+
+@pytest.mark.parametrize(
+    ("wanted", "capability", "says"),
+    [
+        ("flash_attention_2", None, "needs a GPU; what works here: auto, sdpa"),
+        ("flash_attention_3", (8, 0), "is not for GPUs of compute capability 8.0"),
+        ("flash_attention_2", (8, 0), "is not installed .pip install flash-attn"),
+    ],
+)
+def test_a_kernel_that_will_not_do_is_refused_with_what_works(monkeypatch, wanted, capability, says):
+    monkeypatch.setattr(attention, "_installed", lambda module: module == "torch.nn.attention.varlen")
+    with pytest.raises(ValueError, match=f"--attention {wanted} {says}"):
+        attention.choose(wanted, Somewhere(), torch.bfloat16, capability)
+
+
+def test_a_batch_keeps_its_segments_on_the_way_to_a_device():
+    batch = pack([tuple(np.ones(n, dtype=np.int32) for n in (3, 2, 4))] * 2)
+    moved = batch.to("meta")
+    assert segments_of(moved.layout) == segments_of(batch.layout)
+    assert [len(offsets) for offsets in segments_of(moved.layout).on_device] == [5, 5]

@@ -112,13 +112,18 @@ def _torch_varlen(query, key, value, segments, scale, window, softcap):
 
 
 def _per_segment(query, key, value, segments, scale, window, softcap):
+    # Split at once: backward puts the parts together once, where slices would each make zeros of the whole.
+    queries, keys = (
+        [end - start for start, end in pairwise(o)] for o in (segments.query_offsets, segments.key_offsets)
+    )
     outputs = []
-    for (q0, q1), (k0, k1) in zip(pairwise(segments.query_offsets), pairwise(segments.key_offsets), strict=True):
-        q, k, v = (x.transpose(0, 1)[None] for x in (query[q0:q1], key[k0:k1], value[k0:k1]))
-        square = q1 - q0 == k1 - k0
-        mask = None if square and window is None else visible(q1 - q0, k1 - k0, window, query.device)
+    for parts in zip(query.split(queries), key.split(keys), value.split(keys), strict=True):
+        q, k, v = (x.transpose(0, 1)[None] for x in parts)
+        mask = None
+        if softcap or window is not None or q.shape[2] != k.shape[2]:
+            mask = visible(q.shape[2], k.shape[2], window, query.device)
         if softcap:
-            out = _softcapped(q, k, v, visible(q1 - q0, k1 - k0, window, query.device), scale, softcap)
+            out = _softcapped(q, k, v, mask, scale, softcap)
         else:
             out = F.scaled_dot_product_attention(
                 q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=q.shape[1] != k.shape[1]

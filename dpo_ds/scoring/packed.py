@@ -99,7 +99,11 @@ def _layout(key_rows: np.ndarray, query_lengths: list[int], key_lengths: list[in
     layout[0, 0, 0, : len(key_rows)] = key_rows
     layout[0, 0, 1, : len(query_lengths) + 1] = np.cumsum([0, *query_lengths])
     layout[0, 0, 2, : len(key_lengths) + 1] = np.cumsum([0, *key_lengths])
-    return torch.from_numpy(layout)
+    tensor = torch.from_numpy(layout)
+    tensor.segments = Segments(
+        layout[0, 0, 1, : len(query_lengths) + 1].tolist(), layout[0, 0, 2, : len(key_lengths) + 1].tolist()
+    )
+    return tensor
 
 
 @dataclass(frozen=True)
@@ -124,7 +128,7 @@ def _longest(offsets: list[int]) -> int:
 
 
 def segments_of(layout: torch.Tensor) -> Segments:
-    """The segments of a layout: free where `PackedBatch.to` has left them, else read back from the tensor."""
+    """The segments of a layout: free where `pack` has left them, else read back from the tensor."""
     known = getattr(layout, "segments", None)
     if known is not None:
         return known

@@ -1,0 +1,267 @@
+"""How time and memory grow with the work: pairs, prompt length, ranks, model size.
+
+    python benchmarks/scaling.py [pairs prompts ranks export]        (about 15 minutes on two cores)
+
+pairs: real dialogues over and over, each made different, through load, check, tokenise, deal and the reference table's
+file; each size a process of its own. prompts: one step's time and peak against the prompt's tokens. ranks: the same
+steps on 1, 2 and 4 gloo ranks. export: a checkpoint's merged folder against the model's size. What was measured, and a
+plot, go to benchmarks/results/scaling_*.json and .png.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import work
+
+HERE = Path(__file__).resolve().parent
+PAIRS = (100, 1_000, 10_000, 100_000)
+PROMPTS = (128, 256, 512, 1024, 2048)
+RANKS = (1, 2, 4)
+LAYERS = (6, 24, 96)
+
+
+def child(task: str, *words) -> dict:
+    """Runs `task` of this file in its own process."""
+    done = subprocess.run(
+        [sys.executable, __file__, "--child", task, *map(str, words)], capture_output=True, text=True, cwd=work.ROOT
+    )
+    return result_of(done)
+
+
+def result_of(done: subprocess.CompletedProcess) -> dict:
+    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    if done.returncode or not lines:
+        raise SystemExit(f"{done.args} failed:\n{done.stdout[-2000:]}{done.stderr[-4000:]}")
+    return json.loads(lines[0].removeprefix("RESULT "))
+
+
+# ---------------------------------------------------------------------------------------------------------------- pairs
+
+
+def data_path(file: str, model: str, folder: str) -> dict:
+    """Load, check and tokenise; deal an epoch; fill a table's file. Seconds of each, and the peak of memory above what
+    the imports take."""
+    import numpy as np
+
+    from dpo_ds.config import parse_options
+    from dpo_ds.data.steps import Schedule, deal
+    from dpo_ds.models import find_model, load_tokenizer
+    from dpo_ds.prepare import load_pairs
+    from dpo_ds.score import Table
+
+    options = parse_options(
+        ["--model", model, "--dataset", file, "--cache_dir", folder, "--max_length", "1024", "--eval_pairs", "0"]
+    )
+    tokenizer = load_tokenizer(find_model(model))
+    before, began = work.peak_memory(), time.perf_counter()
+    pairs, _ = load_pairs(options, tokenizer)
+    tokenised = time.perf_counter()
+    again, _ = load_pairs(options, tokenizer)
+    assert len(again) == len(pairs)
+    reopened = time.perf_counter()
+    schedule = Schedule.of(len(pairs), 64, 1.0, None, work.SEED)
+    for number in range(schedule.steps):
+        deal(schedule.step(number), pairs.packed_lengths, 8, 8192)
+    dealt = time.perf_counter()
+    table = Table(Path(folder), {"benchmark": len(pairs)}, len(pairs))
+    rows = table.open_to_fill()
+    for start in range(0, len(pairs), 2048):
+        rows[start : start + 2048] = np.float32(-1.0)
+        rows.flush()
+    table.close()
+    return {
+        "pairs": len(pairs),
+        "tokenise s": tokenised - began,
+        "open again s": reopened - tokenised,
+        "deal s": dealt - reopened,
+        "table s": time.perf_counter() - dealt,
+        "memory MiB": (work.peak_memory() - before) / 2**20,
+    }
+
+
+def index_of(count: str) -> dict:
+    """Memory of the index of that many pairs: all that a run holds of them beside the memory-mapped tokens."""
+    import numpy as np
+
+    from dpo_ds.data.steps import Schedule, deal
+    from dpo_ds.data.tokens import PairSet
+
+    before, n = work.peak_memory(), int(count)
+    lengths = np.random.default_rng(0).integers(20, 300, (n, 3)).astype(np.int32)
+    starts = np.arange(n, dtype=np.int64) * 900
+    ids = np.zeros((n, 16), dtype=np.uint8)
+    pairs = PairSet(np.zeros(0, dtype=np.int32), lengths, starts, np.arange(n), ids, ids.copy())
+    schedule = Schedule.of(n, 64, 1.0, None, work.SEED)
+    began = time.perf_counter()
+    for number in range(20):
+        deal(schedule.step(number), pairs.packed_lengths, 8, 8192)
+    seconds = (time.perf_counter() - began) / 20
+    return {"pairs": n, "a step's dealing s": seconds, "memory MiB": (work.peak_memory() - before) / 2**20}
+
+
+def grow_pairs(folder: Path) -> list[dict]:
+    model = work.make_model(folder / "model", hidden_size=32, intermediate_size=32, num_hidden_layers=1)
+    real, rows = work.read("hh"), []
+    for count in PAIRS:
+        file = folder / f"{count}.jsonl"
+        with open(file, "w", encoding="utf-8") as lines:
+            for number in range(count):
+                row = real[number % len(real)]
+                lines.write(json.dumps({**row, "prompt": f"\n\nHuman: {number}.{row['prompt']}"}) + "\n")
+        rows.append(child("data_path", file, model, folder / f"cache-{count}"))
+        print(json.dumps(rows[-1]), flush=True)
+    index = child("index_of", 1_000_000)
+    print(json.dumps(index), flush=True)
+    return [*rows, {"index": index}]
+
+
+# -------------------------------------------------------------------------------------------------------------- prompts
+
+
+def grow_prompts(folder: Path) -> list[dict]:
+    model, words = work.make_model(folder / "model"), work.tokenizer()
+    text = words(" ".join(row["prompt"] for row in work.read("hh")[:400]), verbose=False)["input_ids"]
+    rows = []
+    for length in PROMPTS:
+        file = folder / f"{length}.jsonl"
+        with open(file, "w", encoding="utf-8") as lines:
+            for n in range(2 * work.BATCH):
+                parts = (text[n * 211 :][:length], text[5000 + n * 97 :][:100], text[9000 + n * 89 :][:100])
+                row = dict(zip(("prompt", "chosen", "rejected"), map(words.decode, parts), strict=True))
+                lines.write(json.dumps(row) + "\n")
+        found = result_of(
+            subprocess.run(
+                [sys.executable, HERE / "one_ours.py", model, file, "2400", folder / f"run-{length}"],
+                capture_output=True, text=True, cwd=work.ROOT,
+            )
+        )  # fmt: skip
+        rows.append(
+            {
+                "prompt tokens": length,
+                "step s": found["step_seconds"][-1],
+                "peak MiB": found["peak_memory"] / 2**20,
+                "FLOPs of a large product's": found["flops"]
+                * 0.75  # without the reference's forward, which is not in the step
+                / found["step_seconds"][-1]
+                / found["matmul"],
+            }
+        )
+        print(json.dumps(rows[-1]), flush=True)
+    return rows
+
+
+# ---------------------------------------------------------------------------------------------------------------- ranks
+
+
+def grow_ranks(folder: Path) -> list[dict]:
+    model = work.make_model(folder / "model")
+    file, _ = work.write_pairs("hh", 96, folder)
+    rows = []
+    for ranks in RANKS:
+        run = folder / f"run-{ranks}"
+        launcher = [sys.executable, "-m", "dpo_ds.deepspeed_command", "--num_gpus", str(ranks), "-m", "dpo_ds.train"]
+        launcher = launcher if ranks > 1 else [sys.executable, "-m", "dpo_ds.train"]
+        options = (
+            f"--model {model} --dataset {file} --output_dir {run} --cache_dir {folder}/cache-{ranks} --eval_pairs 0 "
+            "--global_batch_pairs 32 --export none --generations 0 --ds_config zero2_small --max_length 1024"
+        )
+        done = subprocess.run([*launcher, *options.split()], capture_output=True, text=True, cwd=work.ROOT)
+        if done.returncode:
+            raise SystemExit(done.stdout[-2000:] + done.stderr[-3000:])
+        steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        speeds = [step["pairs/s"] for step in steps[1:]]
+        rows.append({"ranks": ranks, "pairs/s": sum(speeds) / len(speeds), "loss": [step["loss"] for step in steps]})
+        rows[-1]["over one rank"] = rows[-1]["pairs/s"] / rows[0]["pairs/s"]
+        print(json.dumps(rows[-1]), flush=True)
+    return rows
+
+
+# --------------------------------------------------------------------------------------------------------------- export
+
+
+def export_one(checkpoint: str, folder: str) -> dict:
+    from dpo_ds import export
+
+    before, began = work.peak_memory(), time.perf_counter()
+    export.SHARD_BYTES = 50_000_000
+    export.main(["--checkpoint", checkpoint, "--output_dir", folder])
+    return {"seconds": time.perf_counter() - began, "memory MiB": (work.peak_memory() - before) / 2**20}
+
+
+def grow_export(folder: Path) -> list[dict]:
+    file, _ = work.write_pairs("hh", 8, folder)
+    rows = []
+    for layers in LAYERS:
+        model = work.make_model(folder / f"model-{layers}", num_hidden_layers=layers)
+        run = folder / f"run-{layers}"
+        options = (
+            f"--model {model} --dataset {file} --output_dir {run} --cache_dir {folder}/cache --eval_pairs 0 "
+            "--global_batch_pairs 8 --export none --generations 0 --ds_config zero2_small --max_length 256 "
+            "--max_steps 1"
+        )
+        subprocess.run([sys.executable, "-m", "dpo_ds.train", *options.split()], check=True, capture_output=True)
+        found = child("export_one", next((run / "checkpoints").glob("step-*")), folder / f"merged-{layers}")
+        size = sum(file.stat().st_size for file in (folder / f"merged-{layers}").glob("*.safetensors"))
+        rows.append({"layers": layers, "model MiB": size / 2**20, **found})
+        print(json.dumps(rows[-1]), flush=True)
+    return rows
+
+
+# ----------------------------------------------------------------------------------------------------------------- main
+
+# What is plotted: (x, [y], whether both axes are logarithmic)
+PLOTS = {
+    "pairs": ("pairs", ["tokenise s", "open again s", "deal s", "table s", "memory MiB"], True),
+    "prompts": ("prompt tokens", ["step s", "peak MiB"], True),
+    "ranks": ("ranks", ["over one rank"], False),
+    "export": ("model MiB", ["seconds", "memory MiB"], True),
+}
+TASKS = {"pairs": grow_pairs, "prompts": grow_prompts, "ranks": grow_ranks, "export": grow_export}
+CHILDREN = {"data_path": data_path, "index_of": index_of, "export_one": export_one}
+
+
+def plot(name: str, rows: list[dict]) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    x, columns, logarithmic = PLOTS[name]
+    rows = [row for row in rows if x in row]
+    figure, axes = pyplot.subplots(figsize=(6, 4))
+    for column in columns:
+        axes.plot([row[x] for row in rows], [row[column] for row in rows], marker="o", label=column)
+    if logarithmic:
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+    axes.set_xlabel(x)
+    axes.legend()
+    axes.grid(alpha=0.3)
+    figure.savefig(work.RESULTS / f"scaling_{name}.png", dpi=110, bbox_inches="tight")
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["--child"]:
+        task, *words = sys.argv[2:]
+        print("RESULT " + json.dumps(CHILDREN[task](*words)))
+        return
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("tasks", nargs="*", default=list(TASKS), help=", ".join(TASKS))
+    os.environ["PYTHONPATH"] = f"{work.ROOT}:{os.environ.get('PYTHONPATH', '')}"
+    work.RESULTS.mkdir(exist_ok=True)
+    for name in parser.parse_args().tasks:
+        with tempfile.TemporaryDirectory() as folder:
+            rows = TASKS[name](Path(folder))
+        facts = {"machine": work.machine(), "rows": rows}
+        (work.RESULTS / f"scaling_{name}.json").write_text(json.dumps(facts, indent=1) + "\n")
+        plot(name, rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,65 @@
+"""What the GPU script does, on what a CPU has: the same code at tiny shapes."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import launching
+import pytest
+
+from dpo_ds.models import table
+
+GPU = launching.ROOT / "benchmarks" / "gpu.sh"
+
+
+def gpu(part: str, out: Path) -> dict:
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    env = {**launching.environment(), "GPU_SMALL": "1", "OUT": str(out), "PATH": path}
+    launching.execute(["bash", str(GPU), part], env=env)
+    return json.loads((out / f"gpu_{part}.json").read_text())
+
+
+def test_every_twin_and_the_head_are_checked_against_plain_forwards(tmp_path):
+    facts = gpu("check", tmp_path)
+    for name in table():
+        kinds = [(row["kernel"], row.get("dtype")) for row in facts["checks"] if row["model"] == name]
+        assert kinds == [("sdpa", "torch.float32"), ("sdpa", "torch.bfloat16"), ("broken layout", None)], name
+    assert all(row["passed"] for row in facts["checks"]) and facts["checks"][-1]["model"] == "head"
+    assert {row["kernel"] for row in facts["attention"]} == {"sdpa", "gather alone"}
+    assert all(row["ms"] > 0 for row in facts["attention"] + facts["head"])
+    assert facts["machine"]["torch"]
+
+
+def test_the_bench_runs_and_says_what_failed(tmp_path):
+    facts = gpu("bench", tmp_path)
+    layers = facts["layers of 70B"]
+    assert layers["layer"] > layers["layer forward"] > 0
+    rows = facts["against TRL"]
+    assert [row["lengths"] for row in rows] == ["hh", "ultrafeedback", "long"]
+    for row in rows:
+        assert row["ours"]["pairs/s"] > 0 and row["ours"]["losses"][0] == pytest.approx(0.693147, abs=1e-5)
+        assert "pairs/s" in row["trl"] or "trl" in row["trl"]["failed"], "not installed with the tests"
+
+
+def test_the_prediction_for_eight_gpus_is_its_arithmetic():
+    sys.path.insert(0, str(GPU.parent))
+    from gpu_bench import predict
+
+    # 70.55e9 parameters, a micro-batch of 8 pairs of 1,024 tokens at half of an H100's peak, recomputed: 8 FLOPs a
+    # parameter and token in all, a quarter of them in the forward.
+    whole = 8 * 70.55e9 * 8192 / (0.5 * 989e12)
+    found = {
+        "pairs": 8,
+        "tokens": 8192,
+        "layer": whole / 80,
+        "rest": 0,
+        "layer forward": whole / 4 / 80,
+        "rest forward": 0,
+    }
+    told = predict(found, 989e12, 312e12)
+    assert told["compute"] == pytest.approx(whole * 989 / 312)
+    assert told["micro-batches a GPU"] == 2 and told["optimizer"] == pytest.approx(8.466 + 1.764, rel=1e-3)
+    assert told["seconds a step"] == pytest.approx(2 * 1.25 * told["compute"] + told["optimizer"], rel=1e-6)
+    slow_link = predict({**found, "layer": 0, "layer forward": 0}, 989e12, 312e12)
+    assert slow_link["seconds a step"] == pytest.approx(2 * 4 / 3 * told["gathers"] + told["optimizer"])

@@ -1,0 +1,62 @@
+"""Counted FLOPs are those that a packed forward really makes."""
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM
+
+from dpo_ds.config import Options
+from dpo_ds.flops import Flops
+from dpo_ds.models import Model
+from dpo_ds.scoring import attention
+from dpo_ds.scoring.packed import pack
+from dpo_ds.scoring.scorer import PairScorer
+
+LENGTHS = ((17, 7, 12), (31, 14, 5))
+
+
+def pairs():
+    return [tuple(np.ones(n, dtype=np.int32) for n in lengths) for lengths in LENGTHS]
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "mistral-v0.1", "google/gemma-7b-it"])
+def test_products_of_a_forward(name):
+    config = tiny.config(name)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention.NAME)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        PairScorer(model)(pack(pairs()))
+    products = sum(
+        count
+        for kind, count in counter.get_flop_counts()["Global"].items()
+        if kind in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm)
+    )
+    flops = Flops(Model(name, name, config), Options(model=name))
+    tokens, responses = sum(map(sum, LENGTHS)), sum(c + r for _, c, r in LENGTHS)
+    # Rotary positions are a product as well, of next to nothing.
+    assert products == pytest.approx(2 * flops.body * tokens + 2 * flops.head * responses, rel=2e-3)
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral-v0.1", "gemma2"])
+def test_attention_counts_the_keys_that_are_seen(name):
+    config = tiny.config(name)
+    flops = Flops(Model(name, name, config), Options(model=name))
+    seen = 0
+    for window in flops.windows:
+        for P, C, R in LENGTHS:
+            for queries, keys in ((P + C, P + C), (R, P + R)):
+                seen += int(attention.visible(queries, keys, window, "cpu").sum())
+    assert flops._attention(np.array(LENGTHS)) == 4 * flops.attention_width * seen
+    assert (None in flops.windows) == (name != "mistral-v0.1") and len(flops.windows) == config.num_hidden_layers
+
+
+def test_a_step_is_forward_and_backward_and_the_references_forward_where_it_is_made():
+    model = Model("llama", "llama", tiny.config("llama"))
+    lengths = np.array(LENGTHS)
+    table, live = (
+        Flops(model, Options(model="llama", reference=kind)).step(lengths) for kind in ("precomputed", "live")
+    )
+    assert live == pytest.approx(table * 4 / 3)
+    lora = Flops(model, Options(model="llama", lora=True, lora_r=1)).step(lengths)
+    assert 2 / 3 < lora / table < 1, "frozen weights have no gradient; adapters are small"
