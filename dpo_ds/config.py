@@ -120,7 +120,8 @@ class Options:
     lora_dropout: float = HfArg(default=0.0, help="Dropout on the adapters' input.")
     lora_targets: str = HfArg(
         default="all-linear",
-        help="Comma-separated module names, or all-linear: all but the output head, and but fused experts.",
+        help="Comma-separated module names, or all-linear: all but the output head (name lm_head to have it) and fused "
+        "experts.",
     )
 
     # on the way, and the end

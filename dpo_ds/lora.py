@@ -9,7 +9,7 @@ HEAD = "lm_head"
 
 
 def linear_modules(model) -> set[str]:
-    """Names (their last part) of the model's linear modules, without the output head: it is fused with the loss."""
+    """Names (their last part) of the model's linear modules, without the output head, as peft's all-linear has it."""
     kinds = ("Linear", "Conv1D")  # GPT-2 has the latter
     names = {name.rpartition(".")[2] for name, module in model.named_modules() if type(module).__name__ in kinds}
     return names - {HEAD}
@@ -18,7 +18,7 @@ def linear_modules(model) -> set[str]:
 def targets(model, wanted: str) -> list[str]:
     """The names of the modules that get adapters. A mixture's experts are fused parameters, no modules: they get none.
 
-    Raises ValueError if a wanted name is no linear module of the model, or its output head.
+    Raises ValueError if a wanted name is no linear module of the model, or an output head that is the embedding too.
     """
     linear = linear_modules(model)
     if wanted == ALL:
@@ -26,11 +26,12 @@ def targets(model, wanted: str) -> list[str]:
     names = [name.strip() for name in wanted.split(",")]
     for name in names:
         module = name.rpartition(".")[2]
-        if module == HEAD:
+        if module == HEAD and model.config.get_text_config().tie_word_embeddings:
             raise ValueError(
-                "--lora_targets: the output head is fused with the loss and takes no adapter: leave it out"
+                f"--lora_targets {name}: this model's output head is its embedding as well, which an adapter would "
+                "part: leave it out"
             )
-        if module not in linear:
+        if module not in linear | {HEAD}:
             raise ValueError(
                 f"--lora_targets {name}: the model has no such linear module; it has {', '.join(sorted(linear))}"
             )

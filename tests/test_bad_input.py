@@ -54,6 +54,10 @@ def no_eos(config, folder):
     path.write_text(json.dumps({k: v for k, v in tokenizer.items() if k != "eos_token"}))
 
 
+def tied(config, folder):
+    config.update(tie_word_embeddings=True)
+
+
 def no_weights(config, folder):
     (folder / "model.safetensors").unlink()
 
@@ -118,8 +122,10 @@ CASES = {
     "a cache that cannot be": (lambda p: {"cache_dir": str(p / "llama" / "config.json")}, "can be read and written"),
     "negative generations": (lambda p: {"generations": -1}, "--generations is -1"),
     "an infinite rate": (lambda p: {"learning_rate": "inf"}, "finite"),
-    "lora on the head by its path": (lambda p: {"lora": "true", "lora_targets": "model.lm_head"}, "output head"),
-    "lora on the head": (lambda p: {"lora": "true", "lora_targets": "lm_head"}, "output head"),
+    "lora on a tied head by its path": (
+        lambda p: {"lora": "true", "lora_targets": "model.lm_head", "model": copied(p, "tied", tied)}, "output head"),
+    "lora on a tied head": (
+        lambda p: {"lora": "true", "lora_targets": "lm_head", "model": copied(p, "tied", tied)}, "output head"),
     "resume from nowhere": (lambda p: {"resume": "/nowhere"}, "is no checkpoint"),
     "rates in words": (lambda p: {"learning_rate": "fast"}, "--learning_rate"),
 }  # fmt: skip

@@ -71,5 +71,6 @@ def test_the_run_says_what_it_used(place):
     assert set(step) == {
         "step", "epoch", "loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins",
         "logps/chosen", "logps/rejected", "grad_norm", "learning_rate", "applied", "tokens/s", "pairs/s",
+        "TFLOP/s a rank",
     }  # fmt: skip
     assert line["step"] == 3 and "eval/rewards/accuracies" in line

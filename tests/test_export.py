@@ -22,6 +22,7 @@ CASES = {
     "gpt2-stage3-lora": (2, "gpt2", 3, {"lora": "true"}),
     "llama-stage3-lora-base": (2, "llama", 3, {"lora": "true", "reference": "base"}),
     "llama-stage2-lora": (2, "llama", 2, {"lora": "true", "lora_targets": "q_proj, v_proj"}),
+    "llama-stage3-lora-head": (2, "llama", 3, {"lora": "true", "lora_targets": "q_proj, lm_head"}),
 }
 
 

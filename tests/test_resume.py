@@ -67,7 +67,7 @@ def descendants(pid: int) -> list[int]:
 
 
 def steps_of(folder) -> list[dict]:
-    timed = ("tokens/s", "pairs/s")
+    timed = ("tokens/s", "pairs/s", "TFLOP/s a rank")
     return [{k: v for k, v in line.items() if k not in timed} for line in launching.metrics(folder)]
 
 

@@ -7,9 +7,11 @@ import tiny
 import torch
 from transformers import AutoModelForCausalLM
 
+from dpo_ds.config import Options
+from dpo_ds.lora import add_lora
 from dpo_ds.losses import dpo_loss
 from dpo_ds.scoring import attention
-from dpo_ds.scoring.head import fused_logps
+from dpo_ds.scoring.head import FEWEST_COLUMNS, fused_logps
 from dpo_ds.scoring.packed import pack, segments_of
 from dpo_ds.scoring.scorer import PairScorer
 
@@ -122,23 +124,32 @@ def test_negative_controls_move_the_scores(name, broken, tmp_path):
     assert moved > 0.01, f"{broken.__name__} went unnoticed"
 
 
+VOCABULARY = 2 * FEWEST_COLUMNS + 101  # three tiles at least, the last narrower
+
+
+@pytest.mark.parametrize("adapter", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(("scale", "softcap"), [(1.0, None), (0.0625, None), (1.0, 3.0), (0.5, 3.0)])
 @pytest.mark.parametrize("tile", [64, 10**6])
-def test_fused_head_against_float64(bias, scale, softcap, tile):
+def test_fused_head_against_float64(adapter, bias, scale, softcap, tile):
     torch.manual_seed(0)
-    hidden, weight = (torch.randn(n, 16, dtype=torch.float64, requires_grad=True) for n in (37, 101))
-    b = torch.randn(101, dtype=torch.float64, requires_grad=True) if bias else None
-    targets, outer = torch.randint(0, 101, (37,)), torch.randn(37, dtype=torch.float64)
-    inputs = [x for x in (hidden, weight, b) if x is not None]
+    hidden, weight, low, up = (
+        torch.randn(n, width, dtype=torch.float64, requires_grad=True)
+        for n, width in ((37, 16), (VOCABULARY, 16), (37, 3), (VOCABULARY, 3))
+    )
+    b = torch.randn(VOCABULARY, dtype=torch.float64, requires_grad=True) if bias else None
+    targets, outer = torch.randint(0, VOCABULARY, (37,)), torch.randn(37, dtype=torch.float64)
+    inputs = [hidden, weight, *([b] if bias else []), *([low, up] if adapter else [])]
 
-    logits = scale * torch.nn.functional.linear(hidden, weight, b)
+    logits = torch.nn.functional.linear(hidden, weight, b)
+    logits = scale * (logits + low @ up.t() if adapter else logits)
     logits = softcap * torch.tanh(logits / softcap) if softcap else logits
     expected = logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
     expected_grads = torch.autograd.grad((expected * outer).sum(), inputs)
 
     fast = [x.detach().float().requires_grad_() for x in inputs]
-    logps = fused_logps(fast[0], fast[1], targets, fast[2] if bias else None, scale, softcap, tile)
+    further = dict(zip(("low", "up"), fast[-2:], strict=True)) if adapter else {}
+    logps = fused_logps(fast[0], fast[1], targets, fast[2] if bias else None, scale, softcap, tile, **further)
     grads = torch.autograd.grad((logps * outer.float()).sum(), fast)
     torch.testing.assert_close(logps.double(), expected, atol=1e-5, rtol=1e-5)
     for grad, wanted in zip(grads, expected_grads, strict=True):
@@ -238,3 +249,33 @@ def test_a_batch_keeps_its_segments_on_the_way_to_a_device():
     moved = batch.to("meta")
     assert segments_of(moved.layout) == segments_of(batch.layout)
     assert [len(offsets) for offsets in segments_of(moved.layout).on_device] == [5, 5]
+
+
+def test_an_adapter_on_the_head_scores_and_learns_as_peft_has_it(tmp_path):
+    """Not merged: the head's own product and the adapter's, both in every tile."""
+    folder = tiny.make("llama", tmp_path)
+    options = Options(model="llama", lora=True, lora_r=3, lora_targets="q_proj,lm_head")
+
+    def adapted(implementation):
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation=implementation)
+        model = add_lora(model, options).eval()
+        torch.manual_seed(1)
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                torch.nn.init.normal_(parameter, std=0.2)
+        return model
+
+    plain, packed = adapted("eager"), adapted(attention.NAME)
+    pairs = random_pairs()
+    expected, logps = oracle.pairs_logps(plain, pairs), PairScorer(packed)(pack(pairs))
+    torch.testing.assert_close(logps, expected, atol=1e-4, rtol=1e-5)
+    for found in (expected, logps):
+        (found[:, 0] - found[:, 1]).sum().backward()
+    theirs = {name: p.grad for name, p in plain.named_parameters() if p.requires_grad}
+    for name, parameter in packed.named_parameters():
+        if parameter.requires_grad:
+            assert theirs[name].abs().max() > 1e-3
+            torch.testing.assert_close(parameter.grad, theirs[name], atol=2e-4, rtol=1e-3)
+    head = packed.get_base_model().lm_head
+    head.scaling["default"] = 0.0  # as Engine.score_base does
+    assert (PairScorer(packed)(pack(pairs)) - expected).abs().max() > 0.1
