@@ -107,10 +107,10 @@ class Counter:
                 parameter.register_post_accumulate_grad_hook(_drop_gradient)
         return PairScorer(model)
 
-    def count(self, tokens: int, pair_tokens: int, checkpointing: bool, device: str) -> Activations:
+    def count(self, tokens: int, pair_tokens: int, checkpointing: bool, tile: int) -> Activations:
         """For a micro-batch of `tokens` packed tokens in pairs of `pair_tokens`, with as many response tokens as there
-        can be, on a device of that kind."""
-        head.TILES["meta"] = head.TILES[device]
+        can be, and the head's logits in tiles of `tile` elements."""
+        head.tile_on_meta = tile
         batch = _batch(tokens, pair_tokens)
         few, many = (self.scale * _peak(scorer, batch, checkpointing) for scorer in self.scorers)
         per_layer = (many - few) // (self.counts[1] - self.counts[0])

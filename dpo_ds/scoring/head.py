@@ -14,10 +14,23 @@ import types
 
 import torch
 
-# Elements of one fp32 tile of logits, by device: 4 MiB, which CPUs' caches hold, and 128 MiB. Memory is counted on the
-# meta device (activations.py), as of the device it stands for.
-TILES = {"cpu": 2**20, "cuda": 2**25, "meta": 2**25}
 FEWEST_COLUMNS = 256  # of a tile, however many rows there are
+# Elements of a tile on the meta device, where memory is counted: as on the device that it stands for.
+tile_on_meta = 2**20
+
+
+def tile_elements(gpu_memory: int | None) -> int:
+    """Elements of one fp32 tile of logits: a 512th of the GPU's bytes, 128 MiB at most, or half a MiB for every thread
+    of a CPU, whose own cache then holds its part."""
+    if gpu_memory is None:
+        return 2**17 * torch.get_num_threads()
+    return min(gpu_memory // 2048, 2**25)
+
+
+def _elements_on(device: torch.device) -> int:
+    if device.type == "meta":
+        return tile_on_meta
+    return tile_elements(torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None)
 
 
 def replace_head(model) -> None:
@@ -77,7 +90,7 @@ def fused_logps(
     of that dtype. softcap(z) = c * tanh(z / c), as in Gemma 2 (arXiv 2408.00118, section 2). tile: elements of a tile
     of logits, by the device's kind if None.
     """
-    tile = tile or TILES[hidden.device.type]
+    tile = tile or _elements_on(hidden.device)
     return _FusedLogps.apply(hidden, weight, bias, low, up, targets, scale, softcap, tile)
 
 
@@ -86,15 +99,13 @@ class _FusedLogps(torch.autograd.Function):
     def forward(ctx, hidden, weight, bias, low, up, targets, scale, softcap, tile):
         tiles = _Tiles(hidden, weight, bias, low, up, scale, softcap, tile)
         log_norm_N = torch.full((len(hidden),), -torch.inf, device=hidden.device)
-        target_N = torch.zeros_like(log_norm_N)
         scratch = tiles.new()
         for columns in tiles:
             logits = tiles.logits(columns)
-            inside, place = _places(targets, columns)
-            target_N = torch.where(inside, logits.gather(1, place)[:, 0], target_N)
             # log softmax is x - log sum exp x, so at the largest x it tells the sum; and it is one pass, not four.
             log_shares = torch.log_softmax(logits, -1, out=tiles.like(scratch, columns))
             log_norm_N = torch.logaddexp(log_norm_N, logits.amax(-1) - log_shares.amax(-1))
+        target_N = tiles.logits_of(targets)
         ctx.save_for_backward(hidden, weight, bias, low, up, targets, log_norm_N)
         ctx.constants = scale, softcap, tile
         return target_N - log_norm_N
@@ -104,7 +115,7 @@ class _FusedLogps(torch.autograd.Function):
         hidden, weight, bias, low, up, targets, log_norm_N = ctx.saved_tensors
         want_hidden, want_weight, want_bias, want_low, want_up = ctx.needs_input_grad[:5]
         tiles = _Tiles(hidden, weight, bias, low, up, *ctx.constants)
-        scale, softcap, _ = ctx.constants
+        scale, *_ = ctx.constants
         grad_hidden, grad_low = (
             torch.zeros(x.shape, dtype=torch.float32, device=x.device) if want else None
             for x, want in ((hidden, want_hidden), (low, want_low))
@@ -113,31 +124,33 @@ class _FusedLogps(torch.autograd.Function):
             torch.empty_like(x) if want else None
             for x, want in ((weight, want_weight), (bias, want_bias), (up, want_up))
         )
+        # A row's share of the loss goes to the small sides of the products, not over every tile.
+        share_N1 = -scale * grad_N[:, None]
+        hidden_shared, low_shared = (None if x is None else (x * share_N1).to(x.dtype) for x in (hidden, low))
         for columns in tiles:
-            logits = tiles.logits(columns)
-            slope = 1 - (logits / softcap) ** 2 if softcap else None  # tanh' = 1 - tanh^2
-            # d log p(target) / d logits = onehot(target) - softmax(logits)
-            grad = logits.sub_(log_norm_N[:, None]).exp_()
+            log_shares = tiles.logits(columns, minus=log_norm_N[:, None])
+            slope = tiles.slope(log_shares, log_norm_N[:, None])
+            # -d log p(target) / d logits = softmax(logits) - onehot(target)
+            grad = log_shares.exp_()
             inside, place = _places(targets, columns)
             grad.scatter_add_(1, place, -inside[:, None].float())
-            grad.mul_(-scale * grad_N[:, None])
-            if softcap:
+            if slope is not None:
                 grad.mul_(slope)
             if want_bias:
-                grad_bias[columns] = grad.sum(0).to(bias.dtype)
+                grad_bias[columns] = (share_N1.t() @ grad)[0].to(bias.dtype)
             grad = grad.to(hidden.dtype)
             if want_weight:
-                torch.mm(grad.t(), hidden, out=grad_weight[columns])
+                _mm(grad.t(), hidden_shared, out=grad_weight[columns])
             if want_up:
-                torch.mm(grad.t(), low, out=grad_up[columns])
+                _mm(grad.t(), low_shared, out=grad_up[columns])
             if want_hidden:
                 _add_mm_fp32(grad_hidden, grad, weight[columns])
             if want_low:
                 _add_mm_fp32(grad_low, grad, up[columns])
         if want_hidden:
-            grad_hidden = grad_hidden.to(hidden.dtype)
+            grad_hidden = grad_hidden.mul_(share_N1).to(hidden.dtype)
         if want_low:
-            grad_low = grad_low.to(low.dtype)
+            grad_low = grad_low.mul_(share_N1).to(low.dtype)
         return (grad_hidden, grad_weight, grad_bias, grad_low, grad_up, *[None] * 4)
 
 
@@ -167,15 +180,39 @@ class _Tiles:
         width = columns.stop - columns.start
         return memory[: self.rows * width].view(self.rows, width)
 
-    def logits(self, columns: slice) -> torch.Tensor:
-        logits = _mm_fp32(self.hidden, self.weight[columns].t(), out=self.like(self.buffer, columns))
+    def logits(self, columns: slice, minus: torch.Tensor | None = None) -> torch.Tensor:
+        """[N, v], less `minus` [N, 1] where that is given."""
+        logits = self.like(self.buffer, columns)
+        bias = None if self.bias is None else self.bias[columns]
+        bent = self.scale != 1.0 or self.softcap
+        start = bias
+        if minus is not None and not bent:  # one pass over the tile less
+            start = -minus if bias is None else bias - minus
+        _mm_fp32(self.hidden, self.weight[columns].t(), logits, start)
         if self.low is not None:
             _add_mm_fp32(logits, self.low, self.up[columns].t())
-        if self.bias is not None:
-            logits += self.bias[columns]
-        if self.scale != 1.0:
-            logits *= self.scale
+        if bent:
+            self._bend(logits)
+            if minus is not None:
+                logits -= minus
+        return logits
+
+    def _bend(self, logits: torch.Tensor) -> torch.Tensor:
+        logits *= self.scale
         return logits.div_(self.softcap).tanh_().mul_(self.softcap) if self.softcap else logits
+
+    def slope(self, log_shares: torch.Tensor, log_norm_N1: torch.Tensor) -> torch.Tensor | None:
+        """The soft cap's derivative, 1 - tanh^2, at logits less their norms; None without a soft cap."""
+        return 1 - ((log_shares + log_norm_N1) / self.softcap) ** 2 if self.softcap else None
+
+    def logits_of(self, targets: torch.Tensor) -> torch.Tensor:
+        """Each row's logit of its target, fp32 [N]."""
+        logits = (self.hidden.float() * self.weight[targets].float()).sum(-1)
+        if self.low is not None:
+            logits += (self.low.float() * self.up[targets].float()).sum(-1)
+        if self.bias is not None:
+            logits += self.bias[targets]
+        return self._bend(logits)
 
 
 def _places(targets: torch.Tensor, columns: slice) -> tuple[torch.Tensor, torch.Tensor]:
@@ -184,13 +221,27 @@ def _places(targets: torch.Tensor, columns: slice) -> tuple[torch.Tensor, torch.
     return inside, torch.where(inside, targets - columns.start, 0)[:, None]
 
 
-def _mm_fp32(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    """a @ b as fp32, not rounded to b's dtype on the way."""
+def _mm(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:
+    """out = a @ b. MKL adds to what is there a tenth faster than it writes (torch 2.13, benchmarks/README.md)."""
+    if a.device.type == "cpu":
+        out.zero_().addmm_(a, b)
+    else:
+        torch.mm(a, b, out=out)
+
+
+def _mm_fp32(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, start: torch.Tensor | None) -> None:
+    """out = start + a @ b as fp32, not rounded to b's dtype on the way. start: of a shape that spreads to out's, or
+    None for zeros."""
+    if a.device.type == "cpu":
+        out.copy_(start) if start is not None else out.zero_()
+        out.addmm_(a, b.float())
+        return
     if b.dtype == torch.float32:
-        return torch.mm(a, b, out=out)
-    if a.is_cuda or a.is_meta:
-        return torch.mm(a, b, out_dtype=torch.float32, out=out)
-    return torch.mm(a, b.float(), out=out)
+        torch.mm(a, b, out=out)
+    else:
+        torch.mm(a, b, out_dtype=torch.float32, out=out)
+    if start is not None:
+        out += start
 
 
 def _add_mm_fp32(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
