@@ -3,7 +3,7 @@
     python benchmarks/vs_trl.py                      all three sets (about an hour on two cores, nearly all of it TRL's)
     python benchmarks/vs_trl.py --sets hh --rounds 1
 
-Each run is a process of its own. TRL's settings are tried once on few pairs, the fastest goes on; then TRL and dpo_ds
+Each run is a process of its own. TRL's settings are tried once, on one step, the fastest goes on; then TRL and dpo_ds
 take turns. A step's time begins where the one before it ended; the first step, which pays for first times, is left out
 on both sides. What the reference's forward takes counts on both sides, wherever it is made. Medians of the rounds are
 printed as a table and written to benchmarks/results/ with hardware and versions.
@@ -38,8 +38,9 @@ def one(script: str, *words) -> dict:
     if done.returncode or not lines:
         raise SystemExit(f"{script} {' '.join(map(str, words))} failed:\n{done.stdout[-2000:]}{done.stderr[-4000:]}")
     found = json.loads(lines[0].removeprefix("RESULT "))
-    later = found["pairs"] - work.BATCH
-    per_pair = found["reference_seconds"] / found["pairs"] + sum(found["step_seconds"][1:]) / later
+    # The first step pays for first times, and counts only where there is no other.
+    counted = found["step_seconds"][1:] or found["step_seconds"]
+    per_pair = found["reference_seconds"] / found["pairs"] + sum(counted) / len(counted) / work.BATCH
     return {**found, "pairs/s": 1 / per_pair}
 
 
@@ -55,10 +56,10 @@ def runs(name: str, model: Path, pairs: int, rounds: int, folder: Path) -> dict:
         return one("one_trl.py", model, file, length, folder / f"trl-{next(number)}", *settings)
 
     (folder / "few").mkdir()
-    _, few = work.write_pairs(name, 2 * work.BATCH, folder / "few")
+    _, few = work.write_pairs(name, work.BATCH, folder / "few")
     tried = {"+".join(settings): trl(settings, few) for settings in TRL}
     best = tuple(max(tried, key=lambda settings: tried[settings]["pairs/s"]).split("+"))
-    print(f"{name}: TRL on few pairs, pairs/s: " + ", ".join(f"{k} {v['pairs/s']:.3f}" for k, v in tried.items()))
+    print(f"{name}: TRL on one step, pairs/s: " + ", ".join(f"{k} {v['pairs/s']:.3f}" for k, v in tried.items()))
     plain, ordered = work.write_pairs(name, pairs, folder)
     measured: dict[str, list] = {"trl": [], **{f"ours {kind}": [] for kind in OURS}}
     for turn in range(rounds):

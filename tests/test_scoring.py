@@ -7,6 +7,7 @@ import tiny
 import torch
 from transformers import AutoModelForCausalLM
 
+from dpo_ds.activations import LiveBytes
 from dpo_ds.config import Options
 from dpo_ds.lora import add_lora
 from dpo_ds.losses import dpo_loss
@@ -249,6 +250,24 @@ def test_a_batch_keeps_its_segments_on_the_way_to_a_device():
     moved = batch.to("meta")
     assert segments_of(moved.layout) == segments_of(batch.layout)
     assert [len(offsets) for offsets in segments_of(moved.layout).on_device] == [5, 5]
+
+
+@pytest.mark.parametrize("tile", [2**16, 2**20])
+def test_the_head_holds_one_tile_above_its_inputs_and_gradients(tile):
+    """Counted on the meta device, forward and backward; all logits would be fifty times the larger tile."""
+    N, H, V = 512, 64, 102_400
+    hidden, weight = (torch.zeros(n, H, device="meta", requires_grad=True) for n in (N, V))
+    targets = torch.zeros(N, dtype=torch.int64, device="meta")
+    with LiveBytes([hidden, weight, targets]) as live:
+        logps = fused_logps(hidden, weight, targets, tile=tile)
+        forward = live.peak
+        logps.sum().backward()
+    one_tile, rows = 4 * max(tile, FEWEST_COLUMNS * N), 4 * N * H
+    assert one_tile <= forward <= 1.1 * one_tile
+    gradients = 4 * V * H + rows
+    assert (
+        live.peak <= 1.1 * one_tile + gradients + 2 * rows
+    )  # hidden times its rows' shares, and numbers for every row
 
 
 def test_an_adapter_on_the_head_scores_and_learns_as_peft_has_it(tmp_path):

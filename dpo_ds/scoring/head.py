@@ -98,14 +98,15 @@ class _FusedLogps(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, low, up, targets, scale, softcap, tile):
         tiles = _Tiles(hidden, weight, bias, low, up, scale, softcap, tile)
+        target_N = tiles.logits_of(targets)  # before there is a tile
         log_norm_N = torch.full((len(hidden),), -torch.inf, device=hidden.device)
-        scratch = tiles.new()
         for columns in tiles:
             logits = tiles.logits(columns)
-            # log softmax is x - log sum exp x, so at the largest x it tells the sum; and it is one pass, not four.
-            log_shares = torch.log_softmax(logits, -1, out=tiles.like(scratch, columns))
-            log_norm_N = torch.logaddexp(log_norm_N, logits.amax(-1) - log_shares.amax(-1))
-        target_N = tiles.logits_of(targets)
+            largest = logits.amax(-1)
+            # log softmax is x - log sum exp x: at the largest x it tells the sum. It needs no second tile, and fewer
+            # passes than a sum of exponents.
+            torch.log_softmax(logits, -1, out=logits)
+            log_norm_N = torch.logaddexp(log_norm_N, largest - logits.amax(-1))
         ctx.save_for_backward(hidden, weight, bias, low, up, targets, log_norm_N)
         ctx.constants = scale, softcap, tile
         return target_N - log_norm_N
@@ -164,25 +165,18 @@ class _Tiles:
         self.hidden = hidden.float() if hidden.device.type == "cpu" else hidden
         self.rows, self.vocabulary = len(hidden), len(weight)
         self.width = min(self.vocabulary, max(FEWEST_COLUMNS, tile // max(1, self.rows)))
-        self.buffer = self.new()
-
-    def new(self) -> torch.Tensor:
-        return torch.empty(self.rows * self.width, dtype=torch.float32, device=self.hidden.device)
 
     def __iter__(self):
+        self.memory = torch.empty(self.rows * self.width, dtype=torch.float32, device=self.hidden.device)
         # Where memory is counted, one tile takes as much as all of them.
         total = self.width if self.hidden.is_meta else self.vocabulary
         for start in range(0, total, self.width):
             yield slice(start, min(start + self.width, self.vocabulary))
 
-    def like(self, memory: torch.Tensor, columns: slice) -> torch.Tensor:
-        """[N, v] in memory from `new`; the last tile may be narrower."""
-        width = columns.stop - columns.start
-        return memory[: self.rows * width].view(self.rows, width)
-
     def logits(self, columns: slice, minus: torch.Tensor | None = None) -> torch.Tensor:
         """[N, v], less `minus` [N, 1] where that is given."""
-        logits = self.like(self.buffer, columns)
+        width = columns.stop - columns.start  # the last tile may be narrower
+        logits = self.memory[: self.rows * width].view(self.rows, width)
         bias = None if self.bias is None else self.bias[columns]
         bent = self.scale != 1.0 or self.softcap
         start = bias
@@ -206,13 +200,19 @@ class _Tiles:
         return 1 - ((log_shares + log_norm_N1) / self.softcap) ** 2 if self.softcap else None
 
     def logits_of(self, targets: torch.Tensor) -> torch.Tensor:
-        """Each row's logit of its target, fp32 [N]."""
-        logits = (self.hidden.float() * self.weight[targets].float()).sum(-1)
+        """Each row's logit of its target, fp32 [N]; as many rows at a time as fit into a tile."""
+        rows = max(1, self.rows * self.width // (4 * self.weight.shape[1]))
+        logits = torch.cat([self._some_logits_of(targets, slice(n, n + rows)) for n in range(0, self.rows, rows)])
+        return self._bend(logits)
+
+    def _some_logits_of(self, targets: torch.Tensor, rows: slice) -> torch.Tensor:
+        targets = targets[rows]
+        logits = (self.hidden[rows].float() * self.weight[targets].float()).sum(-1)
         if self.low is not None:
-            logits += (self.low.float() * self.up[targets].float()).sum(-1)
+            logits += (self.low[rows].float() * self.up[targets].float()).sum(-1)
         if self.bias is not None:
             logits += self.bias[targets]
-        return self._bend(logits)
+        return logits
 
 
 def _places(targets: torch.Tensor, columns: slice) -> tuple[torch.Tensor, torch.Tensor]:
