@@ -22,6 +22,7 @@ def main(model: str, pairs: str, max_length: str, output_dir: str, *more: str) -
         + list(more)
     )
     ranks = world.join().size
+    from dpo_ds import score
     from dpo_ds.engines import policy_engine
     from dpo_ds.flops import Flops, peak_of
     from dpo_ds.prepare import prepare
@@ -29,10 +30,19 @@ def main(model: str, pairs: str, max_length: str, output_dir: str, *more: str) -
     from dpo_ds.trainer import Trainer
 
     run = prepare(options, ranks)
-    seconds, losses, cold = [], [], []
-    started = time.perf_counter()
+    seconds, losses, cold, reference_seconds = [], [], [], []
+    plain_scoring = score.score_all
+
+    def score_all(*args, **more):
+        """The pass over all pairs alone, as TRL's is timed: without loading the model."""
+        began = time.perf_counter()
+        try:
+            return plain_scoring(*args, **more)
+        finally:
+            reference_seconds.append(time.perf_counter() - began)
+
+    score.score_all = score_all
     with references(run) as reference:
-        reference_seconds = time.perf_counter() - started if options.reference == "precomputed" else 0.0
         policy = policy_engine(run.weights, run.ds_config, run.options, total_steps=run.schedule.steps)
         trainer = Trainer(run, policy, *reference(policy))
         plain_step = trainer.step
@@ -55,7 +65,7 @@ def main(model: str, pairs: str, max_length: str, output_dir: str, *more: str) -
         "pairs": len(run.train_pairs),
         "step_seconds": seconds,
         "losses": losses,
-        "reference_seconds": reference_seconds,
+        "reference_seconds": sum(reference_seconds),
         "cold_start": cold[0],
         "peak_memory": peak,
         "gpu_memory": work.gpu_memory(),
