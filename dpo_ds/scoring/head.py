@@ -224,7 +224,7 @@ def _places(targets: torch.Tensor, columns: slice) -> tuple[torch.Tensor, torch.
 def _mm(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:
     """out = a @ b. MKL adds to what is there a tenth faster than it writes (torch 2.13, benchmarks/README.md)."""
     if a.device.type == "cpu":
-        out.zero_().addmm_(a, b)
+        torch.addmm(out.zero_(), a, b, out=out)
     else:
         torch.mm(a, b, out=out)
 
@@ -234,7 +234,7 @@ def _mm_fp32(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, start: torch.T
     None for zeros."""
     if a.device.type == "cpu":
         out.copy_(start) if start is not None else out.zero_()
-        out.addmm_(a, b.float())
+        torch.addmm(out, a, b.float(), out=out)  # unlike addmm_, counted by torch's FlopCounterMode
         return
     if b.dtype == torch.float32:
         torch.mm(a, b, out=out)
@@ -247,8 +247,8 @@ def _mm_fp32(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, start: torch.T
 def _add_mm_fp32(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
     """total += a @ b, in fp32."""
     if b.dtype == torch.float32:
-        total.addmm_(a, b)
+        torch.addmm(total, a, b, out=total)
     elif a.is_cuda or a.is_meta:
         total += torch.mm(a, b, out_dtype=torch.float32)
     else:
-        total.addmm_(a.float(), b.float())
+        torch.addmm(total, a.float(), b.float(), out=total)
