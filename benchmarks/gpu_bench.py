@@ -90,10 +90,9 @@ def one(script: str, words: list, seconds: float) -> dict:
     if done.returncode or not lines:
         return {"failed": (done.stdout[-500:] + done.stderr[-1500:]).strip()}
     found = json.loads(lines[0].removeprefix("RESULT "))
-    later = found["pairs"] - work.BATCH
-    seconds = found["reference_seconds"] / found["pairs"] * later + sum(found["step_seconds"][1:])
-    found["pairs/s"] = later / seconds
+    found["pairs/s"] = work.pairs_per_second(found)
     if "flops" in found:
+        seconds = (found["pairs"] - work.BATCH) / found["pairs/s"]
         found["TFLOP/s"] = found["flops"] / seconds / 1e12
         found["mfu"] = found["peak_flops"] and found["flops"] / seconds / found["peak_flops"]
     return found

@@ -38,10 +38,7 @@ def one(script: str, *words) -> dict:
     if done.returncode or not lines:
         raise SystemExit(f"{script} {' '.join(map(str, words))} failed:\n{done.stdout[-2000:]}{done.stderr[-4000:]}")
     found = json.loads(lines[0].removeprefix("RESULT "))
-    # The first step pays for first times, and counts only where there is no other.
-    counted = found["step_seconds"][1:] or found["step_seconds"]
-    per_pair = found["reference_seconds"] / found["pairs"] + sum(counted) / len(counted) / work.BATCH
-    return {**found, "pairs/s": 1 / per_pair}
+    return {**found, "pairs/s": work.pairs_per_second(found)}
 
 
 def runs(name: str, model: Path, pairs: int, rounds: int, folder: Path) -> dict:

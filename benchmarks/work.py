@@ -102,6 +102,13 @@ def write_pairs(name: str, pairs: int, folder: Path) -> tuple[Path, Path]:
     return files
 
 
+def pairs_per_second(found: dict) -> float:
+    """Of one run's measurements, the reference's forward included. The first step pays for first times, and counts only
+    where there is no other."""
+    counted = found["step_seconds"][1:] or found["step_seconds"]
+    return 1 / (found["reference_seconds"] / found["pairs"] + sum(counted) / len(counted) / BATCH)
+
+
 def process_age() -> float:
     """Seconds since this process began."""
     ticks = int(Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()[19])

@@ -127,10 +127,11 @@ class _FusedLogps(torch.autograd.Function):
         )
         # A row's share of the loss goes to the small sides of the products, not over every tile.
         share_N1 = -scale * grad_N[:, None]
-        hidden_shared, low_shared = (None if x is None else (x * share_N1).to(x.dtype) for x in (hidden, low))
+        hidden_shared, low_shared = (
+            (x * share_N1).to(x.dtype) if want else None for x, want in ((hidden, want_weight), (low, want_up))
+        )
         for columns in tiles:
-            log_shares = tiles.logits(columns, minus=log_norm_N[:, None])
-            slope = tiles.slope(log_shares, log_norm_N[:, None])
+            log_shares, slope = tiles.log_shares(columns, log_norm_N[:, None])
             # -d log p(target) / d logits = softmax(logits) - onehot(target)
             grad = log_shares.exp_()
             inside, place = _places(targets, columns)
@@ -173,31 +174,30 @@ class _Tiles:
         for start in range(0, total, self.width):
             yield slice(start, min(start + self.width, self.vocabulary))
 
-    def logits(self, columns: slice, minus: torch.Tensor | None = None) -> torch.Tensor:
-        """[N, v], less `minus` [N, 1] where that is given."""
+    def logits(self, columns: slice) -> torch.Tensor:
+        """[N, v]."""
+        return self._bend(self._products(columns, None if self.bias is None else self.bias[columns]))
+
+    def log_shares(self, columns: slice, log_norm_N1: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Logits less their row's norm, [N, v], and the soft cap's slope at them, 1 - tanh^2, where there is one."""
+        if self.bias is None and self.scale == 1.0 and not self.softcap:  # one pass over the tile less
+            return self._products(columns, -log_norm_N1), None
+        logits = self.logits(columns)
+        slope = 1 - (logits / self.softcap) ** 2 if self.softcap else None
+        return logits.sub_(log_norm_N1), slope
+
+    def _products(self, columns: slice, start: torch.Tensor | None) -> torch.Tensor:
         width = columns.stop - columns.start  # the last tile may be narrower
-        logits = self.memory[: self.rows * width].view(self.rows, width)
-        bias = None if self.bias is None else self.bias[columns]
-        bent = self.scale != 1.0 or self.softcap
-        start = bias
-        if minus is not None and not bent:  # one pass over the tile less
-            start = -minus if bias is None else bias - minus
-        _mm_fp32(self.hidden, self.weight[columns].t(), logits, start)
+        products = self.memory[: self.rows * width].view(self.rows, width)
+        _mm_fp32(self.hidden, self.weight[columns].t(), products, start)
         if self.low is not None:
-            _add_mm_fp32(logits, self.low, self.up[columns].t())
-        if bent:
-            self._bend(logits)
-            if minus is not None:
-                logits -= minus
-        return logits
+            _add_mm_fp32(products, self.low, self.up[columns].t())
+        return products
 
     def _bend(self, logits: torch.Tensor) -> torch.Tensor:
-        logits *= self.scale
+        if self.scale != 1.0:
+            logits *= self.scale
         return logits.div_(self.softcap).tanh_().mul_(self.softcap) if self.softcap else logits
-
-    def slope(self, log_shares: torch.Tensor, log_norm_N1: torch.Tensor) -> torch.Tensor | None:
-        """The soft cap's derivative, 1 - tanh^2, at logits less their norms; None without a soft cap."""
-        return 1 - ((log_shares + log_norm_N1) / self.softcap) ** 2 if self.softcap else None
 
     def logits_of(self, targets: torch.Tensor) -> torch.Tensor:
         """Each row's logit of its target, fp32 [N]; as many rows at a time as fit into a tile."""
@@ -233,8 +233,7 @@ def _mm_fp32(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, start: torch.T
     """out = start + a @ b as fp32, not rounded to b's dtype on the way. start: of a shape that spreads to out's, or
     None for zeros."""
     if a.device.type == "cpu":
-        out.copy_(start) if start is not None else out.zero_()
-        torch.addmm(out, a, b.float(), out=out)  # unlike addmm_, counted by torch's FlopCounterMode
+        _add_mm_fp32(out.zero_() if start is None else out.copy_(start), a, b)
         return
     if b.dtype == torch.float32:
         torch.mm(a, b, out=out)
@@ -245,7 +244,7 @@ def _mm_fp32(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, start: torch.T
 
 
 def _add_mm_fp32(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
-    """total += a @ b, in fp32."""
+    """total += a @ b, in fp32. (torch's FlopCounterMode counts addmm, not addmm_.)"""
     if b.dtype == torch.float32:
         torch.addmm(total, a, b, out=total)
     elif a.is_cuda or a.is_meta:
