@@ -90,7 +90,17 @@ def join() -> World:
 
     with contextlib.redirect_stdout(io.StringIO()):
         deepspeed.init_distributed(verbose=False, timeout=PATIENCE)
+    if not torch.cuda.is_available():
+        _unname_shared_memory(world)
     return world
+
+
+def _unname_shared_memory(world: World) -> None:
+    """Takes away the name of this rank's block in /dev/shm as soon as every rank has mapped it. DeepSpeed 0.19's
+    collectives on CPU never do, and each rank of each run would leave 66 MiB of the machine's memory behind."""
+    wait_for_all()
+    parts = "deepspeed_allreduce_buffer", os.getuid(), os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"], world.rank
+    Path("/dev/shm", "_".join(map(str, parts))).unlink(missing_ok=True)
 
 
 def quiet_start() -> None:

@@ -33,7 +33,8 @@ def started(place, name: str, *words) -> list[float]:
 
 
 def test_every_launcher_starts_the_same_run(place):
-    model = place / "llama"
+    model, shared = place / "llama", Path("/dev/shm")
+    before = set(shared.glob("deepspeed_*"))
     script = launching.ROOT / "launch" / "train_dpo.py"
     command = [sys.executable, "-m", "dpo_ds.deepspeed_command", "--master_port", launching.free_port()]
     port = ["--master_port", launching.free_port()]
@@ -56,6 +57,8 @@ def test_every_launcher_starts_the_same_run(place):
     for name, curve in curves.items():
         assert abs(curve[0] - math.log(2)) < 1e-5, name
         np.testing.assert_allclose(curve, curves["python"], rtol=0, atol=1e-5, err_msg=name)
+    left = set(shared.glob("deepspeed_*")) - before
+    assert not left, "memory of the machine that nobody has any more"
 
 
 def test_the_run_says_what_it_used(place):
