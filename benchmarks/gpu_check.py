@@ -131,7 +131,7 @@ def check_head() -> list[dict]:
         truth = (exact[0] @ exact[1].t()).log_softmax(-1).gather(1, targets[:, None]).sum()
         truth.backward()
         fast = [x.to(DEVICE).requires_grad_() for x in (hidden, weight)]
-        found = head.fused_logps(*fast, targets.to(DEVICE), tile=2**16).sum()
+        found = head.fused_logps(*fast, targets.to(DEVICE), room=head.Room(2**16)).sum()
         found.backward()
         gaps = [float((f.grad.cpu() - e.grad).norm() / e.grad.norm()) for f, e in zip(fast, exact, strict=True)]
         error = {"logps": abs(float(found) - float(truth)), "gradients": max(gaps)}
@@ -203,7 +203,7 @@ def head_costs(small: bool) -> list[dict]:
     for tile in [2**n for n in ((14, 16) if small else (22, 23, 24, 25, 26, 27, 28))]:
 
         def both(tile=tile):
-            head.fused_logps(hidden, weight, targets, tile=tile).sum().backward()
+            head.fused_logps(hidden, weight, targets, room=head.Room(tile)).sum().backward()
             hidden.grad = weight.grad = None
 
         row = {"tile": tile, "ms": 1e3 * timed(both, 3)}

@@ -4,6 +4,7 @@ python benchmarks/one_ours.py MODEL PAIRS.jsonl MAX_LENGTH OUTPUT_DIR [further o
 """
 
 import json
+import statistics
 import sys
 import time
 
@@ -30,7 +31,7 @@ def main(model: str, pairs: str, max_length: str, output_dir: str, *more: str) -
     from dpo_ds.trainer import Trainer
 
     run = prepare(options, ranks)
-    seconds, losses, cold, reference_seconds = [], [], [], []
+    seconds, losses, cold, reference_seconds, matmul = [], [], [], [], []
     plain_scoring = score.score_all
 
     def score_all(*args, **more):
@@ -53,6 +54,7 @@ def main(model: str, pairs: str, max_length: str, output_dir: str, *more: str) -
             seconds.append(time.perf_counter() - began)
             losses.append(metrics["loss"])
             cold.append(work.process_age())
+            matmul.append(work.matmul_speed())  # beside every step: the machine's speed moves
             return metrics
 
         trainer.step = step
@@ -73,7 +75,7 @@ def main(model: str, pairs: str, max_length: str, output_dir: str, *more: str) -
         "attention": run.attention,
         "response_tokens": int(lengths[later, 1:].sum()),
         "flops": flops.step(lengths[later]),
-        "matmul": work.matmul_speed(),
+        "matmul": statistics.median(matmul),
     }
 
 

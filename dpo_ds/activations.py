@@ -107,10 +107,10 @@ class Counter:
                 parameter.register_post_accumulate_grad_hook(_drop_gradient)
         return PairScorer(model)
 
-    def count(self, tokens: int, pair_tokens: int, checkpointing: bool, tile: int) -> Activations:
+    def count(self, tokens: int, pair_tokens: int, checkpointing: bool, room: head.Room) -> Activations:
         """For a micro-batch of `tokens` packed tokens in pairs of `pair_tokens`, with as many response tokens as there
-        can be, and the head's logits in tiles of `tile` elements."""
-        head.tile_on_meta = tile
+        can be, and the head's logits in that room."""
+        head.room_on_meta = room
         batch = _batch(tokens, pair_tokens)
         few, many = (self.scale * _peak(scorer, batch, checkpointing) for scorer in self.scorers)
         per_layer = (many - few) // (self.counts[1] - self.counts[0])

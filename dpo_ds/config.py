@@ -58,7 +58,7 @@ class Options:
     micro_batch_tokens: int | None = HfArg(
         default=None,
         help="Tokens of one micro-batch on one rank, at most: a packed pair is prompt + chosen + rejected. By default "
-        "what the plan finds room for, up to the rank's share of a step (2048 on CPU, or a longer pair).",
+        "what the plan finds room for, up to the rank's share of a step (on CPU 1024, or the longest pair).",
     )
 
     # whether it fits

@@ -26,7 +26,8 @@ from dpo_ds.tiers import fill_tier
 # Of a GPU's memory, the rest is lost to the driver and to fragmentation; an estimate.
 USABLE = 0.95
 PLENTY = 10**6 * GIB
-CPU_TOKENS = 2048  # a micro-batch: twice as many leave the caches, 15% slower on AlpacaEval (benchmarks/README.md)
+# A micro-batch on CPU, or the longest pair: more makes products no faster and takes memory (benchmarks/README.md).
+CPU_TOKENS = 1024
 SHORTEST = 128  # tokens of a row worth training on
 
 

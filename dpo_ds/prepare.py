@@ -43,6 +43,7 @@ class Run:
 def prepare(options: Options, ranks: int) -> Run:
     """Raises ValueError, in one line and on every rank, for whatever cannot work."""
     # The plan comes before any download; rank 0's machine stands for all.
+    asked = options
     options = world.one_after_another(
         lambda: plan.for_run(options).options if world.from_environment().speaks else None
     )
@@ -63,6 +64,9 @@ def prepare(options: Options, ranks: int) -> Run:
     longest = max(int(pairs.packed_lengths.max()) for pairs in (train_pairs, eval_pairs) if len(pairs))
     if options.micro_batch_tokens < longest:
         raise ValueError(too_small(options.micro_batch_tokens, longest))
+    if asked.micro_batch_tokens is None and not torch.cuda.is_available():
+        # The plan has room for the longest pair that --max_length lets through; now the longest there is is known.
+        options = options.replace(micro_batch_tokens=max(longest, min(plan.CPU_TOKENS, options.micro_batch_tokens)))
     schedule = Schedule.of(
         len(train_pairs), options.global_batch_pairs, options.epochs, options.max_steps, options.seed
     )

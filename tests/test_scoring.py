@@ -12,7 +12,7 @@ from dpo_ds.config import Options
 from dpo_ds.lora import add_lora
 from dpo_ds.losses import dpo_loss
 from dpo_ds.scoring import attention
-from dpo_ds.scoring.head import FEWEST_COLUMNS, fused_logps
+from dpo_ds.scoring.head import FEWEST_COLUMNS, Room, fused_logps
 from dpo_ds.scoring.packed import pack, segments_of
 from dpo_ds.scoring.scorer import PairScorer
 
@@ -131,8 +131,8 @@ VOCABULARY = 2 * FEWEST_COLUMNS + 101  # three tiles at least, the last narrower
 @pytest.mark.parametrize("adapter", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(("scale", "softcap"), [(1.0, None), (0.0625, None), (1.0, 3.0), (0.5, 3.0)])
-@pytest.mark.parametrize("tile", [64, 10**6])
-def test_fused_head_against_float64(adapter, bias, scale, softcap, tile):
+@pytest.mark.parametrize("room", [Room(64), Room(10**6), Room(64, kept=37 * FEWEST_COLUMNS), Room(10**6, kept=10**6)])
+def test_fused_head_against_float64(adapter, bias, scale, softcap, room):
     torch.manual_seed(0)
     hidden, weight, low, up = (
         torch.randn(n, width, dtype=torch.float64, requires_grad=True)
@@ -150,11 +150,12 @@ def test_fused_head_against_float64(adapter, bias, scale, softcap, tile):
 
     fast = [x.detach().float().requires_grad_() for x in inputs]
     further = dict(zip(("low", "up"), fast[-2:], strict=True)) if adapter else {}
-    logps = fused_logps(fast[0], fast[1], targets, fast[2] if bias else None, scale, softcap, tile, **further)
-    grads = torch.autograd.grad((logps * outer.float()).sum(), fast)
+    logps = fused_logps(fast[0], fast[1], targets, fast[2] if bias else None, scale, softcap, room, **further)
     torch.testing.assert_close(logps.double(), expected, atol=1e-5, rtol=1e-5)
-    for grad, wanted in zip(grads, expected_grads, strict=True):
-        torch.testing.assert_close(grad.double(), wanted, atol=2e-5, rtol=1e-4)
+    for again in (True, False):  # what was kept is used up by the first backward
+        grads = torch.autograd.grad((logps * outer.float()).sum(), fast, retain_graph=again)
+        for grad, wanted in zip(grads, expected_grads, strict=True):
+            torch.testing.assert_close(grad.double(), wanted, atol=2e-5, rtol=1e-4)
 
 
 def test_fused_head_in_bf16_is_as_good_as_its_inputs():
@@ -182,7 +183,7 @@ def test_the_logits_matrix_never_exists():
             return out
 
     with Watch():
-        fused_logps(hidden, weight, targets, tile=2**18).sum().backward()
+        fused_logps(hidden, weight, targets, room=Room(2**18)).sum().backward()
     assert max(largest) <= max(2**18, V * H) < N * V / 8
 
 
@@ -259,7 +260,7 @@ def test_the_head_holds_one_tile_above_its_inputs_and_gradients(tile):
     hidden, weight = (torch.zeros(n, H, device="meta", requires_grad=True) for n in (N, V))
     targets = torch.zeros(N, dtype=torch.int64, device="meta")
     with LiveBytes([hidden, weight, targets]) as live:
-        logps = fused_logps(hidden, weight, targets, tile=tile)
+        logps = fused_logps(hidden, weight, targets, room=Room(tile))
         forward = live.peak
         logps.sum().backward()
     one_tile, rows = 4 * max(tile, FEWEST_COLUMNS * N), 4 * N * H
@@ -267,6 +268,23 @@ def test_the_head_holds_one_tile_above_its_inputs_and_gradients(tile):
     gradients = 4 * V * H + rows
     shared = rows  # hidden times its rows' shares
     assert live.peak <= 1.1 * one_tile + gradients + shared + rows
+
+
+def test_what_the_head_keeps_for_backward_is_counted_and_gone_after_it():
+    N, H, V, tile, kept = 512, 64, 102_400, 2**20, 2**23
+    hidden, weight = (torch.zeros(n, H, device="meta", requires_grad=True) for n in (N, V))
+    targets = torch.zeros(N, dtype=torch.int64, device="meta")
+    with LiveBytes([hidden, weight, targets]) as live:
+        logps = fused_logps(hidden, weight, targets, room=Room(tile, kept))
+        held = live.now
+        logps.sum().backward()
+        hidden.grad = weight.grad = logps = None
+        assert live.now == 0
+    assert 4 * kept <= held <= 1.01 * 4 * kept
+    assert live.peak <= 1.1 * 4 * (kept + tile) + 4 * H * (V + 3 * N)
+    with torch.no_grad(), LiveBytes([hidden, weight, targets]) as live:
+        fused_logps(hidden, weight, targets, room=Room(tile, kept))
+    assert live.peak <= 1.1 * 4 * tile
 
 
 def test_an_adapter_on_the_head_scores_and_learns_as_peft_has_it(tmp_path):

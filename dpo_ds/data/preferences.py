@@ -13,7 +13,7 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -77,7 +77,7 @@ def _named(count: int, rows: Sequence[int]) -> str:
     return f"row{'s' if count > 1 else ''} {', '.join(map(str, rows))}{', …' if count > len(rows) else ''}"
 
 
-def counted(kinds: Sequence[str | None], rows: Sequence[int]) -> dict[str, tuple[int, list[int]]]:
+def counted(kinds: Iterable[str | None], rows: Iterable[int]) -> dict[str, tuple[int, list[int]]]:
     """{kind: (how many, the first row numbers)} of a column of kinds; None and "" are no kind."""
     counts: dict[str, tuple[int, list[int]]] = {}
     for kind, row in zip(kinds, rows, strict=True):

@@ -9,9 +9,10 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 
 import datasets
@@ -343,15 +344,15 @@ def _write(folder: Path, rows: datasets.Dataset, encoder: Encoder, num_proc: int
         num_proc=num_proc if len(rows) >= SMALL and num_proc > 1 else None,
         new_fingerprint=folder.name.replace(".", "-"),
     )
-    numbers = encoded["row"][:]
-    left_out = counted(encoded["left_out"][:], numbers)
-    changes = encoded["changed"][:]
+    # Column by column, as a stream: lists of a million rows would be half a GB.
+    numbers = np.fromiter(_column(encoded, "row"), np.int64, len(encoded))
+    left_out = counted(_column(encoded, "left_out"), numbers)
     changed = {
         kind: counts
         for kind in (MOVED, FOLDED, CUT_PROMPT, CUT_RESPONSE)
-        for counts in counted([kind if kind in kinds else "" for kinds in changes], numbers).values()
+        for counts in counted((kind if kind in k else "" for k in _column(encoded, "changed")), numbers).values()
     }
-    lengths = np.array(encoded["lengths"][:], dtype=np.int32).reshape(-1, 3)
+    lengths = np.fromiter(chain.from_iterable(_column(encoded, "lengths")), np.int32, 3 * len(encoded)).reshape(-1, 3)
     used = lengths.sum(axis=1) > 0
     lengths = lengths[used]
     total = int(lengths.sum(dtype=np.int64))
@@ -366,9 +367,9 @@ def _write(folder: Path, rows: datasets.Dataset, encoder: Encoder, num_proc: int
     arrays = {
         "lengths": lengths,
         "starts": ends - lengths.sum(axis=1, dtype=np.int64),
-        "rows": np.array(numbers, dtype=np.int64)[used],
-        "pair_ids": _bytes(encoded["pair_id"][:])[used],
-        "prompt_hashes": _bytes(encoded["prompt_hash"][:])[used],
+        "rows": numbers[used],
+        "pair_ids": _bytes(encoded, "pair_id")[used],
+        "prompt_hashes": _bytes(encoded, "prompt_hash")[used],
     }
     for name, array in arrays.items():
         np.save(folder / f"{name}.npy", array)
@@ -405,5 +406,12 @@ def _encode_batch(rows: dict[str, list], encoder: Encoder) -> dict[str, list]:
     return out
 
 
-def _bytes(values: list[bytes]) -> np.ndarray:
-    return np.frombuffer(b"".join(values), dtype=np.uint8).reshape(-1, 16)
+def _column(rows: datasets.Dataset, name: str) -> Iterator:
+    """One column's values, a few thousand in memory at a time."""
+    for batch in rows.select_columns([name]).with_format("arrow").iter(batch_size=10_000):
+        yield from batch[name].to_pylist()
+
+
+def _bytes(rows: datasets.Dataset, name: str) -> np.ndarray:
+    """A column of 16 bytes each: uint8 [n, 16]."""
+    return np.fromiter(chain.from_iterable(_column(rows, name)), np.uint8, 16 * len(rows)).reshape(-1, 16)

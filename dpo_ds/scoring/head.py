@@ -3,6 +3,8 @@
 The [N, V] matrix of logits never exists: forward and backward go over it in tiles of vocabulary, each [N, v], backward
 computes them again. Products are accumulated in fp32 (rounding logits to bf16 costs a quarter of a nat in a 128-token
 sum). On CPU a tile stays in the cache, and is the same memory from first to last: twice the speed of one that does not.
+There, where models are small and the head is most of the work, as many tiles as fit into KEPT_ON_CPU are kept for
+backward instead.
 
 `replace_head` puts it inside the model's own lm_head, called as a module, so that ZeRO-3's hooks gather the weight for
 forward and again for backward, tied or not; an adapter on the head (LoRA) is a second product in every tile.
@@ -11,26 +13,38 @@ Shapes: N response tokens, H hidden size, V vocabulary, v columns of a tile, r t
 """
 
 import types
+from dataclasses import dataclass, replace
 
 import torch
 
 FEWEST_COLUMNS = 256  # of a tile, however many rows there are
-# Elements of a tile on the meta device, where memory is counted: as on the device that it stands for.
-tile_on_meta = 2**20
+KEPT_ON_CPU = 2**25  # logits, 128 MiB
 
 
-def tile_elements(gpu_memory: int | None) -> int:
-    """Elements of one fp32 tile of logits: a 512th of the GPU's bytes, 128 MiB at most, or half a MiB for every thread
-    of a CPU, whose own cache then holds its part."""
+@dataclass(frozen=True)
+class Room:
+    """How many fp32 logits the head may hold: a tile at a time, and what forward keeps for backward."""
+
+    tile: int
+    kept: int = 0
+
+
+def room_on(gpu_memory: int | None) -> Room:
+    """A tile of a 512th of the GPU's bytes, 128 MiB at most; of half a MiB for every thread of a CPU, whose own cache
+    then holds its part."""
     if gpu_memory is None:
-        return 2**17 * torch.get_num_threads()
-    return min(gpu_memory // 2048, 2**25)
+        return Room(2**17 * torch.get_num_threads(), KEPT_ON_CPU)
+    return Room(min(gpu_memory // 2048, 2**25))
 
 
-def _elements_on(device: torch.device) -> int:
+# On the meta device, where memory is counted: that of the device which it stands for.
+room_on_meta = Room(2**20)
+
+
+def _room_of(device: torch.device) -> Room:
     if device.type == "meta":
-        return tile_on_meta
-    return tile_elements(torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None)
+        return room_on_meta
+    return room_on(torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None)
 
 
 def replace_head(model) -> None:
@@ -80,24 +94,26 @@ def fused_logps(
     bias: torch.Tensor | None = None,
     scale: float = 1.0,
     softcap: float | None = None,
-    tile: int | None = None,
+    room: Room | None = None,
     low: torch.Tensor | None = None,
     up: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """log softmax(softcap(scale * (hidden @ weight.T + low @ up.T + bias)))[targets], fp32 [N].
 
     hidden [N, H] and weight [V, H] of one dtype, targets [N] int64, bias [V]; low [N, r] and up [V, r], an adapter's,
-    of that dtype. softcap(z) = c * tanh(z / c), as in Gemma 2 (arXiv 2408.00118, section 2). tile: elements of a tile
-    of logits, by the device's kind if None.
+    of that dtype. softcap(z) = c * tanh(z / c), as in Gemma 2 (arXiv 2408.00118, section 2). room: by the device's kind
+    if None.
     """
-    tile = tile or _elements_on(hidden.device)
-    return _FusedLogps.apply(hidden, weight, bias, low, up, targets, scale, softcap, tile)
+    room = room or _room_of(hidden.device)
+    if not torch.is_grad_enabled():
+        room = replace(room, kept=0)
+    return _FusedLogps.apply(hidden, weight, bias, low, up, targets, scale, softcap, room)
 
 
 class _FusedLogps(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, low, up, targets, scale, softcap, tile):
-        tiles = _Tiles(hidden, weight, bias, low, up, scale, softcap, tile)
+    def forward(ctx, hidden, weight, bias, low, up, targets, scale, softcap, room):
+        tiles = _Tiles(hidden, weight, bias, low, up, scale, softcap, room)
         target_N = tiles.logits_of(targets)  # before there is a tile
         log_norm_N = torch.full((len(hidden),), -torch.inf, device=hidden.device)
         for columns in tiles:
@@ -106,16 +122,19 @@ class _FusedLogps(torch.autograd.Function):
             # log softmax is x - log sum exp x: at the largest x it tells the sum. It needs no second tile, and fewer
             # passes than a sum of exponents.
             torch.log_softmax(logits, -1, out=logits)
-            log_norm_N = torch.logaddexp(log_norm_N, largest - logits.amax(-1))
+            tile_norm_N = largest - logits.amax(-1)
+            tiles.keep(columns, logits, tile_norm_N[:, None])
+            log_norm_N = torch.logaddexp(log_norm_N, tile_norm_N)
         ctx.save_for_backward(hidden, weight, bias, low, up, targets, log_norm_N)
-        ctx.constants = scale, softcap, tile
+        ctx.constants, ctx.kept = (scale, softcap, room), tiles.kept
         return target_N - log_norm_N
 
     @staticmethod
     def backward(ctx, grad_N):
         hidden, weight, bias, low, up, targets, log_norm_N = ctx.saved_tensors
         want_hidden, want_weight, want_bias, want_low, want_up = ctx.needs_input_grad[:5]
-        tiles = _Tiles(hidden, weight, bias, low, up, *ctx.constants)
+        tiles = _Tiles(hidden, weight, bias, low, up, *ctx.constants, kept=ctx.kept)
+        ctx.kept = {}  # used up: another backward computes them again
         scale, *_ = ctx.constants
         grad_hidden, grad_low = (
             torch.zeros(x.shape, dtype=torch.float32, device=x.device) if want else None
@@ -157,22 +176,31 @@ class _FusedLogps(torch.autograd.Function):
 
 
 class _Tiles:
-    """Tiles of logits [N, v], fp32, one after another in the same memory: iterate over their columns."""
+    """Tiles of logits [N, v], fp32, one after another: iterate over their columns. All in the same memory, but for
+    those that are kept: their logits less the tile's own norm, and that norm, [N, 1]."""
 
-    def __init__(self, hidden, weight, bias, low, up, scale, softcap, tile):
+    def __init__(self, hidden, weight, bias, low, up, scale, softcap, room, kept=None):
         self.weight, self.bias, self.scale, self.softcap = weight, bias, scale, softcap
         self.low, self.up = low, up
         # On CPU products of bf16 would be rounded to bf16: they are made of fp32 copies.
         self.hidden = hidden.float() if hidden.device.type == "cpu" else hidden
         self.rows, self.vocabulary = len(hidden), len(weight)
-        self.width = min(self.vocabulary, max(FEWEST_COLUMNS, tile // max(1, self.rows)))
+        self.width = min(self.vocabulary, max(FEWEST_COLUMNS, room.tile // max(1, self.rows)))
+        self.most_kept = room.kept // max(1, self.rows * self.width)
+        self.kept: dict[int, tuple[torch.Tensor, torch.Tensor]] = {} if kept is None else kept
+        self.memory: torch.Tensor | None = None
 
     def __iter__(self):
-        self.memory = torch.empty(self.rows * self.width, dtype=torch.float32, device=self.hidden.device)
-        # Where memory is counted, one tile takes as much as all of them.
-        total = self.width if self.hidden.is_meta else self.vocabulary
-        for start in range(0, total, self.width):
+        # Where memory is counted, one tile takes as much as all that share its memory.
+        total = self.width * (1 + self.most_kept) if self.hidden.is_meta else self.vocabulary
+        for start in range(0, min(total, self.vocabulary), self.width):
             yield slice(start, min(start + self.width, self.vocabulary))
+
+    def keep(self, columns: slice, logits: torch.Tensor, norm_N1: torch.Tensor) -> None:
+        """For backward, if there is room."""
+        if len(self.kept) < self.most_kept:
+            self.kept[columns.start] = logits, norm_N1
+            self.memory = None
 
     def logits(self, columns: slice) -> torch.Tensor:
         """[N, v]."""
@@ -180,13 +208,16 @@ class _Tiles:
 
     def log_shares(self, columns: slice, log_norm_N1: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Logits less their row's norm, [N, v], and the soft cap's slope at them, 1 - tanh^2, where there is one."""
-        if self.bias is None and self.scale == 1.0 and not self.softcap:  # one pass over the tile less
+        known = columns.start in self.kept
+        if not known and self.bias is None and self.scale == 1.0 and not self.softcap:  # one pass over the tile less
             return self._products(columns, -log_norm_N1), None
-        logits = self.logits(columns)
-        slope = 1 - (logits / self.softcap) ** 2 if self.softcap else None
-        return logits.sub_(log_norm_N1), slope
+        logits, taken_N1 = self.kept.pop(columns.start) if known else (self.logits(columns), 0.0)
+        slope = 1 - ((logits + taken_N1) / self.softcap) ** 2 if self.softcap else None
+        return logits.sub_(log_norm_N1 - taken_N1), slope
 
     def _products(self, columns: slice, start: torch.Tensor | None) -> torch.Tensor:
+        if self.memory is None:
+            self.memory = torch.empty(self.rows * self.width, dtype=torch.float32, device=self.hidden.device)
         width = columns.stop - columns.start  # the last tile may be narrower
         products = self.memory[: self.rows * width].view(self.rows, width)
         _mm_fp32(self.hidden, self.weight[columns].t(), products, start)
