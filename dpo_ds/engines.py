@@ -170,8 +170,11 @@ def policy_engine(folder: Path, config: dict, options: Options, *, total_steps: 
             num_training_steps=total_steps,
         ),
     )
-    if config["zero_optimization"]["stage"] == 0 and options.precision == "bf16":
-        _forget_first_step(engine.basic_optimizer)
+    if config["zero_optimization"]["stage"] == 0:
+        if options.precision == "bf16":
+            _forget_first_step(engine.basic_optimizer)
+        # A rank alone has nobody to average its gradients with; DeepSpeed would lay them end to end and copy them back.
+        engine.enable_backward_allreduce = world.from_environment().size > 1
     return Engine(engine, config)
 
 

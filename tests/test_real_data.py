@@ -12,8 +12,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
+from dpo_ds.config import parse_options
 from dpo_ds.data.steps import Schedule, deal
 from dpo_ds.data.tokens import PairSet
+from dpo_ds.footprint import longest_pair
+from dpo_ds.plan import CPU_TOKENS
 
 DATA = launching.ROOT.parent / "shared" / "data"
 DIALOGUES = DATA / "hh-harmless" / "test.jsonl.gz"
@@ -86,6 +89,15 @@ def test_eight_ranks_get_the_same_number_of_tokens(run, global_batch, least):
         work += tokens.sum()
         held += 8 * tokens.max(axis=0).sum()
     assert work / held >= least
+
+
+def test_a_micro_batch_on_cpu_is_as_long_as_the_longest_pair_needs(run):
+    folder, _ = run
+    options = parse_options(["--config", str(folder / "options.yaml")])
+    pairs = PairSet.open(next((folder.parent / "cache" / "tokens").glob("*/manifest.json")).parent)
+    longest = int(pairs.packed_lengths.max())
+    assert longest < longest_pair(options), "else the data shortens nothing"
+    assert options.micro_batch_tokens == max(CPU_TOKENS, longest)
 
 
 def test_every_row_is_accounted_for(run):
