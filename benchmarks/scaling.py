@@ -19,6 +19,10 @@ from pathlib import Path
 
 import work
 
+sys.path.insert(0, str(work.ROOT / "tests"))
+
+from memory import Peak, resident
+
 HERE = Path(__file__).resolve().parent
 PAIRS = (100, 1_000, 10_000, 100_000)
 PROMPTS = (128, 256, 512, 1024, 2048)
@@ -46,7 +50,7 @@ def result_of(done: subprocess.CompletedProcess) -> dict:
 
 def data_path(file: str, model: str, folder: str) -> dict:
     """Load, check and tokenise; deal an epoch; fill a table's file. Seconds of each, and the most memory it took, in
-    this process (that of tokenising many pairs' workers does not grow with them)."""
+    this process: where many pairs are tokenised by workers, theirs is not counted."""
     import numpy as np
 
     from dpo_ds.config import parse_options
@@ -59,30 +63,30 @@ def data_path(file: str, model: str, folder: str) -> dict:
         ["--model", model, "--dataset", file, "--cache_dir", folder, "--max_length", "1024", "--eval_pairs", "0"]
     )
     tokenizer = load_tokenizer(find_model(model))
-    with work.AnonymousPeak() as peak:
-        began = time.perf_counter()
-        pairs, _ = load_pairs(options, tokenizer)
-        tokenised = time.perf_counter()
-        again, _ = load_pairs(options, tokenizer)
-        assert len(again) == len(pairs)
-        reopened = time.perf_counter()
-        schedule = Schedule.of(len(pairs), 64, 1.0, None, work.SEED)
-        for number in range(schedule.steps):
-            deal(schedule.step(number), pairs.packed_lengths, 8, 8192)
-        dealt = time.perf_counter()
-        table = Table(Path(folder), {"benchmark": len(pairs)}, len(pairs))
-        rows = table.open_to_fill()
-        for start in range(0, len(pairs), 2048):
-            rows[start : start + 2048] = np.float32(-1.0)
-            rows.flush()
-        table.close()
+    before, peak = resident(), Peak()
+    began = time.perf_counter()
+    pairs, _ = load_pairs(options, tokenizer)
+    tokenised = time.perf_counter()
+    again, _ = load_pairs(options, tokenizer)
+    assert len(again) == len(pairs)
+    reopened = time.perf_counter()
+    schedule = Schedule.of(len(pairs), 64, 1.0, None, work.SEED)
+    for number in range(schedule.steps):
+        deal(schedule.step(number), pairs.packed_lengths, 8, 8192)
+    dealt = time.perf_counter()
+    table = Table(Path(folder), {"benchmark": len(pairs)}, len(pairs))
+    rows = table.open_to_fill()
+    for start in range(0, len(pairs), 2048):
+        rows[start : start + 2048] = np.float32(-1.0)
+        rows.flush()
+    table.close()
     return {
         "pairs": len(pairs),
         "tokenise s": tokenised - began,
         "open again s": reopened - tokenised,
         "deal s": dealt - reopened,
         "table s": time.perf_counter() - dealt,
-        "memory MiB": peak.bytes / 2**20,
+        "memory MiB": (peak.value - before) / 2**20,
     }
 
 
@@ -94,18 +98,18 @@ def index_of(count: str) -> dict:
     from dpo_ds.data.tokens import PairSet
 
     n = int(count)
-    with work.AnonymousPeak() as peak:
-        lengths = np.random.default_rng(0).integers(20, 300, (n, 3)).astype(np.int32)
-        starts = np.arange(n, dtype=np.int64) * 900
-        ids = np.ones((n, 16), dtype=np.uint8)
-        pairs = PairSet(np.zeros(0, dtype=np.int32), lengths, starts, np.arange(n), ids, ids.copy())
-        schedule = Schedule.of(n, 64, 1.0, None, work.SEED)
-        began = time.perf_counter()
-        for number in range(20):
-            deal(schedule.step(number), pairs.packed_lengths, 8, 8192)
-        seconds = (time.perf_counter() - began) / 20
-        time.sleep(0.02)  # once more sampled, with all of it there
-    return {"pairs": n, "a step's dealing s": seconds, "memory MiB": peak.bytes / 2**20}
+    before, peak = resident(), Peak()
+    lengths = np.random.default_rng(0).integers(20, 300, (n, 3)).astype(np.int32)
+    starts = np.arange(n, dtype=np.int64) * 900
+    ids = np.ones((n, 16), dtype=np.uint8)
+    pairs = PairSet(np.zeros(0, dtype=np.int32), lengths, starts, np.arange(n), ids, ids.copy())
+    schedule = Schedule.of(n, 64, 1.0, None, work.SEED)
+    began = time.perf_counter()
+    for number in range(20):
+        deal(schedule.step(number), pairs.packed_lengths, 8, 8192)
+    seconds = (time.perf_counter() - began) / 20
+    time.sleep(0.02)  # once more sampled, with all of it there
+    return {"pairs": n, "a step's dealing s": seconds, "memory MiB": (peak.value - before) / 2**20}
 
 
 def grow_pairs(folder: Path) -> list[dict]:
@@ -192,11 +196,10 @@ def export_one(checkpoint: str, folder: str) -> dict:
     from dpo_ds import export
 
     export.SHARD_BYTES = 50_000_000
-    with work.AnonymousPeak() as peak:
-        began = time.perf_counter()
-        export.main(["--checkpoint", checkpoint, "--output_dir", folder])
-        seconds = time.perf_counter() - began
-    return {"seconds": seconds, "memory MiB": peak.bytes / 2**20}
+    before, peak = resident(), Peak()
+    began = time.perf_counter()
+    export.main(["--checkpoint", checkpoint, "--output_dir", folder])
+    return {"seconds": time.perf_counter() - began, "memory MiB": (peak.value - before) / 2**20}
 
 
 def grow_export(folder: Path) -> list[dict]:

@@ -10,7 +10,6 @@ import json
 import os
 import platform
 import statistics
-import threading
 import time
 from pathlib import Path
 
@@ -129,35 +128,8 @@ def gpu_memory() -> int | None:
 
 def peak_memory() -> int:
     """The most bytes that this process ever held. (getrusage's figure begins with what its parent held.)"""
-    return _status("VmHWM")
-
-
-class AnonymousPeak:
-    """Within it, `bytes` is the most that this process holds of its own, above what it held before: without the pages
-    of mapped files, which the machine takes back when it wants them. Sampled every 5 ms."""
-
-    def __enter__(self) -> "AnonymousPeak":
-        self._before, self._over, self.bytes = self._now(), threading.Event(), 0
-        self._thread = threading.Thread(target=self._sample)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_) -> None:
-        self._over.set()
-        self._thread.join()
-
-    def _sample(self) -> None:
-        while not self._over.wait(0.005):
-            self.bytes = max(self.bytes, self._now() - self._before)
-
-    def _now(self) -> int:
-        return _status("RssAnon")
-
-
-def _status(key: str) -> int:
-    """Bytes, as the kernel counts them for this process."""
     lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{key}:"))
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
 
 
 def matmul_speed(seconds: float = 0.5, size: int = 2048) -> float:
