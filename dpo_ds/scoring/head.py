@@ -17,6 +17,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from dpo_ds.scoring.embedding import Handover, replace_embedding
+
 FEWEST_COLUMNS = 256  # of a tile, however many rows there are
 KEPT_ON_CPU = 2**25  # logits, 128 MiB
 
@@ -54,12 +56,14 @@ def replace_head(model) -> None:
     scale /= float(getattr(config, "logits_scaling", None) or 1.0)  # Granite divides
     softcap = getattr(config, "final_logit_softcapping", None)
     linear = getattr(head, "base_layer", head)  # peft's wrapper holds the head itself there
+    embedding = replace_embedding(model)
     plain_linear = linear.forward
 
     def forward(self, hidden, targets=None, low=None, lora_B=None):
         if targets is None:
             return plain_linear(hidden)
-        known = (hidden, self.weight, targets, getattr(self, "bias", None), scale, softcap, None)
+        handover = None if embedding is None else embedding.handover
+        known = (hidden, self.weight, targets, getattr(self, "bias", None), scale, softcap, None, handover)
         # Inside of lora_B's own call, so that both weights are gathered.
         return fused_logps(*known) if low is None else lora_B(low, known)
 
@@ -95,6 +99,7 @@ def fused_logps(
     scale: float = 1.0,
     softcap: float | None = None,
     room: Room | None = None,
+    handover: Handover | None = None,
     low: torch.Tensor | None = None,
     up: torch.Tensor | None = None,
 ) -> torch.Tensor:
@@ -102,31 +107,31 @@ def fused_logps(
 
     hidden [N, H] and weight [V, H] of one dtype, targets [N] int64, bias [V]; low [N, r] and up [V, r], an adapter's,
     of that dtype. softcap(z) = c * tanh(z / c), as in Gemma 2 (arXiv 2408.00118, section 2). room: by the device's kind
-    if None.
+    if None. handover: backward leaves the weight's gradient there, for the embedding that shares the weight.
     """
     room = room or _room_of(hidden.device)
     if not torch.is_grad_enabled():
         room = replace(room, kept=0)
-    return _FusedLogps.apply(hidden, weight, bias, low, up, targets, scale, softcap, room)
+    return _FusedLogps.apply(hidden, weight, bias, low, up, targets, scale, softcap, room, handover)
 
 
 class _FusedLogps(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, low, up, targets, scale, softcap, room):
+    def forward(ctx, hidden, weight, bias, low, up, targets, scale, softcap, room, handover):
         tiles = _Tiles(hidden, weight, bias, low, up, scale, softcap, room)
         target_N = tiles.logits_of(targets)  # before there is a tile
         log_norm_N = torch.full((len(hidden),), -torch.inf, device=hidden.device)
         for columns in tiles:
             logits = tiles.logits(columns)
             largest = logits.amax(-1)
-            # log softmax is x - log sum exp x: at the largest x it tells the sum. It needs no second tile, and fewer
-            # passes than a sum of exponents.
-            torch.log_softmax(logits, -1, out=logits)
-            tile_norm_N = largest - logits.amax(-1)
-            tiles.keep(columns, logits, tile_norm_N[:, None])
+            # softmax is exp(x - log sum exp x): at the largest x it tells the sum. It needs no second tile, is what
+            # backward wants, and on CPU takes less time than exp alone.
+            shares = torch.softmax(logits, -1, out=logits)
+            tile_norm_N = largest - shares.amax(-1).log_()
+            tiles.keep(columns, shares, tile_norm_N[:, None])
             log_norm_N = torch.logaddexp(log_norm_N, tile_norm_N)
         ctx.save_for_backward(hidden, weight, bias, low, up, targets, log_norm_N)
-        ctx.constants, ctx.kept = (scale, softcap, room), tiles.kept
+        ctx.constants, ctx.kept, ctx.handover = (scale, softcap, room), tiles.kept, handover
         return target_N - log_norm_N
 
     @staticmethod
@@ -150,9 +155,8 @@ class _FusedLogps(torch.autograd.Function):
             (x * share_N1).to(x.dtype) if want else None for x, want in ((hidden, want_weight), (low, want_up))
         )
         for columns in tiles:
-            log_shares, slope = tiles.log_shares(columns, log_norm_N[:, None])
             # -d log p(target) / d logits = softmax(logits) - onehot(target)
-            grad = log_shares.exp_()
+            grad, slope = tiles.shares(columns, log_norm_N[:, None])
             inside, place = _places(targets, columns)
             grad.scatter_add_(1, place, -inside[:, None].float())
             if slope is not None:
@@ -172,12 +176,14 @@ class _FusedLogps(torch.autograd.Function):
             grad_hidden = grad_hidden.mul_(share_N1).to(hidden.dtype)
         if want_low:
             grad_low = grad_low.mul_(share_N1).to(low.dtype)
-        return (grad_hidden, grad_weight, grad_bias, grad_low, grad_up, *[None] * 4)
+        if ctx.handover is not None:
+            ctx.handover.gradient = grad_weight
+        return (grad_hidden, grad_weight, grad_bias, grad_low, grad_up, *[None] * 5)
 
 
 class _Tiles:
     """Tiles of logits [N, v], fp32, one after another: iterate over their columns. All in the same memory, but for
-    those that are kept: their logits less the tile's own norm, and that norm, [N, 1]."""
+    those that are kept: softmax over the tile, and the tile's log sum of exponents, [N, 1]."""
 
     def __init__(self, hidden, weight, bias, low, up, scale, softcap, room, kept=None):
         self.weight, self.bias, self.scale, self.softcap = weight, bias, scale, softcap
@@ -186,7 +192,8 @@ class _Tiles:
         self.hidden = hidden.float() if hidden.device.type == "cpu" else hidden
         self.rows, self.vocabulary = len(hidden), len(weight)
         self.width = min(self.vocabulary, max(FEWEST_COLUMNS, room.tile // max(1, self.rows)))
-        self.most_kept = room.kept // max(1, self.rows * self.width)
+        # With a soft cap, backward wants the logits themselves.
+        self.most_kept = 0 if softcap else room.kept // max(1, self.rows * self.width)
         self.kept: dict[int, tuple[torch.Tensor, torch.Tensor]] = {} if kept is None else kept
         self.memory: torch.Tensor | None = None
 
@@ -196,24 +203,26 @@ class _Tiles:
         for start in range(0, min(total, self.vocabulary), self.width):
             yield slice(start, min(start + self.width, self.vocabulary))
 
-    def keep(self, columns: slice, logits: torch.Tensor, norm_N1: torch.Tensor) -> None:
+    def keep(self, columns: slice, shares: torch.Tensor, norm_N1: torch.Tensor) -> None:
         """For backward, if there is room."""
         if len(self.kept) < self.most_kept:
-            self.kept[columns.start] = logits, norm_N1
+            self.kept[columns.start] = shares, norm_N1
             self.memory = None
 
     def logits(self, columns: slice) -> torch.Tensor:
         """[N, v]."""
         return self._bend(self._products(columns, None if self.bias is None else self.bias[columns]))
 
-    def log_shares(self, columns: slice, log_norm_N1: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Logits less their row's norm, [N, v], and the soft cap's slope at them, 1 - tanh^2, where there is one."""
-        known = columns.start in self.kept
-        if not known and self.bias is None and self.scale == 1.0 and not self.softcap:  # one pass over the tile less
-            return self._products(columns, -log_norm_N1), None
-        logits, taken_N1 = self.kept.pop(columns.start) if known else (self.logits(columns), 0.0)
-        slope = 1 - ((logits + taken_N1) / self.softcap) ** 2 if self.softcap else None
-        return logits.sub_(log_norm_N1 - taken_N1), slope
+    def shares(self, columns: slice, log_norm_N1: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """exp(logits - log_norm), [N, v], and the soft cap's slope there, 1 - tanh^2, where there is one."""
+        if columns.start in self.kept:
+            shares, norm_N1 = self.kept.pop(columns.start)
+            return shares.mul_((norm_N1 - log_norm_N1).exp_()), None
+        if self.bias is None and self.scale == 1.0 and not self.softcap:  # one pass over the tile less
+            return self._products(columns, -log_norm_N1).exp_(), None
+        logits = self.logits(columns)
+        slope = 1 - (logits / self.softcap) ** 2 if self.softcap else None
+        return logits.sub_(log_norm_N1).exp_(), slope
 
     def _products(self, columns: slice, start: torch.Tensor | None) -> torch.Tensor:
         if self.memory is None:
