@@ -94,8 +94,8 @@ def index_of(count: str) -> dict:
     """Memory of the index of that many pairs: all that a run holds of them beside the memory-mapped tokens."""
     import numpy as np
 
+    from dpo_ds.data.pairs import PairSet
     from dpo_ds.data.steps import Schedule, deal
-    from dpo_ds.data.tokens import PairSet
 
     n = int(count)
     before, peak = resident(), Peak()

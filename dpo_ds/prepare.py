@@ -10,9 +10,8 @@ import torch
 
 from dpo_ds import checkpoint, models, plan, world
 from dpo_ds.config import Options
-from dpo_ds.data.preferences import check_preferences, held_out, load_preferences
+from dpo_ds.data.pairs import PairSet, held_out
 from dpo_ds.data.steps import Schedule, too_small
-from dpo_ds.data.tokens import PairSet, Tokenizing, tokenize_pairs
 from dpo_ds.nvme import require_nvme
 from dpo_ds.scoring import attention
 from dpo_ds.scoring.twin import require_exact
@@ -104,20 +103,17 @@ def _name_things(options: Options) -> Options:
 
 
 def load_pairs(options: Options, tokenizer) -> tuple[PairSet, PairSet]:
-    """The tokenised training and evaluation pairs. Says what was left out or cut, and what a pair looks like."""
-    cache = Path(options.cache_dir).expanduser() / "tokens"
-    tokenizing = Tokenizing(options.max_length, options.truncation, options.chat_template)
-
-    def tokenised(source: str, split: str, role: str) -> PairSet:
-        rows, report = check_preferences(load_preferences(source, split, role), options.max_left_out)
-        pairs = tokenize_pairs(rows, tokenizer, tokenizing, cache, report)
-        for line in report.lines():
-            world.say(f"{source}: {line}")
-        return pairs
-
-    train = tokenised(options.dataset, options.dataset_split, "train")
+    """The tokenised training and evaluation pairs. Says what was left out or changed."""
+    sources = [(options.dataset, options.dataset_split, "train")]
     if options.eval_dataset is not None:
-        evaluation = tokenised(options.eval_dataset, "auto", "eval")
+        sources.append((options.eval_dataset, "auto", "eval"))
+    found = world.in_a_child(lambda: [_tokenised(options, tokenizer, *source) for source in sources])
+    for (source, *_), (_, lines) in zip(sources, found, strict=True):
+        for line in lines:
+            world.say(f"{source}: {line}")
+    train, *evaluation = (PairSet.open(folder) for folder, _ in found)
+    if evaluation:
+        (evaluation,) = evaluation
         most = len(evaluation) if options.eval_pairs is None else options.eval_pairs
         return train, evaluation.subset(range(min(most, len(evaluation))))
     if options.eval_pairs == 0 or len(train) < 2:
@@ -130,3 +126,14 @@ def load_pairs(options: Options, tokenizer) -> tuple[PairSet, PairSet]:
     fraction, most = (0.05, 500) if options.eval_pairs is None else (1.0, options.eval_pairs)
     mask = held_out(train.prompt_hashes, fraction, most)
     return train.subset((~mask).nonzero()[0]), train.subset(mask.nonzero()[0])
+
+
+def _tokenised(options: Options, tokenizer, source: str, split: str, role: str) -> tuple[Path, list[str]]:
+    """The folder of a source's tokenised pairs, and what its report says."""
+    from dpo_ds.data.preferences import check_preferences, load_preferences
+    from dpo_ds.data.tokens import Tokenizing, tokenize_pairs
+
+    rows, report = check_preferences(load_preferences(source, split, role), options.max_left_out)
+    tokenizing = Tokenizing(options.max_length, options.truncation, options.chat_template)
+    cache = Path(options.cache_dir).expanduser() / "tokens"
+    return tokenize_pairs(rows, tokenizer, tokenizing, cache, report), report.lines()

@@ -20,8 +20,8 @@ from dpo_ds import models, world
 from dpo_ds.ahead import ahead
 from dpo_ds.checkpoint import write_whole
 from dpo_ds.config import parse_options
+from dpo_ds.data.pairs import PairSet
 from dpo_ds.data.steps import deal
-from dpo_ds.data.tokens import PairSet
 from dpo_ds.engines import Engine, reference_engine
 from dpo_ds.prepare import Run, prepare
 from dpo_ds.scoring.packed import pack

@@ -8,7 +8,9 @@ import contextlib
 import ctypes
 import datetime
 import io
+import multiprocessing
 import os
+import signal
 import socket
 import sys
 import time
@@ -73,9 +75,9 @@ def join() -> World:
             f"rank {world.rank} has no GPU: this node has {torch.cuda.device_count()}; lower --num_gpus to that"
         )
     quiet_start()
-    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", world.size))
     # torchrun says 1 where nobody has said anything, and the optimizer's step on the host would take hours.
-    if os.environ.get("OMP_NUM_THREADS", "1") == "1" or not torch.cuda.is_available():
+    if torch.cuda.is_available() and os.environ.get("OMP_NUM_THREADS", "1") == "1":
+        local_size = int(os.environ.get("LOCAL_WORLD_SIZE", world.size))
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
     os.environ.setdefault("RANK", "0")
     os.environ.setdefault("LOCAL_RANK", "0")
@@ -91,8 +93,32 @@ def join() -> World:
     with contextlib.redirect_stdout(io.StringIO()):
         deepspeed.init_distributed(verbose=False, timeout=PATIENCE)
     if not torch.cuda.is_available():
+        _take_cores()
         _unname_shared_memory(world)
     return world
+
+
+_all_cores: set[int] = set()  # before a rank took its share; empty if it took none
+
+
+def _take_cores() -> None:
+    """Binds this rank to its share of the cores that it has together with others, one thread for each: two ranks on two
+    cores are 4% faster so (benchmarks/README.md). Ranks that a launcher has bound have theirs already."""
+    import torch
+
+    cores = sorted(os.sched_getaffinity(0))
+    place = socket.gethostname(), cores
+    places = [place]
+    if from_environment().size > 1:
+        places *= from_environment().size
+        torch.distributed.all_gather_object(places, place)
+    here = [rank for rank, other in enumerate(places) if other == place]
+    share = len(cores) // len(here)
+    torch.set_num_threads(max(1, share))
+    if share and len(here) > 1:
+        start = here.index(from_environment().rank) * share
+        _all_cores.update(cores)
+        os.sched_setaffinity(0, cores[start : start + share])
 
 
 def _unname_shared_memory(world: World) -> None:
@@ -136,6 +162,7 @@ def keep_freed_memory() -> None:
             libc.mallopt(parameter, 2**30)
 
 
+PR_SET_PDEATHSIG = 1  # of prctl.h
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
 # torch rounds a page-locked block up to a power of two, above this many MB not: 16.4 GiB would take 32.
@@ -217,6 +244,42 @@ def leave() -> None:
     torch = sys.modules.get("torch")
     if torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+
+
+def in_a_child(work: Callable[[], T]) -> T:
+    """Runs work in a process of its own, forked from this one and gone after it with all that it imported and held.
+    It has all the cores that this process had when it joined. Its result must pickle.
+
+    Raises a ValueError for one, or an OSError, that it raised; RunStopped if it ended in any other way.
+    """
+    context = multiprocessing.get_context("fork")
+    results, mine = context.Pipe(duplex=False)
+    child = context.Process(target=_report, args=(work, mine))
+    child.start()
+    mine.close()
+    try:
+        result, problem = results.recv()
+    except EOFError:
+        child.join()
+        raise RunStopped(
+            f"the process that reads and tokenises the pairs ended with exit code {child.exitcode} (-9: killed, most "
+            "often for lack of memory)"
+        ) from None
+    child.join()
+    if problem is not None:
+        raise ValueError(problem)
+    return result
+
+
+def _report(work: Callable[[], object], results) -> None:
+    with contextlib.suppress(OSError, AttributeError):  # a rank that is killed leaves nobody behind
+        ctypes.CDLL("libc.so.6").prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if _all_cores:
+        os.sched_setaffinity(0, _all_cores)
+    try:
+        results.send((work(), None))
+    except (ValueError, OSError) as error:
+        results.send((None, _in_one_line(error)))
 
 
 def one_after_another(work: Callable[[], T]) -> T:

@@ -63,7 +63,7 @@ def weights(folder) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("case", CASES)
 def test_scores_in_plain_transformers_as_the_policy_did(case, place):
     """The last evaluation's log-probabilities, scored again by two plain forwards from the merged folder."""
-    from dpo_ds.data.tokens import PairSet
+    from dpo_ds.data.pairs import PairSet
 
     bf16 = "bf16" in case
     model = oracle.load(place / case / "merged", torch.bfloat16 if bf16 else torch.float32)

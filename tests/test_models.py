@@ -23,7 +23,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCa
 
 from dpo_ds import checkpoint as checkpoints
 from dpo_ds.config import Options
-from dpo_ds.data.tokens import PairSet
+from dpo_ds.data.pairs import PairSet
 from dpo_ds.embedded import sample_file
 from dpo_ds.lora import add_lora
 from dpo_ds.models import find_model, known_model, table

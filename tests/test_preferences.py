@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from dpo_ds.data import preferences
+from dpo_ds.data.pairs import held_out
 from dpo_ds.data.preferences import (
     DIFFER,
     EMPTY,
@@ -20,7 +21,6 @@ from dpo_ds.data.preferences import (
     WRONG_TYPE,
     as_text,
     check_preferences,
-    held_out,
     load_preferences,
     prompt_hash,
 )

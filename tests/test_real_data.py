@@ -13,8 +13,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from dpo_ds.config import parse_options
+from dpo_ds.data.pairs import PairSet
 from dpo_ds.data.steps import Schedule, deal
-from dpo_ds.data.tokens import PairSet
 from dpo_ds.footprint import longest_pair
 from dpo_ds.plan import CPU_TOKENS
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from dpo_ds import score, world
 from dpo_ds.config import parse_options
-from dpo_ds.data.tokens import PairSet
+from dpo_ds.data.pairs import PairSet
 from dpo_ds.engines import Engine
 from dpo_ds.prepare import Run, prepare
 

@@ -5,7 +5,7 @@ import oracle
 import pytest
 import tiny
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from dpo_ds.activations import LiveBytes
 from dpo_ds.config import Options
@@ -15,6 +15,7 @@ from dpo_ds.scoring import attention
 from dpo_ds.scoring.head import FEWEST_COLUMNS, Room, fused_logps
 from dpo_ds.scoring.packed import pack, segments_of
 from dpo_ds.scoring.scorer import PairScorer
+from dpo_ds.scoring.twin import randomise
 
 LENGTHS = [(17, 7, 12), (31, 14, 5), (1, 3, 4), (24, 1, 1)]
 
@@ -315,3 +316,47 @@ def test_an_adapter_on_the_head_scores_and_learns_as_peft_has_it(tmp_path):
     head = packed.get_base_model().lm_head
     head.scaling["default"] = 0.0  # as Engine.score_base does
     assert (PairScorer(packed)(pack(pairs)) - expected).abs().max() > 0.1
+
+
+def tied_llama(folder, **changes):
+    """A tied Llama whose fifth token is padding, saved and loaded again."""
+    config = LlamaConfig(**{**tiny.TIED, "pad_token_id": 5, **changes})
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    randomise(model)
+    model.save_pretrained(folder)
+    return packed_model(folder)
+
+
+def test_backwards_in_any_order_find_their_own_forwards_gradient(tmp_path):
+    """Of a weight that embedding and head share; with padding tokens among the pairs, which embeddings do not learn."""
+    scorer = tied_llama(tmp_path)
+    pairs = [tuple(np.where(part % 7 == 0, 5, part) for part in pair) for pair in random_pairs()]
+    plain = oracle.load(tmp_path)
+    (oracle.pairs_logps(plain, pairs[:2]).sum() + 2 * oracle.pairs_logps(plain, pairs[2:]).sum()).backward()
+    first, second = scorer(pack(pairs[:2])), scorer(pack(pairs[2:]))
+    with torch.no_grad():
+        scorer(pack(pairs))  # a reference's or an evaluation's, in between
+    first.sum().backward(retain_graph=True)
+    first.sum().backward()
+    (4 * second.sum()).backward()  # twice the loss above, as the first's two backwards are
+    weight = scorer.model.get_output_embeddings().weight
+    torch.testing.assert_close(weight.grad / 2, plain.get_output_embeddings().weight.grad, atol=1e-4, rtol=1e-4)
+    # The negative control: without the embedding's rows it would be another.
+    scorer.model.zero_grad()
+    embedding = scorer.model.get_input_embeddings()
+    embedding.register_forward_hook(lambda module, ids, out: out.detach())
+    scorer(pack(pairs[:2])).sum().backward()
+    plain.zero_grad()
+    oracle.pairs_logps(plain, pairs[:2]).sum().backward()
+    off = (weight.grad - plain.get_output_embeddings().weight.grad).abs().amax(1)
+    looked_up = np.unique(np.concatenate([np.concatenate(pair) for pair in pairs[:2]]))
+    assert off[looked_up[looked_up != 5]].median() > 1e-2 and off[5] < 1e-4
+
+
+def test_a_tied_weight_has_one_gradient_at_a_time(tmp_path):
+    """Its head's, to which the embedding's rows are added: not a second and their sum."""
+    scorer = tied_llama(tmp_path, vocab_size=50_000, num_hidden_layers=1).to("meta")
+    with LiveBytes(list(scorer.parameters())) as live:
+        scorer(pack(random_pairs()).to("meta")).sum().backward()
+    gradient, tile = 4 * 50_000 * tiny.COMMON["hidden_size"], 4 * 2**20
+    assert gradient < live.peak < 1.5 * gradient + tile

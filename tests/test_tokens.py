@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from dpo_ds.config import parse_options
 from dpo_ds.data import tokens
+from dpo_ds.data.pairs import PairSet
 from dpo_ds.data.preferences import Report, check_preferences, load_preferences, prompt_hash
 from dpo_ds.data.tokens import (
     CUT_PROMPT,
@@ -20,7 +21,6 @@ from dpo_ds.data.tokens import (
     NO_ROOM,
     REFUSED,
     Encoder,
-    PairSet,
     Tokenizing,
     tokenize_pairs,
 )
@@ -335,7 +335,8 @@ def checked_rows(count=COUNT, **changes):
 def tokenised(cache, rows=None, tok=None, max_length=64, report=None, num_proc=None, **options) -> PairSet:
     rows = checked_rows() if rows is None else rows
     report = Report(len(rows)) if report is None else report
-    return tokenize_pairs(rows, tok or tokenizer(), Tokenizing(max_length, **options), cache, report, num_proc)
+    options = Tokenizing(max_length, **options)
+    return PairSet.open(tokenize_pairs(rows, tok or tokenizer(), options, cache, report, num_proc))
 
 
 def folders(cache) -> list:

@@ -393,25 +393,6 @@ def as_text(messages: list[dict]) -> str:
     return "".join(turns) + "\n\nAssistant:"
 
 
-# --------------------------------------------------------------------------------------------------------- held out
-
-
 def prompt_hash(text: str) -> bytes:
     """16 bytes of sha256: what the held-out choice goes by, the same for every model and tokenizer."""
     return hashlib.sha256(text.encode()).digest()[:16]
-
-
-def held_out(prompt_hashes: np.ndarray, fraction: float = 0.05, most: int = 500) -> np.ndarray:
-    """Which pairs are for evaluation: bool [n], by content alone, no prompt on both sides.
-
-    prompt_hashes: uint8 [n, 16]. Prompts are taken in the order of their hashes until there are `fraction` of the
-    pairs, `most` at most; at least one pair where there are two prompts, never all of them.
-    """
-    # As pairs of big-endian numbers, because numpy does not sort bytes that hold zeros.
-    halves = np.ascontiguousarray(prompt_hashes).view(">u8")
-    _, inverse, sizes = np.unique(halves, axis=0, return_inverse=True, return_counts=True)
-    wanted = min(most, max(1, round(fraction * len(prompt_hashes))))
-    before = np.concatenate([[0], np.cumsum(sizes)[:-1]])
-    taken = before < wanted
-    taken[-1] = False
-    return taken[inverse.reshape(-1)]

@@ -9,9 +9,8 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from functools import cached_property
 from itertools import chain
 from pathlib import Path
 
@@ -20,6 +19,7 @@ import jinja2
 import numpy as np
 import pyarrow as pa
 
+from dpo_ds.data.pairs import read_manifest
 from dpo_ds.data.preferences import Report, counted, prompt_hash
 
 FORMAT = 2  # of the folder below and of all that decides its content; raise it when either changes
@@ -40,80 +40,6 @@ class Tokenizing:
     max_length: int  # tokens of prompt + the longer response
     truncation: str = "keep_end"  # or keep_start
     chat_template: str = "auto"  # or none
-
-
-# ---------------------------------------------------------------------------------------------------- the tokenised set
-
-
-@dataclass(frozen=True)
-class PairSet:
-    """Tokenised pairs in memory-mapped arrays; `subset` is a view.
-
-    tokens int32 [total]: every pair's prompt, chosen and rejected, one after another.
-    lengths int32 [n, 3], starts int64 [n], rows int64 [n] (row in the source).
-    pair_ids and prompt_hashes uint8 [n, 16].
-    """
-
-    tokens: np.ndarray
-    lengths: np.ndarray
-    starts: np.ndarray
-    rows: np.ndarray
-    pair_ids: np.ndarray
-    prompt_hashes: np.ndarray
-
-    @classmethod
-    def open(cls, folder: Path) -> "PairSet":
-        """Raises ValueError if the folder is not a whole set."""
-        manifest = _manifest(folder)
-        try:
-            arrays = {
-                name: np.load(folder / f"{name}.npy", mmap_mode="r" if name == "tokens" else None)
-                for name in cls.__dataclass_fields__
-            }
-        except (OSError, ValueError, EOFError) as error:
-            raise ValueError(f"{folder} is no whole set of tokenised pairs; remove it: {error}") from error
-        if len(arrays["tokens"]) != manifest["tokens"] or {len(arrays[n]) for n in arrays if n != "tokens"} != {
-            manifest["pairs"]
-        }:
-            raise ValueError(f"{folder} does not hold what its manifest says; remove it")
-        return cls(**arrays)
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def pair(self, i: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Token ids of prompt, chosen and rejected."""
-        P, C, R = self.lengths[i]
-        start = self.starts[i]
-        whole = self.tokens[start : start + P + C + R]
-        return whole[:P], whole[P : P + C], whole[P + C :]
-
-    def pair_id(self, i: int) -> str:
-        return self.pair_ids[i].tobytes().hex()
-
-    @cached_property
-    def packed_lengths(self) -> np.ndarray:
-        """int64 [n]: tokens of the pair in a packed row, P + C + R."""
-        return self.lengths.sum(axis=1, dtype=np.int64)
-
-    @cached_property
-    def digest(self) -> str:
-        """sha256 over the pairs' ids, in order: the content of this set, whatever folder it is in."""
-        return hashlib.sha256(np.ascontiguousarray(self.pair_ids).tobytes()).hexdigest()
-
-    def subset(self, indices: Sequence[int]) -> "PairSet":
-        indices = np.asarray(indices, dtype=np.int64)
-        per_pair = (self.lengths, self.starts, self.rows, self.pair_ids, self.prompt_hashes)
-        return PairSet(self.tokens, *(array[indices] for array in per_pair))
-
-
-def _manifest(folder: Path) -> dict:
-    """Numbers of pairs and tokens, and the report's kinds. Raises ValueError if there is none."""
-    try:
-        manifest = json.loads((folder / "manifest.json").read_text())
-        return {key: manifest[key] for key in ("pairs", "tokens", "left_out", "changed")}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{folder} is no whole set of tokenised pairs; remove it: {error!r}") from error
 
 
 # ------------------------------------------------------------------------------------------------------------ encoding
@@ -283,8 +209,8 @@ def tokenize_pairs(
     cache_folder: Path,
     report: Report,
     num_proc: int | None = None,
-) -> PairSet:
-    """The rows' PairSet, from the cache if the same content has been tokenised before. Adds its counts to `report`.
+) -> Path:
+    """The folder of the rows' PairSet, in the cache: the same content is tokenised once. Adds its counts to `report`.
 
     Raises ValueError if nothing is left, or too little, counting what the report has already.
     """
@@ -301,11 +227,11 @@ def tokenize_pairs(
                 raise
         finally:
             shutil.rmtree(partial, ignore_errors=True)
-    manifest = _manifest(folder)
+    manifest = read_manifest(folder)
     for counts, more in ((report.left_out, manifest["left_out"]), (report.changed, manifest["changed"])):
         counts.update({kind: (count, first) for kind, (count, first) in more.items()})
     report.check()
-    return PairSet.open(folder)
+    return folder
 
 
 def _key(rows: datasets.Dataset, tokenizer, tokenizing: Tokenizing) -> str:

@@ -1,0 +1,100 @@
+"""Tokenised pairs as training reads them: arrays in a folder that data/tokens.py has written, and which are held out.
+
+Needs numpy alone: `datasets` would take 90 MiB of every rank's memory.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class PairSet:
+    """Tokenised pairs in memory-mapped arrays; `subset` is a view.
+
+    tokens int32 [total]: every pair's prompt, chosen and rejected, one after another.
+    lengths int32 [n, 3], starts int64 [n], rows int64 [n] (row in the source).
+    pair_ids and prompt_hashes uint8 [n, 16].
+    """
+
+    tokens: np.ndarray
+    lengths: np.ndarray
+    starts: np.ndarray
+    rows: np.ndarray
+    pair_ids: np.ndarray
+    prompt_hashes: np.ndarray
+
+    @classmethod
+    def open(cls, folder: Path) -> "PairSet":
+        """Raises ValueError if the folder is not a whole set."""
+        manifest = read_manifest(folder)
+        try:
+            arrays = {
+                name: np.load(folder / f"{name}.npy", mmap_mode="r" if name == "tokens" else None)
+                for name in cls.__dataclass_fields__
+            }
+        except (OSError, ValueError, EOFError) as error:
+            raise ValueError(f"{folder} is no whole set of tokenised pairs; remove it: {error}") from error
+        if len(arrays["tokens"]) != manifest["tokens"] or {len(arrays[n]) for n in arrays if n != "tokens"} != {
+            manifest["pairs"]
+        }:
+            raise ValueError(f"{folder} does not hold what its manifest says; remove it")
+        return cls(**arrays)
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def pair(self, i: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Token ids of prompt, chosen and rejected."""
+        P, C, R = self.lengths[i]
+        start = self.starts[i]
+        whole = self.tokens[start : start + P + C + R]
+        return whole[:P], whole[P : P + C], whole[P + C :]
+
+    def pair_id(self, i: int) -> str:
+        return self.pair_ids[i].tobytes().hex()
+
+    @cached_property
+    def packed_lengths(self) -> np.ndarray:
+        """int64 [n]: tokens of the pair in a packed row, P + C + R."""
+        return self.lengths.sum(axis=1, dtype=np.int64)
+
+    @cached_property
+    def digest(self) -> str:
+        """sha256 over the pairs' ids, in order: the content of this set, whatever folder it is in."""
+        return hashlib.sha256(np.ascontiguousarray(self.pair_ids).tobytes()).hexdigest()
+
+    def subset(self, indices: Sequence[int]) -> "PairSet":
+        indices = np.asarray(indices, dtype=np.int64)
+        per_pair = (self.lengths, self.starts, self.rows, self.pair_ids, self.prompt_hashes)
+        return PairSet(self.tokens, *(array[indices] for array in per_pair))
+
+
+def read_manifest(folder: Path) -> dict:
+    """Numbers of pairs and tokens, and the report's kinds. Raises ValueError if there is none."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text())
+        return {key: manifest[key] for key in ("pairs", "tokens", "left_out", "changed")}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder} is no whole set of tokenised pairs; remove it: {error!r}") from error
+
+
+def held_out(prompt_hashes: np.ndarray, fraction: float = 0.05, most: int = 500) -> np.ndarray:
+    """Which pairs are for evaluation: bool [n], by content alone, no prompt on both sides.
+
+    prompt_hashes: uint8 [n, 16]. Prompts are taken in the order of their hashes until there are `fraction` of the
+    pairs, `most` at most; at least one pair where there are two prompts, never all of them.
+    """
+    # As pairs of big-endian numbers, because numpy does not sort bytes that hold zeros.
+    halves = np.ascontiguousarray(prompt_hashes).view(">u8")
+    _, inverse, sizes = np.unique(halves, axis=0, return_inverse=True, return_counts=True)
+    wanted = min(most, max(1, round(fraction * len(prompt_hashes))))
+    before = np.concatenate([[0], np.cumsum(sizes)[:-1]])
+    taken = before < wanted
+    taken[-1] = False
+    return taken[inverse.reshape(-1)]
