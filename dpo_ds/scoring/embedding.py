@@ -1,9 +1,9 @@
 """The input embedding of a model whose head has the same weight: one gradient [V, H] for both uses.
 
-autograd would make the embedding's as zeros with a few rows among them, and its sum with the head's as a third tensor
-of that size. But the head's is there first, waiting for the embedding's: whose backward adds its rows to it instead.
+autograd would make the embedding's as zeros of that size with a few rows among them, and add it to the head's. But the
+head's is there first, waiting for the embedding's: whose backward adds its rows to it instead.
 
-Shapes: T tokens, V vocabulary, H hidden size.
+Shapes: V vocabulary, H hidden size.
 """
 
 import types
