@@ -86,10 +86,9 @@ def one(script: str, words: list, seconds: float) -> dict:
         )
     except subprocess.TimeoutExpired:
         return {"failed": "no time left"}
-    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-    if done.returncode or not lines:
+    found = work.result_of(done)
+    if found is None:
         return {"failed": (done.stdout[-500:] + done.stderr[-1500:]).strip()}
-    found = json.loads(lines[0].removeprefix("RESULT "))
     found["pairs/s"] = work.pairs_per_second(found)
     if "flops" in found:
         seconds = (found["pairs"] - work.BATCH) / found["pairs/s"]

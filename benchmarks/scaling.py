@@ -9,6 +9,7 @@ plot, go to benchmarks/results/scaling_*.json and .png.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import subprocess
@@ -17,6 +18,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import psutil
 import work
 
 sys.path.insert(0, str(work.ROOT / "tests"))
@@ -39,18 +41,28 @@ def child(task: str, *words) -> dict:
 
 
 def result_of(done: subprocess.CompletedProcess) -> dict:
-    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-    if done.returncode or not lines:
+    found = work.result_of(done)
+    if found is None:
         raise SystemExit(f"{done.args} failed:\n{done.stdout[-2000:]}{done.stderr[-4000:]}")
-    return json.loads(lines[0].removeprefix("RESULT "))
+    return found
 
 
 # ---------------------------------------------------------------------------------------------------------------- pairs
 
 
+def family_resident() -> int:
+    """Bytes of this process's own memory and its children's; what they share once."""
+    total = 0
+    for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
+        with contextlib.suppress(OSError):  # it has ended
+            lines = Path(f"/proc/{process.pid}/smaps_rollup").read_text().splitlines()
+            total += 1024 * sum(int(line.split()[1]) for line in lines if line.startswith("Pss_Anon:"))
+    return total
+
+
 def data_path(file: str, model: str, folder: str) -> dict:
-    """Load, check and tokenise; deal an epoch; fill a table's file. Seconds of each, and the most memory it took, in
-    this process: where many pairs are tokenised by workers, theirs is not counted."""
+    """Load, check and tokenise; deal an epoch; fill a table's file. Seconds of each, and the most memory it took in
+    this process, the child that tokenises and its workers together."""
     import numpy as np
 
     from dpo_ds.config import parse_options
@@ -63,7 +75,7 @@ def data_path(file: str, model: str, folder: str) -> dict:
         ["--model", model, "--dataset", file, "--cache_dir", folder, "--max_length", "1024", "--eval_pairs", "0"]
     )
     tokenizer = load_tokenizer(find_model(model))
-    before, peak = resident(), Peak()
+    before, peak = family_resident(), Peak(family_resident)
     began = time.perf_counter()
     pairs, _ = load_pairs(options, tokenizer)
     tokenised = time.perf_counter()

@@ -34,10 +34,9 @@ def one(script: str, *words) -> dict:
     done = subprocess.run(
         [sys.executable, HERE / script, *map(str, words)], capture_output=True, text=True, cwd=work.ROOT
     )
-    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-    if done.returncode or not lines:
+    found = work.result_of(done)
+    if found is None:
         raise SystemExit(f"{script} {' '.join(map(str, words))} failed:\n{done.stdout[-2000:]}{done.stderr[-4000:]}")
-    found = json.loads(lines[0].removeprefix("RESULT "))
     return {**found, "pairs/s": work.pairs_per_second(found)}
 
 

@@ -101,6 +101,12 @@ def write_pairs(name: str, pairs: int, folder: Path) -> tuple[Path, Path]:
     return files
 
 
+def result_of(done) -> dict | None:
+    """What a finished child process printed as its RESULT; None if it failed."""
+    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    return None if done.returncode or not lines else json.loads(lines[0].removeprefix("RESULT "))
+
+
 def pairs_per_second(found: dict) -> float:
     """Of one run's measurements, the reference's forward included. The first step pays for first times, and counts only
     where there is no other."""

@@ -26,8 +26,6 @@ from dpo_ds.tiers import fill_tier
 # Of a GPU's memory, the rest is lost to the driver and to fragmentation; an estimate.
 USABLE = 0.95
 PLENTY = 10**6 * GIB
-# A micro-batch on CPU, or the longest pair: more makes products no faster and takes memory (benchmarks/README.md).
-CPU_TOKENS = 1024
 SHORTEST = 128  # tokens of a row worth training on
 
 
@@ -195,7 +193,7 @@ def fill(shape: Shape, options: Options, machine: Machine) -> Plan:
     if options.micro_batch_tokens is not None:
         most = least = options.micro_batch_tokens
     elif machine.gpu_memory is None:
-        most, least = max(pair, CPU_TOKENS), pair
+        most, least = tokens_on_cpu(pair), pair
     else:
         most, least = pair * min(math.ceil(options.global_batch_pairs / machine.ranks), max(1, 65536 // pair)), pair
     asked = options.gradient_checkpointing
@@ -204,6 +202,11 @@ def fill(shape: Shape, options: Options, machine: Machine) -> Plan:
             return smallest
         asked = "off" if plan(most, "off").fits else "on"
     return _largest(lambda tokens: plan(tokens, asked), least, most)
+
+
+def tokens_on_cpu(longest_pair: int) -> int:
+    """A micro-batch's tokens: more would make products no faster and take memory (benchmarks/README.md)."""
+    return max(longest_pair, 1024)
 
 
 def _largest(plan: Callable[[int], Plan], least: int, most: int) -> Plan:
@@ -253,7 +256,8 @@ def _by_class(options: Options, machine: Machine) -> Options:
     tier = model.lora_tier if options.lora else model.tier
     return options.replace(
         ds_config=tier if options.ds_config == "auto" else options.ds_config,
-        micro_batch_tokens=options.micro_batch_tokens or max(longest_pair(options), 8192 if on_gpu else CPU_TOKENS),
+        micro_batch_tokens=options.micro_batch_tokens
+        or (max(longest_pair(options), 8192) if on_gpu else tokens_on_cpu(longest_pair(options))),
         gradient_checkpointing={"auto": "on" if model.parameters >= 1e9 else "off"}.get(
             options.gradient_checkpointing, options.gradient_checkpointing
         ),

@@ -65,7 +65,7 @@ def prepare(options: Options, ranks: int) -> Run:
         raise ValueError(too_small(options.micro_batch_tokens, longest))
     if asked.micro_batch_tokens is None and not torch.cuda.is_available():
         # The plan has room for the longest pair that --max_length lets through; now the longest there is is known.
-        options = options.replace(micro_batch_tokens=max(longest, min(plan.CPU_TOKENS, options.micro_batch_tokens)))
+        options = options.replace(micro_batch_tokens=min(options.micro_batch_tokens, plan.tokens_on_cpu(longest)))
     schedule = Schedule.of(
         len(train_pairs), options.global_batch_pairs, options.epochs, options.max_steps, options.seed
     )

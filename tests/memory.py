@@ -12,6 +12,7 @@ import json
 import sys
 import threading
 import time
+from collections.abc import Callable
 
 from dpo_ds import world
 from dpo_ds.config import parse_options
@@ -30,15 +31,15 @@ def settled() -> int:
 
 
 class Peak:
-    """The highest `resident` since it was made, looked at every two milliseconds."""
+    """The highest `measure` since it was made, looked at every two milliseconds."""
 
-    def __init__(self):
-        self.value = 0
+    def __init__(self, measure: Callable[[], int] = resident):
+        self.value, self.measure = 0, measure
         threading.Thread(target=self._watch, daemon=True).start()
 
     def _watch(self) -> None:
         while True:
-            self.value = max(self.value, resident())
+            self.value = max(self.value, self.measure())
             time.sleep(0.002)
 
 

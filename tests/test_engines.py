@@ -8,8 +8,9 @@ import launching
 import pytest
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-PROBE = '''
+PROBE = """
 import json, sys, numpy as np, torch
+from memory import resident
 from pathlib import Path
 from dpo_ds import world
 world.join()
@@ -18,11 +19,6 @@ from dpo_ds.engines import policy_engine, reference_engine
 from dpo_ds.scoring.packed import pack
 from dpo_ds.models import find_model
 from dpo_ds.tiers import fill_tier
-
-def resident():
-    """MB of this process's own memory; mapped files (the weights while they load) do not count."""
-    (line,) = [line for line in open("/proc/self/status") if line.startswith("RssAnon")]
-    return int(line.split()[1]) / 1e3
 
 folder, stage, precision = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 tier = folder / f"stage{stage}.json"
@@ -59,9 +55,9 @@ for build in (reference, reference, policy, reference):
     during = resident()
     engine.close()
     del engine
-    sizes.append((before, during, resident()))
+    sizes.append([size / 1e6 for size in (before, during, resident())])
 print("RESULT", json.dumps([sizes, update]))
-'''
+"""
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from dpo_ds.config import parse_options
 from dpo_ds.data.pairs import PairSet
 from dpo_ds.data.steps import Schedule, deal
 from dpo_ds.footprint import longest_pair
-from dpo_ds.plan import CPU_TOKENS
+from dpo_ds.plan import tokens_on_cpu
 
 DATA = launching.ROOT.parent / "shared" / "data"
 DIALOGUES = DATA / "hh-harmless" / "test.jsonl.gz"
@@ -97,7 +97,7 @@ def test_a_micro_batch_on_cpu_is_as_long_as_the_longest_pair_needs(run):
     pairs = PairSet.open(next((folder.parent / "cache" / "tokens").glob("*/manifest.json")).parent)
     longest = int(pairs.packed_lengths.max())
     assert longest < longest_pair(options), "else the data shortens nothing"
-    assert options.micro_batch_tokens == max(CPU_TOKENS, longest)
+    assert options.micro_batch_tokens == tokens_on_cpu(longest)
 
 
 def test_every_row_is_accounted_for(run):

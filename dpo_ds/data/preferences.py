@@ -77,10 +77,10 @@ def _named(count: int, rows: Sequence[int]) -> str:
     return f"row{'s' if count > 1 else ''} {', '.join(map(str, rows))}{', …' if count > len(rows) else ''}"
 
 
-def counted(kinds: Iterable[str | None], rows: Iterable[int]) -> dict[str, tuple[int, list[int]]]:
-    """{kind: (how many, the first row numbers)} of a column of kinds; None and "" are no kind."""
+def counted(found: Iterable[tuple[str, int]]) -> dict[str, tuple[int, list[int]]]:
+    """{kind: (how many, the first row numbers)} of kinds and the rows they were found in; "" is no kind."""
     counts: dict[str, tuple[int, list[int]]] = {}
-    for kind, row in zip(kinds, rows, strict=True):
+    for kind, row in found:
         if kind:
             count, first = counts.get(kind, (0, []))
             counts[kind] = (count + 1, [*first, int(row)] if len(first) < FIRST_ROWS else first)
@@ -239,7 +239,7 @@ def check_preferences(rows: datasets.Dataset, max_left_out: float = 0.1) -> tupl
         features=_FEATURES,
     )
     kinds = checked["kind"][:]
-    report = Report(len(rows), max_left_out, left_out=counted(kinds, range(len(rows))))
+    report = Report(len(rows), max_left_out, left_out=counted(zip(kinds, range(len(rows)), strict=True)))
     report.check()
     usable = np.flatnonzero([not kind for kind in kinds])
     return checked.select(usable).remove_columns("kind"), report

@@ -272,12 +272,9 @@ def _write(folder: Path, rows: datasets.Dataset, encoder: Encoder, num_proc: int
     )
     # Column by column, as a stream: lists of a million rows would be half a GB.
     numbers = np.fromiter(_column(encoded, "row"), np.int64, len(encoded))
-    left_out = counted(_column(encoded, "left_out"), numbers)
-    changed = {
-        kind: counts
-        for kind in (MOVED, FOLDED, CUT_PROMPT, CUT_RESPONSE)
-        for counts in counted((kind if kind in k else "" for k in _column(encoded, "changed")), numbers).values()
-    }
+    left_out = counted(zip(_column(encoded, "left_out"), numbers, strict=True))
+    kinds = ((kind, row) for row, found in zip(numbers, _column(encoded, "changed"), strict=True) for kind in found)
+    changed = counted(kinds)
     lengths = np.fromiter(chain.from_iterable(_column(encoded, "lengths")), np.int32, 3 * len(encoded)).reshape(-1, 3)
     used = lengths.sum(axis=1) > 0
     lengths = lengths[used]
