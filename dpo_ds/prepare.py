@@ -107,7 +107,9 @@ def load_pairs(options: Options, tokenizer) -> tuple[PairSet, PairSet]:
     sources = [(options.dataset, options.dataset_split, "train")]
     if options.eval_dataset is not None:
         sources.append((options.eval_dataset, "auto", "eval"))
-    found = world.in_a_child(lambda: [_tokenised(options, tokenizer, *source) for source in sources])
+    found = world.in_a_child(
+        "reading and tokenising the pairs", lambda: [_tokenised(options, tokenizer, *source) for source in sources]
+    )
     for (source, *_), (_, lines) in zip(sources, found, strict=True):
         for line in lines:
             world.say(f"{source}: {line}")

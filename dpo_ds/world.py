@@ -246,7 +246,7 @@ def leave() -> None:
         torch.distributed.destroy_process_group()
 
 
-def in_a_child(work: Callable[[], T]) -> T:
+def in_a_child(name: str, work: Callable[[], T]) -> T:
     """Runs work in a process of its own, forked from this one and gone after it with all that it imported and held.
     It has all the cores that this process had when it joined. Its result must pickle.
 
@@ -254,7 +254,7 @@ def in_a_child(work: Callable[[], T]) -> T:
     """
     context = multiprocessing.get_context("fork")
     results, mine = context.Pipe(duplex=False)
-    child = context.Process(target=_report, args=(work, mine))
+    child = context.Process(target=_send_result, args=(work, mine))
     child.start()
     mine.close()
     try:
@@ -262,8 +262,7 @@ def in_a_child(work: Callable[[], T]) -> T:
     except EOFError:
         child.join()
         raise RunStopped(
-            f"the process that reads and tokenises the pairs ended with exit code {child.exitcode} (-9: killed, most "
-            "often for lack of memory)"
+            f"{name}: its process ended with exit code {child.exitcode} (-9: killed, most often for lack of memory)"
         ) from None
     child.join()
     if problem is not None:
@@ -271,7 +270,7 @@ def in_a_child(work: Callable[[], T]) -> T:
     return result
 
 
-def _report(work: Callable[[], object], results) -> None:
+def _send_result(work: Callable[[], object], results) -> None:
     with contextlib.suppress(OSError, AttributeError):  # a rank that is killed leaves nobody behind
         ctypes.CDLL("libc.so.6").prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if _all_cores:

@@ -18,7 +18,7 @@ def test_a_childs_result_comes_back_and_what_it_imported_does_not():
         return os.getpid(), colorsys.__name__
 
     sys.modules.pop("colorsys", None)
-    child, found = world.in_a_child(work)
+    child, found = world.in_a_child("work", work)
     assert child != os.getpid() and found == "colorsys" and "colorsys" not in sys.modules
 
 
@@ -27,15 +27,15 @@ def test_what_a_child_refuses_is_refused_here():
         raise FileNotFoundError("no such\nfile: there")
 
     with pytest.raises(ValueError, match="no such file: there; name a place that can be read and written"):
-        world.in_a_child(work)
+        world.in_a_child("work", work)
 
 
 @pytest.mark.parametrize(
     ("end", "code"), [(lambda: os.kill(os.getpid(), signal.SIGKILL), "-9"), (lambda: 1 / 0, "1")], ids=["killed", "bug"]
 )
 def test_a_child_that_ends_otherwise_stops_the_run(end, code, capfd):
-    with pytest.raises(world.RunStopped, match=f"exit code {code} "):
-        world.in_a_child(end)
+    with pytest.raises(world.RunStopped, match=f"work: its process ended with exit code {code} "):
+        world.in_a_child("work", end)
     assert ("ZeroDivisionError" in capfd.readouterr().err) == (code == "1")
 
 
@@ -47,7 +47,7 @@ if "bound" in sys.argv:  # as `deepspeed --bind_cores_to_rank` does
     os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[int(os.environ["RANK"])]})
 here = world.join()
 found = {"own": sorted(os.sched_getaffinity(0)), "threads": torch.get_num_threads()}
-found["child"] = world.in_a_child(lambda: sorted(os.sched_getaffinity(0)))
+found["child"] = world.in_a_child("look", lambda: sorted(os.sched_getaffinity(0)))
 Path(__file__).with_name(f"{here.rank}.json").write_text(json.dumps(found))
 world.leave()
 """
