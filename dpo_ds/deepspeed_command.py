@@ -38,7 +38,10 @@ def spell_out_module(argv: list[str]) -> list[str]:
 
 def main() -> None:
     """The console script `deepspeed`."""
-    runner.main(spell_out_module(sys.argv[1:]))
+    try:
+        runner.main(spell_out_module(sys.argv[1:]))
+    except KeyboardInterrupt:  # the ranks were interrupted as well, and say what to do
+        raise SystemExit(130) from None
 
 
 if __name__ == "__main__":

@@ -4,10 +4,14 @@ Run `pytest tests/test_deepspeed_command.py`.
 """
 
 import argparse
+import os
 import shlex
+import signal
+import subprocess
 import sys
 from types import SimpleNamespace
 
+import launching
 import pytest
 from deepspeed.launcher import runner
 
@@ -114,3 +118,18 @@ def test_messages_and_exit_codes_are_deepspeeds(
         said.append((leaving.value.code, capsys.readouterr()))
     assert said[0] == said[1]
     assert said[0][0] == status
+
+
+def test_ctrl_c_ends_without_a_traceback(tmp_path):
+    words = "-m dpo_ds.train --model tiny-gpt2 --dataset sample --epochs 50 --plan off".split()
+    argv = launching.command(2, *words, "--output_dir", str(tmp_path / "run"), "--cache_dir", str(tmp_path / "cache"))
+    launcher = subprocess.Popen(
+        argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+        env=launching.environment(),
+    )  # fmt: skip
+    for line in launcher.stdout:
+        if "held out, step 0" in line:
+            break
+    os.killpg(launcher.pid, signal.SIGINT)  # as a terminal does: the launcher and its ranks
+    said = launcher.stdout.read()
+    assert launcher.wait(timeout=60) == 130 and "Traceback" not in said
