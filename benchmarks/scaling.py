@@ -37,14 +37,7 @@ def child(task: str, *words) -> dict:
     done = subprocess.run(
         [sys.executable, __file__, "--child", task, *map(str, words)], capture_output=True, text=True, cwd=work.ROOT
     )
-    return result_of(done)
-
-
-def result_of(done: subprocess.CompletedProcess) -> dict:
-    found = work.result_of(done)
-    if found is None:
-        raise SystemExit(f"{done.args} failed:\n{done.stdout[-2000:]}{done.stderr[-4000:]}")
-    return found
+    return work.required_result_of(done)
 
 
 # ---------------------------------------------------------------------------------------------------------------- pairs
@@ -154,7 +147,7 @@ def grow_prompts(folder: Path) -> list[dict]:
                 parts = (text[n * 211 :][:length], text[5000 + n * 97 :][:100], text[9000 + n * 89 :][:100])
                 row = dict(zip(("prompt", "chosen", "rejected"), map(words.decode, parts), strict=True))
                 lines.write(json.dumps(row) + "\n")
-        found = result_of(
+        found = work.required_result_of(
             subprocess.run(
                 [sys.executable, HERE / "one_ours.py", model, file, "2400", folder / f"run-{length}"],
                 capture_output=True, text=True, cwd=work.ROOT,

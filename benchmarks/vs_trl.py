@@ -34,9 +34,7 @@ def one(script: str, *words) -> dict:
     done = subprocess.run(
         [sys.executable, HERE / script, *map(str, words)], capture_output=True, text=True, cwd=work.ROOT
     )
-    found = work.result_of(done)
-    if found is None:
-        raise SystemExit(f"{script} {' '.join(map(str, words))} failed:\n{done.stdout[-2000:]}{done.stderr[-4000:]}")
+    found = work.required_result_of(done)
     return {**found, "pairs/s": work.pairs_per_second(found)}
 
 

@@ -107,6 +107,14 @@ def result_of(done) -> dict | None:
     return None if done.returncode or not lines else json.loads(lines[0].removeprefix("RESULT "))
 
 
+def required_result_of(done) -> dict:
+    """The same, or the end of this benchmark with what the child said."""
+    found = result_of(done)
+    if found is None:
+        raise SystemExit(f"{done.args} failed:\n{done.stdout[-2000:]}{done.stderr[-4000:]}")
+    return found
+
+
 def pairs_per_second(found: dict) -> float:
     """Of one run's measurements, the reference's forward included. The first step pays for first times, and counts only
     where there is no other."""
