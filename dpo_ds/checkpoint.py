@@ -80,12 +80,16 @@ def open_folder(folder: Path, options: Options, mine: dict, ranks: int) -> Found
 
 
 def _require_same(folder: Path, theirs: dict, mine: dict) -> None:
-    for key in mine:
-        if theirs.get(key) != mine[key]:
-            raise ValueError(
-                f"--output_dir {folder} holds another run ({key} is {_shown(theirs.get(key))} there and "
-                f"{_shown(mine[key])} here): name another folder, or make the options agree to go on with that run"
-            )
+    different = [
+        f"{key} is {_shown(theirs.get(key))} there and {_shown(mine[key])} here"
+        for key in mine
+        if theirs.get(key) != mine[key]
+    ]
+    if different:
+        raise ValueError(
+            f"--output_dir {folder} holds another run ({'; '.join(different)}): name another folder, or make the "
+            "options agree to go on with that run"
+        )
 
 
 def _shown(value) -> str:

@@ -132,10 +132,14 @@ def load_pairs(options: Options, tokenizer) -> tuple[PairSet, PairSet]:
 
 def _tokenised(options: Options, tokenizer, source: str, split: str, role: str) -> tuple[Path, list[str]]:
     """The folder of a source's tokenised pairs, and what its report says."""
-    from dpo_ds.data.preferences import check_preferences, load_preferences
+    from dpo_ds.data.preferences import check_preferences, flag, load_preferences
     from dpo_ds.data.tokens import Tokenizing, tokenize_pairs
 
-    rows, report = check_preferences(load_preferences(source, split, role), options.max_left_out)
+    rows = load_preferences(source, split, role)
     tokenizing = Tokenizing(options.max_length, options.truncation, options.chat_template)
     cache = Path(options.cache_dir).expanduser() / "tokens"
-    return tokenize_pairs(rows, tokenizer, tokenizing, cache, report), report.lines()
+    try:
+        rows, report = check_preferences(rows, options.max_left_out)
+        return tokenize_pairs(rows, tokenizer, tokenizing, cache, report), report.lines()
+    except ValueError as error:  # a run may read two sets
+        raise ValueError(f"{flag(role)} {source}: {error}") from None

@@ -98,7 +98,12 @@ def load_preferences(source: str, split: str = "auto", role: str = "train") -> d
     try:
         return _load(source, split, role)
     except ValueError as error:
-        raise ValueError(f"{'--eval_dataset' if role == 'eval' else '--dataset'} {error}") from None
+        raise ValueError(f"{flag(role)} {error}") from None
+
+
+def flag(role: str) -> str:
+    """The option that names the set of that role, "train" or "eval"."""
+    return "--eval_dataset" if role == "eval" else "--dataset"
 
 
 def _load(source: str, split: str, role: str) -> datasets.Dataset:
@@ -226,7 +231,7 @@ def check_preferences(rows: datasets.Dataset, max_left_out: float = 0.1) -> tupl
     """
     if rows.column_names != [RAW] and not {"chosen", "rejected"} <= set(rows.column_names):
         raise ValueError(
-            f"the dataset has the columns {', '.join(rows.column_names)}; a preference set has chosen and rejected, "
+            f"it has the columns {', '.join(rows.column_names)}; a preference set has chosen and rejected, "
             "and prompt unless they are whole dialogues: rename them"
         )
     columns = [name for name in ("prompt", "chosen", "rejected", RAW) if name in rows.column_names]
