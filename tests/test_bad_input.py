@@ -105,7 +105,7 @@ CASES = {
     "dataset file missing": (lambda p: {"dataset": "./none.jsonl"}, "none.jsonl"),
     "dataset not on the hub": (lambda p: {"dataset": "no/such-set"}, "no/such-set"),
     "missing columns": (
-        lambda p: {"dataset": rows(p, "columns", [PAIR_WITHOUT_PROMPT])}, "columns.jsonl.gz: it has the columns question"),
+        lambda p: {"dataset": rows(p, "columns", [PAIR_WITHOUT_PROMPT])}, ".jsonl.gz: it has the columns question"),
     "nothing usable": (lambda p: {"dataset": rows(p, "equal", [{**GOOD, "rejected": GOOD["chosen"]}])}, "equal"),
     "too many left out": (
         lambda p: {"dataset": rows(p, "some", [GOOD] * 4 + [{**GOOD, "chosen": ""}])}, "--max_left_out"),
