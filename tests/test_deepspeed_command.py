@@ -127,9 +127,10 @@ def test_ctrl_c_ends_without_a_traceback(tmp_path):
         argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
         env=launching.environment(),
     )  # fmt: skip
-    for line in launcher.stdout:
-        if "held out, step 0" in line:
-            break
+    before = ""
+    while "held out, step 0" not in before:
+        before += (line := launcher.stdout.readline())
+        assert line, f"the run ended before it was interrupted: {before[-3000:]}"
     os.killpg(launcher.pid, signal.SIGINT)  # as a terminal does: the launcher and its ranks
     said = launcher.stdout.read()
-    assert launcher.wait(timeout=60) == 130 and "Traceback" not in said
+    assert launcher.wait(timeout=60) == 130 and "Traceback" not in said, said[-3000:]
