@@ -99,7 +99,10 @@ def test_what_may_not_go_on_is_refused(place):
     """After the runs above: another run's folder, other options, another number of ranks, --resume never."""
     straight = place / "straight-1"
     cases = [
-        (argv(place, straight.name, 0, "--beta=0.2", "--seed=7"), "beta is 0.1 there and 0.2 here; seed is"),
+        (
+            argv(place, straight.name, 0, "--beta=0.2", "--seed=7"),
+            "holds another run (beta is 0.1 there and 0.2 here; seed is",
+        ),
         (argv(place, straight.name, 0, "--lora", "--lora_dropout=0.1", "--resume=never"), "name another folder"),
         (argv(place, "elsewhere", 0, f"--resume={place}"), "is no checkpoint"),
         (argv(place, "elsewhere", 3, f"--resume={place}/straight-2/checkpoints/step-000004"), "was written by 2 ranks"),

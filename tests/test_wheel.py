@@ -8,7 +8,6 @@ import json
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import zipfile
@@ -16,6 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import launching
 import pytest
 
 CHECKOUT = Path(__file__).resolve().parent.parent
@@ -147,11 +147,8 @@ def test_import_is_light_and_finds_the_tiers(installed: Installed) -> None:
 def test_deepspeed_m_runs_two_ranks(installed: Installed, tmp_path: Path) -> None:
     (tmp_path / "some_package").mkdir()
     (tmp_path / "some_package/rank.py").write_text(RANK_MODULE)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     own = ["--model", "X", "-m", "x", "--num_gpus", "3", "two words", "", "--help"]
-    launcher = ["--num_gpus", "2", "--master_port", str(port)]
+    launcher = ["--num_gpus", "2", "--master_port", str(launching.free_port())]
     places = {"PYTHONPATH": str(tmp_path), "SEEN": str(tmp_path)}
     done = installed.run("deepspeed", *launcher, "-m", "some_package.rank", *own, **places)
     assert done.returncode == 0, done.stdout + done.stderr
