@@ -18,7 +18,8 @@ def environment() -> dict:
     """The tests' own environment, less what would steer a run, with the checkout's packages to import."""
     drop = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "PYTHONDONTWRITEBYTECODE"}
     env = {key: value for key, value in os.environ.items() if key not in drop}
-    return {**env, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return {**env, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "",
+            "CXX": str(ROOT / "tests" / "cxx.sh")}  # fmt: skip
 
 
 def free_port() -> int:
