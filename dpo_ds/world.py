@@ -90,6 +90,9 @@ def join() -> World:
         keep_freed_memory()
     import deepspeed
 
+    from . import ops
+
+    ops.build_in_turns(world.speaks)
     with contextlib.redirect_stdout(io.StringIO()):
         deepspeed.init_distributed(verbose=False, timeout=PATIENCE)
     if not torch.cuda.is_available():
