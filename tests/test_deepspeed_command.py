@@ -126,6 +126,8 @@ def test_ctrl_c_ends_without_a_traceback(tmp_path):
     launcher = subprocess.Popen(
         argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
         env=launching.environment(),
+        # A shell's background job, as a suite may be, ignores Ctrl-C, and so would all that it starts.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     before = ""
     while "held out, step 0" not in before:
