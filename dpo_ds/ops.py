@@ -6,13 +6,13 @@ decides here whose turn it is; a mark is then another program's, or of no one al
 """
 
 import contextlib
-import fcntl
 import functools
 import os
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
+
+from filelock import FileLock
 
 
 def build_in_turns(speaks: bool) -> None:
@@ -31,30 +31,24 @@ def build_in_turns(speaks: bool) -> None:
         folder = Path(_get_build_directory(self.name, verbose=False))
         if speaks and not any(folder.glob("*.so")):
             _tell(f"DeepSpeed's {self.name} is compiled for this machine, once: up to some minutes ({folder})")
-        with _turn(folder):
+        with contextlib.ExitStack() as turn:
+            with contextlib.suppress(OSError, NotImplementedError):  # a file system without locks: torch's mark alone
+                turn.enter_context(FileLock(folder / "dpo_ds.lock"))
             _await_others(folder)
             return plain(self, verbose)
 
     OpBuilder.jit_load = jit_load
 
 
-@contextlib.contextmanager
-def _turn(folder: Path) -> Iterator[None]:
-    """Held by one process at a time among those of dpo_ds, on every machine that has the folder."""
-    with (folder / "dpo_ds.lock").open("w") as file:
-        with contextlib.suppress(OSError):  # a file system without locks: torch's mark alone
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
 def _await_others(folder: Path) -> None:
     """Until no process builds there; one that was killed does not."""
+    mark = folder / "lock"
     told = False
-    while (folder / "lock").exists():
-        if not _in_use(folder):
+    while mark.exists():
+        if not _in_use(folder, mark):
             time.sleep(0.5)  # who is done closes the mark an instant before it removes it
-            if not _in_use(folder):
-                (folder / "lock").unlink(missing_ok=True)
+            if not _in_use(folder, mark):
+                mark.unlink(missing_ok=True)
                 return
         if not told:
             _tell(f"another process builds in {folder}: waiting for it")
@@ -66,12 +60,11 @@ def _tell(message: str) -> None:
     print(f"dpo_ds: {message}", file=sys.stderr, flush=True)
 
 
-def _in_use(folder: Path) -> bool:
+def _in_use(folder: Path, mark: Path) -> bool:
     """Whether a process of this machine has torch's mark open, or works in the folder, as compilers do that outlive
     who began the build. Where there is no /proc to look into, whether the mark is there."""
     if not Path("/proc/self/fd").is_dir():
         return True
-    mark = folder / "lock"
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):  # ended meanwhile, or another user's
             if os.path.samefile(process / "cwd", folder):

@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+from dpo_ds import ops
+
 T = TypeVar("T")
 
 # Tokenising a large set or reading a large checkpoint on one rank keeps the others waiting for long.
@@ -89,8 +91,6 @@ def join() -> World:
     else:
         keep_freed_memory()
     import deepspeed
-
-    from . import ops
 
     ops.build_in_turns(world.speaks)
     with contextlib.redirect_stdout(io.StringIO()):

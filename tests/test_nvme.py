@@ -33,7 +33,9 @@ CASES = {
 
 BUILD = """
 from deepspeed.ops.op_builder import AsyncIOBuilder
+from dpo_ds import ops
 import sys
+ops.build_in_turns(speaks=False)
 AsyncIOBuilder().load(verbose=False) if AsyncIOBuilder().is_compatible() else sys.exit("libaio-dev is not installed")
 """
 

@@ -18,15 +18,15 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("extensions") / "deepspeed_shm_comm"
 
 
-def environment(folder) -> dict:
-    return {**launching.environment(), "TORCH_EXTENSIONS_DIR": str(folder.parent), "DS_ACCELERATOR": "cpu"}
+def own(folder) -> dict:
+    return {"TORCH_EXTENSIONS_DIR": str(folder.parent), "DS_ACCELERATOR": "cpu"}
 
 
 @contextlib.contextmanager
 def started(code: str, folder):
     process = subprocess.Popen(
         [sys.executable, "-c", code],
-        env=environment(folder), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        env={**launching.environment(), **own(folder)}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
     try:
         yield process
@@ -48,7 +48,7 @@ def test_a_killed_build_is_done_anew(folder):
     with started(JOIN, folder) as process:
         wait_for(mark.exists, process)
     assert mark.exists() and not list(folder.glob("*.so"))
-    printed = launching.execute([sys.executable, "-c", JOIN], timeout=240, env=environment(folder)).stdout
+    printed = launching.run(1, "-c", JOIN, timeout=240, **own(folder)).stdout
     assert "deepspeed_shm_comm is compiled for this machine" in printed
     assert list(folder.glob("*.so")) and not mark.exists()
 
@@ -59,7 +59,7 @@ def test_a_mark_that_was_left_holds_nobody_up(folder):
     with started(PLAIN, folder) as process:
         with pytest.raises(subprocess.TimeoutExpired):
             process.wait(timeout=12)
-    printed = launching.execute([sys.executable, "-c", JOIN], env=environment(folder)).stdout
+    printed = launching.run(1, "-c", JOIN, **own(folder)).stdout
     assert "dpo_ds:" not in printed and not (folder / "lock").exists()
 
 
