@@ -1,6 +1,6 @@
 """dpo_ds against TRL at Llama-3-8B's shape on one GPU; then the layers of the 70B shape, and what they say of 8 GPUs.
 
-    python benchmarks/gpu_bench.py [--small] [--minutes 9] [--output FILE]     (bash benchmarks/gpu.sh bench WHEELS)
+    python benchmarks/gpu_bench.py [--small] [--minutes 9] [--parts trl layers] [--sets hh …] [--output FILE]
 
 Weights are random, texts are random words with lengths like HH's, UltraFeedback's and a long-prompt set's. LoRA first,
 then all weights with the optimizer on the host where it has the memory. --small does the same with tiny shapes, on a
@@ -97,7 +97,7 @@ def one(script: str, words: list, seconds: float) -> dict:
     return found
 
 
-def against_trl(folder: Path, small: bool, until: float) -> list[dict]:
+def against_trl(folder: Path, small: bool, until: float, sets: list[str], results: work.Results) -> None:
     import torch
     from transformers import AutoTokenizer
 
@@ -107,12 +107,12 @@ def against_trl(folder: Path, small: bool, until: float) -> list[dict]:
     model = make_model(folder / "model", TINY if small else SHAPE_8B, tokenizer)
     precision = "bf16" if torch.cuda.is_available() else "fp32"
     enough = work.memory() > HOST_FOR_FULL and not small
-    results = []
     for how in ("lora", *(["full"] if enough else [])):
-        for name, (lengths, longest) in SETS.items():
+        for name in sets:
+            lengths, longest = SETS[name]
             if small:
                 lengths, longest = tuple(max(6, n // 16) for n in lengths), 160
-            pairs = 2 * work.BATCH if small else 5 * work.BATCH
+            pairs = (2 if small else 4) * work.BATCH
             file = write_texts(lengths, longest, pairs, folder / f"{name}.jsonl", tokenizer)
             ours = ["--precision", precision, "--micro_batch_tokens", "16384", "--chat_template", "none"]
             ours += ["--lora", "--reference", "base"] if how == "lora" else ["--ds_config", "zero3_offload_large"]
@@ -126,9 +126,8 @@ def against_trl(folder: Path, small: bool, until: float) -> list[dict]:
             row = {"how": how, "lengths": name, "ours": a, "trl": b}
             if "failed" not in a and "failed" not in b:
                 row["speed over TRL"] = a["pairs/s"] / b["pairs/s"]
-            results.append(row)
             print(json.dumps({**row, "ours": short(a), "trl": short(b)}), flush=True)
-    return results
+            results.note("against TRL", row)
 
 
 def short(found: dict) -> dict:
@@ -155,10 +154,10 @@ def layer_times(small: bool) -> dict:
     times, forwards = {}, {}
     for layers in (1, 3):
         config = LlamaConfig(**{**shape, "num_hidden_layers": layers}, tie_word_embeddings=False)
-        attention.use("auto", config, dtype)
+        kernel = attention.usable("auto", config, dtype, attention.capability())[0]
         torch.set_default_dtype(dtype)
         with device:
-            model = LlamaForCausalLM._from_config(config, attn_implementation=attention.NAME)
+            model = LlamaForCausalLM._from_config(config, attn_implementation=attention.implementation(kernel))
         torch.set_default_dtype(torch.float32)
         model.train()
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -237,6 +236,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--minutes", type=float, default=9.0)
+    parser.add_argument("--parts", nargs="+", choices=["trl", "layers"], default=["trl", "layers"])
+    parser.add_argument("--sets", nargs="+", choices=list(SETS), default=list(SETS))
     parser.add_argument("--output", type=Path, default=work.RESULTS / "gpu_bench.json")
     options = parser.parse_args()
     until = time.monotonic() + 60 * options.minutes
@@ -244,17 +245,17 @@ def main() -> None:
 
     from dpo_ds.flops import peak_of
 
-    facts = {"machine": work.machine(), "layers of 70B": layer_times(options.small)}
-    peak = peak_of(torch.device("cuda")) if torch.cuda.is_available() else None
-    if peak:
-        facts["8 GPUs on paper"] = {
-            name: predict(facts["layers of 70B"], peak, other) for name, other in (("A100", 312e12), ("H100", 989e12))
-        }
-    print(json.dumps(facts, indent=1), flush=True)
-    with tempfile.TemporaryDirectory() as folder:
-        facts["against TRL"] = against_trl(Path(folder), options.small, until)
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(facts, indent=1) + "\n")
+    results = work.Results(options.output)
+    for part in options.parts:
+        if part == "trl":
+            with tempfile.TemporaryDirectory() as folder:  # with TMPDIR in memory: 16 GB are written and read
+                against_trl(Path(folder), options.small, until, options.sets, results)
+            continue
+        found = layer_times(options.small)
+        results.note("layers of 70B", found)
+        peak = peak_of(torch.device("cuda")) if torch.cuda.is_available() else None
+        for name, other in (("A100", 312e12), ("H100", 989e12)) if peak else ():
+            results.note("8 GPUs on paper", {"gpu": name, **predict(found, peak, other)})
 
 
 if __name__ == "__main__":

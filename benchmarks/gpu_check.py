@@ -1,6 +1,6 @@
 """Each attention kernel of this machine and the fused head against plain forwards; then what they cost.
 
-    python benchmarks/gpu_check.py [--models gpt2 ...] [--small] [--output FILE]     (bash benchmarks/gpu.sh check)
+    python benchmarks/gpu_check.py [--models gpt2 ...] [--small] [--output FILE]     (bash benchmarks/gpu_run.sh first)
 
 Every model of the table as its tiny twin, packed and with each kernel, in fp32 and bf16: log-probabilities and
 gradients beside those of two plain fp32 forwards a pair with the whole matrix of logits. A bf16 kernel may be off by
@@ -9,8 +9,7 @@ with what a CPU has; --small takes small shapes for the timings.
 """
 
 import argparse
-import contextlib
-import json
+import functools
 import sys
 import time
 from pathlib import Path
@@ -27,7 +26,7 @@ import oracle
 
 from dpo_ds.models import table
 from dpo_ds.scoring import attention, head
-from dpo_ds.scoring.packed import PackedBatch, pack
+from dpo_ds.scoring.packed import PackedBatch, layout_of, pack
 from dpo_ds.scoring.scorer import PairScorer
 from dpo_ds.scoring.twin import randomise, twin
 
@@ -77,67 +76,69 @@ def plain(config, pairs, dtype, device):
 
 
 def packed(config, pairs, dtype, kernel: str, broken: bool = False):
-    attention.use(kernel, config, dtype)
-    model = build(config, dtype, DEVICE, attention.NAME)
+    model = build(config, dtype, DEVICE, attention.implementation(kernel))
     batch = pack(pairs)
-    if broken:  # rejected sees chosen, and its positions go on after it
+    if broken:  # rejected goes on after chosen
         batch.position_ids = torch.arange(batch.input_ids.shape[1])[None]
     return graded(model, PairScorer(model)(batch.to(DEVICE)))
 
 
-def available(config, dtype) -> list[str]:
-    names = []
-    for name in attention.KERNELS:
-        with contextlib.suppress(ValueError):
-            attention.use(name, config, dtype)
-            names.append(name)
-    return names
+def kernels(config, dtype) -> list[str]:
+    return attention.usable("auto", config, dtype, attention.capability())
 
 
-def check_models(names: list[str]) -> list[dict]:
-    rows = []
-    for name in names:
-        config = twin(table()[name].config)
-        if getattr(config, "num_local_experts", None):
-            # All experts at work: which few of them a token goes to would be a matter of bf16's rounding.
-            config.num_experts_per_tok = config.num_local_experts
-        pairs = some_pairs(config.get_text_config().vocab_size)
-        expected = plain(config, pairs, torch.float32, "cpu")
-        for dtype in (torch.float32, torch.bfloat16):
-            allowed = FP32
-            if dtype == torch.bfloat16:
-                own = difference(plain(config, pairs, dtype, DEVICE), expected)
-                allowed = {key: SLACK * own[key] + FLOOR[key] for key in own}
-            for kernel in available(config, dtype):
+def check_model(name: str, results: work.Results) -> None:
+    config = twin(table()[name].config)
+    if getattr(config, "num_local_experts", None):
+        # All experts at work: which few of them a token goes to would be a matter of bf16's rounding.
+        config.num_experts_per_tok = config.num_local_experts
+    pairs = some_pairs(config.get_text_config().vocab_size)
+    expected = plain(config, pairs, torch.float32, "cpu")
+    for dtype in (torch.float32, torch.bfloat16):
+        allowed = FP32
+        if dtype == torch.bfloat16:
+            own = difference(plain(config, pairs, dtype, DEVICE), expected)
+            allowed = {key: SLACK * own[key] + FLOOR[key] for key in own}
+        for kernel in kernels(config, dtype):
+
+            def measure(dtype=dtype, kernel=kernel, allowed=allowed) -> dict:
                 error = difference(packed(config, pairs, dtype, kernel), expected)
-                fine = all(error[key] <= allowed[key] for key in error)
-                rows.append(
-                    {"model": name, "kernel": kernel, "dtype": str(dtype), **error, "allowed": allowed, "passed": fine}
-                )
-        broken = difference(packed(config, pairs, torch.float32, "sdpa", broken=True), expected)
-        rows.append({"model": name, "kernel": "broken layout", **broken, "passed": broken["logps"] > BROKEN})
-    return rows
+                return {**error, "allowed": allowed, "passed": all(error[key] <= allowed[key] for key in error)}
+
+            results.attempt("checks", {"model": name, "kernel": kernel, "dtype": str(dtype)}, measure)
+    if torch.cuda.is_available():  # the kernel beside torch's own, both in bf16: nothing but rounding is between them
+        torchs = packed(config, pairs, torch.bfloat16, attention.SDPA)
+        for kernel in kernels(config, torch.bfloat16)[:-1]:
+            results.attempt(
+                "beside sdpa in bf16",
+                {"model": name, "kernel": kernel},
+                lambda kernel=kernel: difference(packed(config, pairs, torch.bfloat16, kernel), torchs),
+            )
+
+    def control() -> dict:
+        moved = difference(packed(config, pairs, torch.float32, attention.SDPA, broken=True), expected)
+        return {**moved, "passed": moved["logps"] > BROKEN}
+
+    results.attempt("checks", {"model": name, "kernel": "broken layout"}, control)
 
 
-def check_head() -> list[dict]:
+def check_head(dtype, allowed: float) -> dict:
     """The fused head's sum over 128 tokens beside fp64, forward and gradient."""
-    rows = []
-    for dtype, allowed in ((torch.float32, 1e-3), (torch.bfloat16, 0.1)):
-        torch.manual_seed(0)
-        hidden = torch.randn(128, 256).to(dtype)
-        weight = (torch.randn(8192, 256) / 8).to(dtype)
-        targets = torch.randint(0, 8192, (128,))
-        exact = [x.double().requires_grad_() for x in (hidden, weight)]
-        truth = (exact[0] @ exact[1].t()).log_softmax(-1).gather(1, targets[:, None]).sum()
-        truth.backward()
-        fast = [x.to(DEVICE).requires_grad_() for x in (hidden, weight)]
-        found = head.fused_logps(*fast, targets.to(DEVICE), room=head.Room(2**16)).sum()
-        found.backward()
-        gaps = [float((f.grad.cpu() - e.grad).norm() / e.grad.norm()) for f, e in zip(fast, exact, strict=True)]
-        error = {"logps": abs(float(found) - float(truth)), "gradients": max(gaps)}
-        fine = error["logps"] < allowed and error["gradients"] < (1e-4 if dtype == torch.float32 else 2e-2)
-        rows.append({"model": "head", "kernel": "fused", "dtype": str(dtype), **error, "passed": fine})
-    return rows
+    torch.manual_seed(0)
+    hidden = torch.randn(128, 256).to(dtype)
+    weight = (torch.randn(8192, 256) / 8).to(dtype)
+    targets = torch.randint(0, 8192, (128,))
+    exact = [x.double().requires_grad_() for x in (hidden, weight)]
+    truth = (exact[0] @ exact[1].t()).log_softmax(-1).gather(1, targets[:, None]).sum()
+    truth.backward()
+    fast = [x.to(DEVICE).requires_grad_() for x in (hidden, weight)]
+    inputs = head.HeadInputs(*fast, targets.to(DEVICE), budget=head.LogitBudget(2**16))
+    found = head.fused_logps(inputs).sum()
+    found.backward()
+    gaps = [float((f.grad.cpu() - e.grad).norm() / e.grad.norm()) for f, e in zip(fast, exact, strict=True)]
+    error = {"logps": abs(float(found.detach()) - float(truth.detach())), "gradients": max(gaps)}
+    fine = error["logps"] < allowed and error["gradients"] < (1e-4 if dtype == torch.float32 else 2e-2)
+    return {**error, "passed": fine}
 
 
 # ---------------------------------------------------------------------------------------------------------------- costs
@@ -162,59 +163,64 @@ def batch_of(lengths: tuple[int, int, int], tokens: int) -> PackedBatch:
     return pack([tuple(np.ones(n, dtype=np.int32) for n in lengths)] * pairs).to(DEVICE)
 
 
-def attention_costs(small: bool) -> list[dict]:
+def attention_costs(small: bool, results: work.Results) -> None:
     """Forward and backward of one layer's attention at Llama-3-8B's heads, and the prompt's second gathering alone."""
     heads, key_heads, width, tokens = (4, 2, 16, 512) if small else (32, 8, 128, 8192)
     dtype = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
     config = next(iter(table().values())).config
     shapes = {"hh": (124, 41, 51), "ultrafeedback": (180, 350, 300), "long": (2048, 100, 100)}
-    rows = []
     for name, lengths in shapes.items():
         lengths = tuple(max(1, n // 16) for n in lengths) if small else lengths
         batch = batch_of(lengths, tokens)
         T = batch.input_ids.shape[1]
-        query = torch.randn(1, heads, T, width, device=DEVICE, dtype=dtype, requires_grad=True)
-        key, value = (torch.randn(1, key_heads, T, width, device=DEVICE, dtype=dtype, requires_grad=True) for _ in "kv")
+        query, key, value = (
+            torch.randn(1, T, n, width, device=DEVICE, dtype=dtype).transpose(1, 2).requires_grad_()
+            for n in (heads, key_heads, key_heads)
+        )
+        weight = torch.randn(1, T, heads, width, device=DEVICE, dtype=dtype)
 
-        def both(query=query, key=key, value=value, batch=batch):
-            out, _ = attention.packed_attention(None, query, key, value, batch.layout)
-            out.sum().backward()
+        def both(kernel, query=query, key=key, value=value, batch=batch, weight=weight):
+            call = attention.KERNELS[kernel].call
+            out, _ = attention.packed_attention(call, None, query, key, value, batch.segments)
+            out.backward(weight)
 
         def gather(key=key, value=value, batch=batch):
-            segments = attention.segments_of(batch.layout)
-            rows = batch.layout[0, 0, 0, : segments.key_offsets[-1]]
+            rows = layout_of(batch.segments, DEVICE).key_rows
             sum(x[0].transpose(0, 1).index_select(0, rows).sum() for x in (key, value)).backward()
 
-        for kernel in available(config, dtype):
-            attention.use(kernel, config, dtype)
-            rows.append({"lengths": name, "kernel": kernel, "tokens": T, "ms": 1e3 * timed(both)})
-        rows.append({"lengths": name, "kernel": "gather alone", "tokens": T, "ms": 1e3 * timed(gather)})
-    return rows
+        facts = {"lengths": name, "tokens": T}
+        for kernel in kernels(config, dtype):
+            call = functools.partial(both, kernel)
+            results.attempt("attention", {**facts, "kernel": kernel}, lambda call=call: {"ms": 1e3 * timed(call)})
+        results.attempt(
+            "attention", {**facts, "kernel": "gather alone"}, lambda gather=gather: {"ms": 1e3 * timed(gather)}
+        )
 
 
-def head_costs(small: bool) -> list[dict]:
+def head_costs(small: bool, results: work.Results, rows: int) -> None:
     """Forward and backward of the head at Llama-3-8B's shape, by tile, and the memory above its inputs."""
-    N, H, V = (64, 32, 2048) if small else (4096, 4096, 128256)
+    N, H, V = (64, 32, 2048) if small else (rows, 4096, 128256)
     dtype = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
     hidden = torch.randn(N, H, device=DEVICE, dtype=dtype, requires_grad=True)
     weight = torch.randn(V, H, device=DEVICE, dtype=dtype).mul_(0.02).requires_grad_()
     targets = torch.randint(0, V, (N,), device=DEVICE)
-    rows = []
     for tile in [2**n for n in ((14, 16) if small else (22, 23, 24, 25, 26, 27, 28))]:
 
         def both(tile=tile):
-            head.fused_logps(hidden, weight, targets, room=head.Room(tile)).sum().backward()
+            inputs = head.HeadInputs(hidden, weight, targets, budget=head.LogitBudget(tile))
+            head.fused_logps(inputs).sum().backward()
             hidden.grad = weight.grad = None
 
-        row = {"tile": tile, "ms": 1e3 * timed(both, 3)}
-        if DEVICE.type == "cuda":
-            before = torch.cuda.memory_allocated()
-            torch.cuda.reset_peak_memory_stats()
-            both()
-            row["MiB above inputs"] = (torch.cuda.max_memory_allocated() - before) / 2**20
-        row["TFLOP/s"] = 3 * 2 * N * H * V / row["ms"] / 1e9
-        rows.append(row)
-    return rows
+        def measure(both=both) -> dict:
+            row = {"ms": 1e3 * timed(both, 3)}
+            if DEVICE.type == "cuda":
+                before = torch.cuda.memory_allocated()
+                torch.cuda.reset_peak_memory_stats()
+                both()
+                row["MiB above inputs"] = (torch.cuda.max_memory_allocated() - before) / 2**20
+            return {**row, "TFLOP/s": 3 * 2 * N * H * V / row["ms"] / 1e9}
+
+        results.attempt("head", {"rows": N, "tile": tile}, measure)
 
 
 def main() -> int:
@@ -223,21 +229,19 @@ def main() -> int:
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--output", type=Path, default=work.RESULTS / "gpu_check.json")
     options = parser.parse_args()
-    checks = check_models(options.models) + check_head()
-    facts = {"machine": work.machine(), "checks": checks}
-    for row in checks:
-        verdict = "passed" if row["passed"] else "FAILED"
-        print(
-            f"{verdict}: {row['model']}, {row['kernel']} {row.get('dtype', '')}: logps off by {row['logps']:.1e}, "
-            f"gradients by {row['gradients']:.1e}",
-            flush=True,
-        )
-    facts["attention"], facts["head"] = attention_costs(options.small), head_costs(options.small)
-    for row in [*facts["attention"], *facts["head"]]:
-        print(json.dumps(row))
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(facts, indent=1) + "\n")
-    return 0 if all(row["passed"] for row in checks) else 1
+    results = work.Results(options.output)
+    for dtype, allowed in ((torch.float32, 1e-3), (torch.bfloat16, 0.1)):
+        facts = {"model": "head", "kernel": "fused", "dtype": str(dtype)}
+        results.attempt("checks", facts, lambda dtype=dtype, allowed=allowed: check_head(dtype, allowed))
+    for name in options.models:
+        try:
+            check_model(name, results)
+        except Exception as error:  # of the plain forwards; the next model is worth having all the same
+            results.note("checks", {"model": name, "passed": False, "error": f"{type(error).__name__}: {error}"[:600]})
+    attention_costs(options.small, results)
+    for rows in (4096,) if options.small else (2048, 4096, 16384):
+        head_costs(options.small, results, rows)
+    return 0 if all(row["passed"] for row in results.facts["checks"]) else 1
 
 
 if __name__ == "__main__":

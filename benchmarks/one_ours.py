@@ -23,13 +23,16 @@ def main(model: str, pairs: str, max_length: str, output_dir: str, *more: str) -
         + list(more)
     )
     ranks = world.join().size
-    from dpo_ds import score
+    import torch
+
+    from dpo_ds import checkpoint, score
     from dpo_ds.engines import policy_engine
     from dpo_ds.flops import Flops, peak_of
     from dpo_ds.prepare import prepare
     from dpo_ds.references import references
     from dpo_ds.trainer import Trainer
 
+    checkpoint.save = lambda *_: None  # the base weights of an 8B model would be written each time
     run = prepare(options, ranks)
     seconds, losses, cold, reference_seconds, matmul = [], [], [], [], []
     plain_scoring = score.score_all
@@ -44,7 +47,7 @@ def main(model: str, pairs: str, max_length: str, output_dir: str, *more: str) -
 
     score.score_all = score_all
     with references(run) as reference:
-        policy = policy_engine(run.weights, run.ds_config, run.options, total_steps=run.schedule.steps)
+        policy = policy_engine(run.weights, run.ds_config, run.options, run.attention, run.schedule.steps)
         trainer = Trainer(run, policy, *reference(policy))
         plain_step = trainer.step
 
@@ -54,7 +57,8 @@ def main(model: str, pairs: str, max_length: str, output_dir: str, *more: str) -
             seconds.append(time.perf_counter() - began)
             losses.append(metrics["loss"])
             cold.append(work.process_age())
-            matmul.append(work.matmul_speed())  # beside every step: the machine's speed moves
+            # Beside every step: a shared CPU's speed moves.
+            matmul.append(0.0 if torch.cuda.is_available() else work.matmul_speed())
             return metrics
 
         trainer.step = step

@@ -59,7 +59,8 @@ def main(
 
     config = DPOConfig(
         output_dir=output_dir,
-        per_device_train_batch_size=work.BATCH,
+        per_device_train_batch_size=min(8, work.BATCH),
+        gradient_accumulation_steps=max(1, work.BATCH // 8),
         num_train_epochs=1,
         learning_rate=work.LEARNING_RATE,
         lr_scheduler_type="constant",

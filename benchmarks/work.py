@@ -11,6 +11,7 @@ import os
 import platform
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -18,7 +19,7 @@ DATA = Path(os.environ.get("DPO_DS_DATA", ROOT.parent / "shared" / "data"))
 RESULTS = ROOT / "benchmarks" / "results"
 LONG_PROMPT, LONG_RESPONSE = 2048, 100
 MAX_LENGTH = {"hh": 1024, "alpaca": 1024, "long": LONG_PROMPT + LONG_RESPONSE + 16}
-SEED, BATCH, BETA, LEARNING_RATE = 42, 8, 0.1, 1e-5
+SEED, BATCH, BETA, LEARNING_RATE = 42, int(os.environ.get("BENCH_PAIRS", 8)), 0.1, 1e-5
 SHAPE = dict(hidden_size=256, num_hidden_layers=6, num_attention_heads=8, num_key_value_heads=4, intermediate_size=704)
 
 
@@ -126,6 +127,28 @@ def process_age() -> float:
     """Seconds since this process began."""
     ticks = int(Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()[19])
     return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+
+
+class Results:
+    """A benchmark's figures: each printed and kept in the file as soon as it is there, so that a failure loses none."""
+
+    def __init__(self, file: Path, **facts):
+        self.file, self.facts = file, {"machine": machine(), **facts}
+        file.parent.mkdir(parents=True, exist_ok=True)
+        print(json.dumps(self.facts["machine"]), flush=True)
+
+    def note(self, kind: str, row: dict) -> None:
+        self.facts.setdefault(kind, []).append(row)
+        print(kind, json.dumps(row), flush=True)
+        self.file.write_text(json.dumps(self.facts, indent=1) + "\n")
+
+    def attempt(self, kind: str, facts: dict, measure: Callable[[], dict]) -> None:
+        """Notes the facts with what `measure` finds, or with why it could not."""
+        try:
+            found = measure()
+        except Exception as error:  # the next figure is worth having all the same
+            found = {"passed": False, "error": f"{type(error).__name__}: {error}"[:600]}
+        self.note(kind, {**facts, **found})
 
 
 def memory() -> int:

@@ -18,8 +18,9 @@ from transformers import AutoModelForCausalLM
 
 from dpo_ds.config import Options
 from dpo_ds.lora import add_lora
-from dpo_ds.scoring import attention, head
-from dpo_ds.scoring.packed import pack
+from dpo_ds.scoring import attention
+from dpo_ds.scoring.head import LogitBudget
+from dpo_ds.scoring.packed import PackedBatch, pack
 from dpo_ds.scoring.scorer import PairScorer
 
 
@@ -90,7 +91,7 @@ class Counter:
             model = AutoModelForCausalLM.from_config(
                 config,
                 dtype=dtype,
-                attn_implementation=attention.NAME,
+                attn_implementation=attention.implementation(attention.SIZES_ONLY),
                 trust_remote_code=self.options.trust_remote_code,
             )
             if self.options.lora:
@@ -107,12 +108,11 @@ class Counter:
                 parameter.register_post_accumulate_grad_hook(_drop_gradient)
         return PairScorer(model)
 
-    def count(self, tokens: int, pair_tokens: int, checkpointing: bool, room: head.Room) -> Activations:
+    def count(self, tokens: int, pair_tokens: int, checkpointing: bool, budget: LogitBudget) -> Activations:
         """For a micro-batch of `tokens` packed tokens in pairs of `pair_tokens`, with as many response tokens as there
-        can be, and the head's logits in that room."""
-        head.room_on_meta = room
+        can be, and the head's logits within the budget."""
         batch = _batch(tokens, pair_tokens)
-        few, many = (self.scale * _peak(scorer, batch, checkpointing) for scorer in self.scorers)
+        few, many = (self.scale * _peak(scorer, batch, checkpointing, budget) for scorer in self.scorers)
         per_layer = (many - few) // (self.counts[1] - self.counts[0])
         return Activations(few - per_layer * self.counts[0], per_layer, self.layers)
 
@@ -121,7 +121,7 @@ def _drop_gradient(parameter: torch.nn.Parameter) -> None:
     parameter.grad = None
 
 
-def _batch(tokens: int, pair_tokens: int):
+def _batch(tokens: int, pair_tokens: int) -> PackedBatch:
     pairs = []
     while tokens > 2:
         size = min(tokens, pair_tokens)
@@ -137,8 +137,8 @@ def _lengths(size: int) -> tuple[int, int, int]:
     return prompt, chosen, max(1, size - prompt - chosen)
 
 
-def _peak(scorer: PairScorer, batch, checkpointing: bool) -> int:
-    model = scorer.model
+def _peak(scorer: PairScorer, batch: PackedBatch, checkpointing: bool, budget: LogitBudget) -> int:
+    model, scorer.budget = scorer.model, budget
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     else:

@@ -146,13 +146,13 @@ def clear_swap_folders(folders: list[Path]) -> None:
     world.wait_for_all()  # before any rank makes its folders anew
 
 
-def policy_engine(folder: Path, config: dict, options: Options, *, total_steps: int) -> Engine:
-    """The model to train: all its weights, or LoRA adapters on frozen ones."""
+def policy_engine(folder: Path, config: dict, options: Options, kernel: str, total_steps: int) -> Engine:
+    """The model to train: all its weights, or LoRA adapters on frozen ones. `kernel` is attention's."""
     clear_swap_folders(swap_folders(config))
     # Swap files are named by these numbers: a policy's must be the same after a resume, whether or not a reference's
     # engine came before it.
     deepspeed.zero.Init.param_id = FIRST_PARAMETER_ID
-    model = _load(folder, config, options)
+    model = _load(folder, config, options, kernel)
     if options.lora:
         model = add_lora(model, options)
     if options.gradient_checkpointing == "on":
@@ -192,16 +192,16 @@ def _forget_first_step(optimizer) -> None:
         group.pop("step", None)  # FusedAdam counts here
 
 
-def reference_engine(folder: Path, config: dict, options: Options) -> Engine:
+def reference_engine(folder: Path, config: dict, options: Options, kernel: str) -> Engine:
     """The frozen model that DPO measures against, without an optimizer. `config` is the policy's."""
     config = reference_config(config)
     clear_swap_folders(swap_folders(config))
-    model = _load(folder, config, options)
+    model = _load(folder, config, options, kernel)
     model.requires_grad_(False)
     return Engine(_initialize(model=PairScorer(model), config=config), config)
 
 
-def _load(folder: Path, config: dict, options: Options):
+def _load(folder: Path, config: dict, options: Options, kernel: str):
     # transformers looks for this object while it loads, and partitions under stage 3; it holds only a weak reference.
     alive = HfDeepSpeedConfig(config)
     if config["zero_optimization"]["stage"] != 3:
@@ -209,7 +209,7 @@ def _load(folder: Path, config: dict, options: Options):
     model, found = AutoModelForCausalLM.from_pretrained(
         folder,
         dtype=torch_dtype(options.precision),
-        attn_implementation=attention.NAME,
+        attn_implementation=attention.implementation(kernel),
         trust_remote_code=options.trust_remote_code,
         use_safetensors=True,
         output_loading_info=True,

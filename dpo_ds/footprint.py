@@ -15,7 +15,7 @@ from dpo_ds.config import Options
 from dpo_ds.lora import is_target
 from dpo_ds.lora import targets as lora_targets
 from dpo_ds.machine import GIB, Machine
-from dpo_ds.scoring.head import Room, room_on
+from dpo_ds.scoring.head import LogitBudget
 from dpo_ds.scoring.twin import require_exact
 
 # What every process takes before a model is loaded.
@@ -67,8 +67,8 @@ class Shape:
         return sum(size for size, _ in self.sizes if size <= threshold)
 
     @functools.cache  # noqa: B019 (a plan's few shapes live as long as the process)
-    def activations(self, tokens: int, pair_tokens: int, recompute: bool, room: Room) -> int:
-        return self.counter.count(tokens, pair_tokens, recompute, room).bytes
+    def activations(self, tokens: int, pair_tokens: int, recompute: bool, budget: LogitBudget) -> int:
+        return self.counter.count(tokens, pair_tokens, recompute, budget).bytes
 
 
 class Footprint:
@@ -187,8 +187,8 @@ class Footprint:
         """A micro-batch's activations, and what the libraries keep for themselves."""
         recompute = self.options.gradient_checkpointing == "on"
         tokens = self.options.micro_batch_tokens
-        room = room_on(self.machine.gpu_memory)
-        size = self.shape.activations(tokens, min(longest_pair(self.options), tokens), recompute, room)
+        budget = LogitBudget.on(self.machine.gpu_memory)
+        size = self.shape.activations(tokens, min(longest_pair(self.options), tokens), recompute, budget)
         how = "recomputed" if recompute else "kept"
         yield self.part("gpu", f"activations, {how}, and head tiles", size, "compute")
         if self.machine.gpu_memory is not None:

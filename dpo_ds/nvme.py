@@ -1,10 +1,32 @@
-"""What offload to NVMe asks of a machine, found out before a model is loaded."""
+"""What DeepSpeed asks of a machine for a config, found out before a model is loaded: compilers, NVMe."""
 
 import os
 import resource
+import shutil
 from pathlib import Path
 
+from dpo_ds.errors import UserError
+
 CAP_IPC_LOCK = 14  # capabilities(7): memory may be locked beyond the limit
+
+
+def require_compiler(name: str, config: dict, on_gpu: bool) -> None:
+    """Raises UserError where DeepSpeed would compile an optimizer, late in the run's start, and has no compiler."""
+    if "offload_optimizer" in config["zero_optimization"]:
+        compiler = os.environ.get("CXX", "c++")
+        if shutil.which(compiler) is None:
+            raise UserError(
+                f"--ds_config {name} keeps the optimizer on the host, whose code DeepSpeed compiles with {compiler}, "
+                "which is not installed: install g++, or choose a tier without offload"
+            )
+    elif on_gpu and not config["optimizer"]["params"]["torch_adam"]:
+        from torch.utils.cpp_extension import CUDA_HOME
+
+        if CUDA_HOME is None:
+            raise UserError(
+                f"--ds_config {name} sets torch_adam to false, and DeepSpeed compiles its FusedAdam with nvcc, which "
+                "is not installed: remove torch_adam, or install the CUDA toolkit"
+            )
 
 
 def require_nvme(folders: list[Path]) -> None:

@@ -12,9 +12,8 @@ from dpo_ds import checkpoint, models, plan, world
 from dpo_ds.config import Options
 from dpo_ds.data.pairs import PairSet, held_out
 from dpo_ds.data.steps import Schedule, too_small
-from dpo_ds.nvme import require_nvme
-from dpo_ds.scoring import attention
-from dpo_ds.scoring.twin import require_exact
+from dpo_ds.nvme import require_compiler, require_nvme
+from dpo_ds.scoring.twin import choose_kernel, require_exact
 from dpo_ds.tiers import fill_tier, swap_folders
 
 
@@ -53,9 +52,11 @@ def prepare(options: Options, ranks: int) -> Run:
             world.from_environment().speaks and require_exact(options.model, model.config, options.trust_remote_code)
         )
     )
-    kernel = attention.use(options.attention, model.config, models.torch_dtype(options.precision))
+    kernel = world.one_after_another(lambda: _kernel(options, model) if world.from_environment().speaks else None)
+    kernel = world.from_rank_0(kernel)
     tokenizer = models.load_tokenizer(model)
     ds_config = fill_tier(options.ds_config, options, model, ranks, torch.cuda.is_available())
+    require_compiler(options.ds_config, ds_config, torch.cuda.is_available())
     if folders := swap_folders(ds_config):
         world.one_after_another(lambda: require_nvme(folders))
     checkpoint.check_folder(Path(options.output_dir), options)  # before any work goes into data
@@ -88,6 +89,15 @@ def prepare(options: Options, ranks: int) -> Run:
         resume_from=found.resume_from,
         finished=found.finished,
     )
+
+
+def _kernel(options: Options, model: models.Model) -> str:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = models.torch_dtype(options.precision)
+    kernel, passed_over = choose_kernel(options.attention, model.config, dtype, device, options.trust_remote_code)
+    for problem in passed_over:
+        world.say(f"{problem}: {kernel} is used")
+    return kernel
 
 
 def _name_things(options: Options) -> Options:

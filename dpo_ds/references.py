@@ -25,7 +25,7 @@ def references(run: Run) -> Iterator[ForPolicy]:
         train, evaluation = reference_tables(run)
         yield lambda policy: (_lookup(train, policy), lambda: evaluation)
     elif kind == "live":
-        engine = reference_engine(run.weights, run.ds_config, run.options)
+        engine = reference_engine(run.weights, run.ds_config, run.options, run.attention)
         yield lambda policy: (lambda _, batch: engine.score(batch), lambda: _score(run, engine.score))
         engine.close()
     elif kind == "base":

@@ -154,7 +154,7 @@ def reference_tables(run: Run, everything: bool = False) -> list[np.ndarray]:
 
     def score(batch):
         if not engine:
-            engine.append(reference_engine(run.weights, run.ds_config, run.options))
+            engine.append(reference_engine(run.weights, run.ds_config, run.options, run.attention))
         return engine[0].score(batch)
 
     results = [_reference_table(run, weights, score, *one) for one in sets]

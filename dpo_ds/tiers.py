@@ -85,8 +85,8 @@ def fill_tier(name: str, options: Options, model: Model, ranks: int, on_gpu: boo
         # An invalidated trace costs all prefetching: whoever runs into one should read of it.
         zero.setdefault("log_trace_cache_warnings", True)
         _fill_leaf_modules(zero, model)
-    if not on_gpu and "offload_optimizer" not in zero:
-        params.setdefault("torch_adam", True)  # torch's own AdamW: FusedAdam would have to be compiled first
+    if "offload_optimizer" not in zero:
+        params.setdefault("torch_adam", True)  # torch's own AdamW: DeepSpeed's FusedAdam has to be compiled first
         if params["torch_adam"]:
             params.setdefault("fused", True)  # one pass over the weights, without temporaries
     left = [path for path, value in _leaves(config) if value == AUTO]

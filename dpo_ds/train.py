@@ -41,7 +41,7 @@ def train(run) -> dict:
         return {}
     world.say(describe(run))
     with references(run) as reference:
-        policy = policy_engine(run.weights, run.ds_config, run.options, total_steps=run.schedule.steps)
+        policy = policy_engine(run.weights, run.ds_config, run.options, run.attention, run.schedule.steps)
         trainer = Trainer(run, policy, *reference(policy))
         summary = trainer.train()
         if len(run.eval_pairs):

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from dpo_ds import ops
+from dpo_ds.errors import RunStopped, UserError
 
 T = TypeVar("T")
 
@@ -207,14 +208,6 @@ def run_main(main: Callable[[list[str]], object]) -> None:
         stop("interrupted; the same command goes on from the last checkpoint (--save_every)", 130)
     finally:
         leave()
-
-
-class UserError(ValueError):
-    """What the user can get wrong, with the remedy: told in one line, without a traceback."""
-
-
-class RunStopped(RuntimeError):
-    """A run that cannot go on, for a reason that a traceback would not show."""
 
 
 class user_errors:

@@ -51,7 +51,8 @@ def count_calls_of_dpo_ds() -> None:
         plain = getattr(place, name)
 
         def counted(*args, plain=plain, name=name, **kwargs):
-            own = sys._getframe(1).f_code.co_filename.startswith(package)
+            caller = sys._getframe(1).f_code.co_filename
+            own = caller.startswith(package) and not caller.endswith("scoring/packed.py")  # segments are on the host
             if own and threading.get_ident() in inside:
                 counts[name] += 1
             return plain(*args, **kwargs)

@@ -1,53 +1,62 @@
-"""What the GPU script does, on what a CPU has: the same code at tiny shapes."""
+"""What the GPU scripts do, on what a CPU has: the same code at tiny shapes. (`SMALL=1 bash benchmarks/gpu_run.sh first`
+runs all of them.)"""
 
 import json
-import os
 import sys
-from pathlib import Path
 
 import launching
 import pytest
 
-from dpo_ds.models import table
-
-GPU = launching.ROOT / "benchmarks" / "gpu.sh"
+BENCHMARKS = launching.ROOT / "benchmarks"
 
 
-def gpu(part: str, out: Path) -> dict:
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    env = {**launching.environment(), "GPU_SMALL": "1", "OUT": str(out), "PATH": path}
-    launching.execute(["bash", str(GPU), part], env=env)
-    return json.loads((out / f"gpu_{part}.json").read_text())
+def measured(script: str, out, *words: str) -> dict:
+    file = out / "found.json"
+    command = [sys.executable, BENCHMARKS / f"{script}.py", "--small", "--output", file, *words]
+    launching.execute([*map(str, command)], env=launching.environment())
+    return json.loads(file.read_text())
 
 
-def test_every_twin_and_the_head_are_checked_against_plain_forwards(tmp_path):
-    facts = gpu("check", tmp_path)
-    for name in table():
+def test_twins_and_the_head_are_checked_against_plain_forwards(tmp_path):
+    models = ["gpt2", "mistralai/Mixtral-8x7B-Instruct-v0.1"]  # all twelve: tests/test_models.py
+    facts = measured("gpu_check", tmp_path, "--models", *models)
+    for name in models:
         kinds = [(row["kernel"], row.get("dtype")) for row in facts["checks"] if row["model"] == name]
         assert kinds == [("sdpa", "torch.float32"), ("sdpa", "torch.bfloat16"), ("broken layout", None)], name
-    assert all(row["passed"] for row in facts["checks"]) and facts["checks"][-1]["model"] == "head"
+    assert all(row["passed"] for row in facts["checks"]) and facts["checks"][0]["model"] == "head"
     assert {row["kernel"] for row in facts["attention"]} == {"sdpa", "gather alone"}
     assert all(row["ms"] > 0 for row in facts["attention"] + facts["head"])
     assert facts["machine"]["torch"]
 
 
 def test_the_bench_runs_and_says_what_failed(tmp_path):
-    facts = gpu("bench", tmp_path)
-    layers = facts["layers of 70B"]
+    facts = measured("gpu_bench", tmp_path, "--sets", "hh", "long")
+    (layers,) = facts["layers of 70B"]
     one, three = layers["measured"]["1 layers"], layers["measured"]["3 layers"]
     assert min(*one.values(), *three.values()) > 0
     # No more than the arithmetic: at this shape a layer takes less than the clock's noise on a busy machine.
     for part, of in (("layer", "step"), ("layer forward", "forward")):
         assert layers[part] == pytest.approx((three[of] - one[of]) / 2)
     rows = facts["against TRL"]
-    assert [row["lengths"] for row in rows] == ["hh", "ultrafeedback", "long"]
+    assert [row["lengths"] for row in rows] == ["hh", "long"]
     for row in rows:
         assert row["ours"]["pairs/s"] > 0 and row["ours"]["losses"][0] == pytest.approx(0.693147, abs=1e-5)
         assert "pairs/s" in row["trl"] or "trl" in row["trl"]["failed"], "not installed with the tests"
 
 
+def test_a_failure_costs_one_figure(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import work
+
+    results = work.Results(tmp_path / "found.json")
+    results.attempt("rows", {"n": 1}, lambda: {"ms": 1 / 0})
+    results.attempt("rows", {"n": 2}, lambda: {"ms": 2})
+    rows = json.loads((tmp_path / "found.json").read_text())["rows"]
+    assert rows == [{"n": 1, "passed": False, "error": "ZeroDivisionError: division by zero"}, {"n": 2, "ms": 2}]
+
+
 def test_the_prediction_for_eight_gpus_is_its_arithmetic():
-    sys.path.insert(0, str(GPU.parent))
+    sys.path.insert(0, str(BENCHMARKS))
     from gpu_bench import predict
 
     # 70.55e9 parameters, a micro-batch of 8 pairs of 1,024 tokens at half of an H100's peak, recomputed: 8 FLOPs a

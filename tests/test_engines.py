@@ -32,12 +32,12 @@ batch = pack([tuple(generator.integers(0, 900, n).astype(np.int32) for n in (17,
 sizes = []
 
 def reference():
-    engine = reference_engine(folder, config, options)
+    engine = reference_engine(folder, config, options, "sdpa")
     engine.score(batch)
     return engine
 
 def policy():
-    engine = policy_engine(folder, config, options, total_steps=10)
+    engine = policy_engine(folder, config, options, "sdpa", total_steps=10)
     logps, _ = engine(batch)
     before = {n: p.detach().float().clone() for n, p in engine.model.named_parameters() if p.dim() > 1}
     engine.backward((logps[:, 0] - logps[:, 1]).sum(), True)

@@ -24,7 +24,7 @@ def pairs():
 @pytest.mark.parametrize("name", ["gpt2", "llama", "mistral-v0.1", "google/gemma-7b-it"])
 def test_products_of_a_forward(name):
     config = tiny.config(name)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention.NAME)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention.implementation(attention.SDPA))
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         PairScorer(model)(pack(pairs()))
     products = sum(

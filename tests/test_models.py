@@ -27,6 +27,7 @@ from dpo_ds.data.pairs import PairSet
 from dpo_ds.embedded import sample_file
 from dpo_ds.lora import add_lora
 from dpo_ds.models import find_model, known_model, table
+from dpo_ds.scoring.attention import SDPA, implementation
 from dpo_ds.scoring.packed import pack
 from dpo_ds.scoring.scorer import PairScorer
 from dpo_ds.scoring.twin import require_exact
@@ -111,7 +112,7 @@ def packed_scoring(model_id, place):
     plain = oracle.load(folder)
     expected = oracle.pairs_logps(plain, pairs)
     oracle.losses(expected, torch.zeros_like(expected), 0.1).sum().backward()
-    packed = PairScorer(AutoModelForCausalLM.from_pretrained(folder, attn_implementation="dpo_packed_pairs").eval())
+    packed = PairScorer(AutoModelForCausalLM.from_pretrained(folder, attn_implementation=implementation(SDPA)).eval())
     logps = packed(pack(pairs))
     oracle.losses(logps, torch.zeros_like(expected), 0.1).sum().backward()
     lengths = torch.tensor([[len(chosen), len(rejected)] for _, chosen, rejected in pairs])

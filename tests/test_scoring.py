@@ -12,11 +12,12 @@ from dpo_ds.config import Options
 from dpo_ds.lora import add_lora
 from dpo_ds.losses import dpo_loss
 from dpo_ds.scoring import attention
-from dpo_ds.scoring.head import FEWEST_COLUMNS, Room, fused_logps
-from dpo_ds.scoring.packed import pack, segments_of
+from dpo_ds.scoring.head import FEWEST_COLUMNS, HeadInputs, LogitBudget, fused_logps
+from dpo_ds.scoring.packed import layout_of, pack
 from dpo_ds.scoring.scorer import PairScorer
-from dpo_ds.scoring.twin import randomise
+from dpo_ds.scoring.twin import _kernel_problem, choose_kernel, randomise
 
+PACKED = attention.implementation(attention.SDPA)
 LENGTHS = [(17, 7, 12), (31, 14, 5), (1, 3, 4), (24, 1, 1)]
 
 
@@ -31,7 +32,7 @@ def folder(request, tmp_path_factory):
 
 
 def packed_model(folder, dtype=torch.float32):
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=attention.NAME)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=PACKED)
     return PairScorer(model.eval())
 
 
@@ -64,7 +65,7 @@ def test_each_token_within_1e5(folder):
     scorer = packed_model(folder)
     batch = pack(pairs)
     hidden = scorer.model.base_model(
-        input_ids=batch.input_ids, position_ids=batch.position_ids, attention_mask=batch.layout, use_cache=False
+        input_ids=batch.input_ids, position_ids=batch.position_ids, attention_mask=batch.segments, use_cache=False
     ).last_hidden_state[0]
     tokens = scorer.model.get_output_embeddings()(hidden[batch.rows], batch.targets)
     torch.testing.assert_close(tokens, torch.cat(expected), atol=1e-5, rtol=0)
@@ -86,11 +87,8 @@ def positions_not_reset(batch):
 
 
 def rejected_sees_chosen(batch):
-    ends = segments_of(batch.layout).query_offsets[::2]
-    layout = torch.full_like(batch.layout, -1)
-    layout[0, 0, 0, : ends[-1]] = torch.arange(ends[-1])
-    layout[0, 0, 1:, : len(ends)] = torch.tensor(ends)
-    batch.layout = layout
+    own = batch.segments[0, 0, :, 0].view(-1, 2).sum(1, dtype=torch.int32)
+    batch.segments = torch.stack([own, 0 * own, 0 * own], dim=1)[None, None]
 
 
 def rejected_scored_from_chosens_last_row(batch):
@@ -99,11 +97,7 @@ def rejected_scored_from_chosens_last_row(batch):
 
 
 def rejected_without_its_prompt(batch):
-    offsets = segments_of(batch.layout).query_offsets
-    layout = torch.full_like(batch.layout, -1)
-    layout[0, 0, 0, : offsets[-1]] = torch.arange(offsets[-1])
-    layout[0, 0, 1:, : len(offsets)] = torch.tensor(offsets)
-    batch.layout = layout
+    batch.segments[..., 2] = 0
 
 
 @pytest.mark.parametrize(
@@ -132,8 +126,10 @@ VOCABULARY = 2 * FEWEST_COLUMNS + 101  # three tiles at least, the last narrower
 @pytest.mark.parametrize("adapter", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(("scale", "softcap"), [(1.0, None), (0.0625, None), (1.0, 3.0), (0.5, 3.0)])
-@pytest.mark.parametrize("room", [Room(64), Room(10**6), Room(64, kept=37 * FEWEST_COLUMNS), Room(10**6, kept=10**6)])
-def test_fused_head_against_float64(adapter, bias, scale, softcap, room):
+@pytest.mark.parametrize(
+    ("tile", "kept"), [(64, 0), (10**6, 0), (64, 37 * FEWEST_COLUMNS), (10**6, 10**6)], ids="tiles one some all".split()
+)
+def test_fused_head_against_float64(adapter, bias, scale, softcap, tile, kept):
     torch.manual_seed(0)
     hidden, weight, low, up = (
         torch.randn(n, width, dtype=torch.float64, requires_grad=True)
@@ -151,7 +147,10 @@ def test_fused_head_against_float64(adapter, bias, scale, softcap, room):
 
     fast = [x.detach().float().requires_grad_() for x in inputs]
     further = dict(zip(("low", "up"), fast[-2:], strict=True)) if adapter else {}
-    logps = fused_logps(fast[0], fast[1], targets, fast[2] if bias else None, scale, softcap, room, **further)
+    logps = fused_logps(
+        HeadInputs(fast[0], fast[1], targets, fast[2] if bias else None, scale, softcap, LogitBudget(tile, kept)),
+        **further,
+    )
     torch.testing.assert_close(logps.double(), expected, atol=1e-5, rtol=1e-5)
     for again in (True, False):  # what was kept is used up by the first backward
         grads = torch.autograd.grad((logps * outer.float()).sum(), fast, retain_graph=again)
@@ -165,7 +164,7 @@ def test_fused_head_in_bf16_is_as_good_as_its_inputs():
     hidden, weight = torch.randn(128, 64).bfloat16(), (torch.randn(4096, 64) / 8).bfloat16()
     targets = torch.randint(0, 4096, (128,))
     exact = (hidden.double() @ weight.double().t()).log_softmax(-1).gather(1, targets[:, None]).sum()
-    assert abs(fused_logps(hidden, weight, targets).double().sum() - exact) < 1e-3
+    assert abs(fused_logps(HeadInputs(hidden, weight, targets)).double().sum() - exact) < 1e-3
 
 
 def test_the_logits_matrix_never_exists():
@@ -184,20 +183,45 @@ def test_the_logits_matrix_never_exists():
             return out
 
     with Watch():
-        fused_logps(hidden, weight, targets, room=Room(2**18)).sum().backward()
+        fused_logps(HeadInputs(hidden, weight, targets, budget=LogitBudget(2**18))).sum().backward()
     assert max(largest) <= max(2**18, V * H) < N * V / 8
 
 
 def test_a_model_that_drops_the_layout_is_refused():
     with pytest.raises(ValueError, match="cannot be scored"):
-        attention.packed_attention(torch.nn.Linear(1, 1), torch.zeros(1, 1, 2, 4), None, None, None)
+        attention.packed_attention(None, torch.nn.Linear(1, 1), torch.zeros(1, 1, 2, 4), None, None, None)
 
 
-def test_layout_survives_a_copy():
-    """Reentrant checkpointing and the like hand on a detached tensor: its numbers are then read back from it."""
-    batch = pack(random_pairs()).to("cpu")
-    assert segments_of(batch.layout.detach().clone()) == segments_of(batch.layout)
-    assert batch.pairs == len(LENGTHS)
+@pytest.mark.parametrize("name", ["gpt2", "mistral-v0.1"])
+def test_the_segments_survive_what_hooks_do_to_a_tensor(name, tmp_path):
+    """ZeRO-3's hooks hand a module copies of its inputs, whatever they are; checkpointing hands detached ones."""
+    scorer, pairs = packed_model(tiny.make(name, tmp_path)), random_pairs()
+    with torch.no_grad():
+        expected = scorer(pack(pairs))
+    scorer.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+    scorer.train()
+
+    def copy(value):
+        return (
+            value.detach().clone().view(value.shape)
+            if isinstance(value, torch.Tensor) and value.dtype == torch.int32
+            else value
+        )
+
+    def copies(module, args, kwargs):
+        return tuple(map(copy, args)), {key: copy(value) for key, value in kwargs.items()}
+
+    for module in scorer.model.modules():
+        module.register_forward_pre_hook(copies, with_kwargs=True)
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    torch.testing.assert_close(scorer(pack(pairs)), expected, atol=1e-5, rtol=0)
+
+
+def test_a_model_loaded_without_a_packed_kernel_is_a_bug_not_a_slow_path(tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(tiny.make("llama", tmp_path))
+    with pytest.raises(AssertionError, match="attn_implementation"):
+        PairScorer(model)
 
 
 class Somewhere:
@@ -208,6 +232,9 @@ class Somewhere:
 
     def get_text_config(self):
         return self
+
+
+EVERY_WORD = frozenset().union(*(kernel.words for kernel in attention.KERNELS.values()))
 
 
 @pytest.mark.parametrize(
@@ -221,16 +248,17 @@ class Somewhere:
         ((9, 0), {"torch.nn.attention.varlen"}, {"attn_logit_softcapping": 50.0}, "sdpa"),
         ((9, 0), {"flash_attn"}, {"attn_logit_softcapping": 50.0}, "flash_attention_2"),
         ((9, 0), {"flash_attn"}, {"head_dim": 512}, "sdpa"),
+        ((9, 0), {"flash_attn"}, {"head_dim": 100}, "sdpa"),
         ((9, 0), {"flash_attn"}, {"kv_lora_rank": 512}, "sdpa"),
         ((7, 5), {"flash_attn", "torch.nn.attention.varlen"}, {}, "sdpa"),
         ((8, 0), set(), {}, "sdpa"),
     ],
 )
 def test_the_fastest_kernel_that_will_do_is_chosen(monkeypatch, capability, installed, facts, chosen):
-    monkeypatch.setattr(attention, "_installed", lambda module: module in installed)
-    assert attention.choose("auto", Somewhere(**facts), torch.bfloat16, capability) == chosen
-    assert attention.choose("auto", Somewhere(**facts), torch.float32, capability) == "sdpa"
-    assert attention.choose("sdpa", Somewhere(**facts), torch.bfloat16, capability) == "sdpa"
+    monkeypatch.setattr(attention, "_arguments", lambda module, _: EVERY_WORD if module in installed else None)
+    assert attention.usable("auto", Somewhere(**facts), torch.bfloat16, capability)[0] == chosen
+    assert attention.usable("auto", Somewhere(**facts), torch.float32, capability) == ["sdpa"]
+    assert attention.usable("sdpa", Somewhere(**facts), torch.bfloat16, capability) == ["sdpa"]
 
 
 @pytest.mark.parametrize(
@@ -242,16 +270,48 @@ def test_the_fastest_kernel_that_will_do_is_chosen(monkeypatch, capability, inst
     ],
 )
 def test_a_kernel_that_will_not_do_is_refused_with_what_works(monkeypatch, wanted, capability, says):
-    monkeypatch.setattr(attention, "_installed", lambda module: module == "torch.nn.attention.varlen")
+    monkeypatch.setattr(
+        attention, "_arguments", lambda module, _: EVERY_WORD if module == "torch.nn.attention.varlen" else None
+    )
     with pytest.raises(ValueError, match=f"--attention {wanted} {says}"):
-        attention.choose(wanted, Somewhere(), torch.bfloat16, capability)
+        attention.usable(wanted, Somewhere(), torch.bfloat16, capability)
 
 
-def test_a_batch_keeps_its_segments_on_the_way_to_a_device():
+def test_torchs_own_kernel_is_known_by_the_arguments_that_it_takes(monkeypatch):
+    """torch 2.10's varlen_attn has no window, 2.11's takes fewer key heads unasked, 2.12's wants enable_gqa."""
+    words = attention._arguments("torch.nn.attention.varlen", "varlen_attn")
+    assert attention.KERNELS["varlen"].words <= words, "this torch's"
+    monkeypatch.setattr(attention, "_arguments", lambda module, _: frozenset({"query", "key", "scale"}))
+    with pytest.raises(ValueError, match="--attention varlen takes no window_size in the version that is installed"):
+        attention.usable("varlen", Somewhere(), torch.bfloat16, (9, 0))
+
+
+def test_a_kernel_is_tried_on_the_twin():
+    """On a CPU: torch's own passes; one that leaves its result unwritten is wrong; a GPU's kernel stops."""
+    config, where = tiny.config("mistral-v0.1"), (torch.bfloat16, torch.device("cpu"), False)
+    assert _kernel_problem(attention.SDPA, config, *where) is None
+    assert "gives wrong log-probabilities" in _kernel_problem(attention.SIZES_ONLY, config, *where)
+    assert "stops: " in _kernel_problem("varlen", config, *where)
+
+
+def test_a_kernel_that_fails_on_the_twin_gives_way_to_the_next(monkeypatch):
+    config, where = tiny.config("llama"), (torch.bfloat16, torch.device("cpu"))
+    monkeypatch.setattr(attention, "_obstacle", lambda *_: None)
+    kernel, failed = choose_kernel("auto", config, *where)
+    assert kernel == "sdpa" and len(failed) == 3 and all("stops: " in line for line in failed)
+    with pytest.raises(ValueError, match=r"--attention varlen: on this machine .* stops: .*; use --attention auto"):
+        choose_kernel("varlen", config, *where)
+
+
+def test_the_segments_stay_on_the_host_and_become_a_layout_once_a_device():
     batch = pack([tuple(np.ones(n, dtype=np.int32) for n in (3, 2, 4))] * 2)
     moved = batch.to("meta")
-    assert segments_of(moved.layout) == segments_of(batch.layout)
-    assert [len(offsets) for offsets in segments_of(moved.layout).on_device] == [5, 5]
+    assert moved.segments.device.type == "cpu" and moved.input_ids.device.type == "meta"
+    layout = layout_of(moved.segments, torch.device("cpu"))
+    assert layout is layout_of(batch.segments.clone(), torch.device("cpu"))
+    assert layout.query_offsets == [0, 5, 9, 14, 18] and layout.key_offsets == [0, 5, 12, 17, 24]
+    assert (layout.longest_query, layout.longest_key) == (5, 7)
+    assert layout.key_rows.tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 5, 6, 7, 8, *range(9, 14), 9, 10, 11, 14, 15, 16, 17]
 
 
 @pytest.mark.parametrize("tile", [2**16, 2**20])
@@ -261,7 +321,7 @@ def test_the_head_holds_one_tile_above_its_inputs_and_gradients(tile):
     hidden, weight = (torch.zeros(n, H, device="meta", requires_grad=True) for n in (N, V))
     targets = torch.zeros(N, dtype=torch.int64, device="meta")
     with LiveBytes([hidden, weight, targets]) as live:
-        logps = fused_logps(hidden, weight, targets, room=Room(tile))
+        logps = fused_logps(HeadInputs(hidden, weight, targets, budget=LogitBudget(tile)))
         forward = live.peak
         logps.sum().backward()
     one_tile, rows = 4 * max(tile, FEWEST_COLUMNS * N), 4 * N * H
@@ -276,7 +336,7 @@ def test_what_the_head_keeps_for_backward_is_counted_and_gone_after_it():
     hidden, weight = (torch.zeros(n, H, device="meta", requires_grad=True) for n in (N, V))
     targets = torch.zeros(N, dtype=torch.int64, device="meta")
     with LiveBytes([hidden, weight, targets]) as live:
-        logps = fused_logps(hidden, weight, targets, room=Room(tile, kept))
+        logps = fused_logps(HeadInputs(hidden, weight, targets, budget=LogitBudget(tile, kept)))
         held = live.now
         logps.sum().backward()
         hidden.grad = weight.grad = logps = None
@@ -284,7 +344,7 @@ def test_what_the_head_keeps_for_backward_is_counted_and_gone_after_it():
     assert 4 * kept <= held <= 1.01 * 4 * kept
     assert live.peak <= 1.1 * 4 * (kept + tile) + 4 * H * (V + 3 * N)
     with torch.no_grad(), LiveBytes([hidden, weight, targets]) as live:
-        fused_logps(hidden, weight, targets, room=Room(tile, kept))
+        fused_logps(HeadInputs(hidden, weight, targets, budget=LogitBudget(tile, kept)))
     assert live.peak <= 1.1 * 4 * tile
 
 
@@ -302,7 +362,7 @@ def test_an_adapter_on_the_head_scores_and_learns_as_peft_has_it(tmp_path):
                 torch.nn.init.normal_(parameter, std=0.2)
         return model
 
-    plain, packed = adapted("eager"), adapted(attention.NAME)
+    plain, packed = adapted("eager"), adapted(PACKED)
     pairs = random_pairs()
     expected, logps = oracle.pairs_logps(plain, pairs), PairScorer(packed)(pack(pairs))
     torch.testing.assert_close(logps, expected, atol=1e-4, rtol=1e-5)
@@ -351,7 +411,9 @@ def test_a_tied_weight_has_one_gradient_at_a_time():
     """Its head's, to which the embedding's rows are added: not a second one."""
     config = LlamaConfig(**{**tiny.TIED, "vocab_size": 50_000, "num_hidden_layers": 1})
     with torch.device("meta"):
-        scorer = PairScorer(AutoModelForCausalLM.from_config(config, attn_implementation=attention.NAME))
+        sizes_only = attention.implementation(attention.SIZES_ONLY)
+        model = AutoModelForCausalLM.from_config(config, attn_implementation=sizes_only)
+        scorer = PairScorer(model, budget=LogitBudget(2**20))
     with LiveBytes([*scorer.parameters(), *scorer.buffers()]) as live:
         scorer(pack(random_pairs()).to("meta")).sum().backward()
     gradient, tile = 4 * 50_000 * tiny.COMMON["hidden_size"], 4 * 2**20

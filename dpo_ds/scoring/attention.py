@@ -1,15 +1,16 @@
-"""Attention over packed pairs: one function, registered with transformers, that serves every architecture.
+"""Attention over packed pairs: one function that serves every architecture, registered once for each kernel.
 
-Its kernel is chosen once per process (`use`), by the device and the model's heads: flash-attention 3 or 2 where they
-are installed, torch's own varlen flash kernel on other GPUs, and scaled-dot-product attention segment by segment where
-none of them will do, as on CPU. All take the same thing:
-queries and keys in segments, causal, aligned at the bottom right (row r of a segment sees columns up to
+A model is loaded with `attn_implementation=implementation(kernel)`, so its config says which kernel it calls. Flash
+kernels take GPUs in bf16; scaled-dot-product attention, segment by segment, takes everything else, as on CPU. All take
+the same thing: queries and keys in segments, causal, aligned at the bottom right (row r of a segment sees columns up to
 r + keys - queries). Dropout is always off: a DPO policy and its reference must be the same function.
 
 Shapes: T query rows, K key rows (prompts twice), H heads, G key-value heads, D head dimension.
 """
 
+import functools
 import importlib.util
+import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,56 +20,51 @@ import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface
 
-from dpo_ds.scoring.packed import segments_of
-
-# Must hold none of "flash", "sdpa", "flex_attention", "/": transformers looks for these words in the name.
-NAME = "dpo_packed_pairs"
+from dpo_ds.errors import UserError
+from dpo_ds.scoring.packed import Layout, is_segments, layout_of
 
 
 def packed_attention(
-    module, query, key, value, attention_mask, scaling=None, sliding_window=None, softcap=None, **kwargs
+    kernel: Callable,
+    module,
+    query,
+    key,
+    value,
+    attention_mask,
+    scaling=None,
+    sliding_window=None,
+    softcap=None,
+    **kwargs,
 ) -> tuple[torch.Tensor, None]:
     """transformers' attention interface: query [1, H, T, D], key and value [1, G, T, D] -> [1, T, H, D].
 
-    `attention_mask` is PackedBatch.layout. transformers' window counts the token itself; None is no window.
+    `attention_mask` is PackedBatch.segments. transformers' window counts the token itself; None is no window.
     """
-    if attention_mask is None or attention_mask.dim() != 4 or attention_mask.dtype != torch.int32:
+    if not is_segments(attention_mask):
         raise ValueError(
-            f"{type(module).__name__} did not hand the packed layout on to its attention: this architecture cannot be "
+            f"{type(module).__name__} did not hand the segments on to its attention: this architecture cannot be "
             "scored with packed pairs"
         )
     if kwargs.get("s_aux") is not None:
         raise ValueError(f"{type(module).__name__} uses attention sinks, which packed attention has no kernel for")
-    segments = segments_of(attention_mask)
-    key_rows = attention_mask[0, 0, 0, : segments.key_offsets[-1]]
+    layout = layout_of(attention_mask, query.device)
     query_THD = query[0].transpose(0, 1)
-    key_KGD, value_KGD = (x[0].transpose(0, 1).index_select(0, key_rows) for x in (key, value))
-    kernel = _in_use.get(query.device.type, _per_segment)
-    out_THD = kernel(
-        query_THD,
-        key_KGD,
-        value_KGD,
-        segments,
-        1 / math.sqrt(query.shape[-1]) if scaling is None else scaling,
-        sliding_window,
-        softcap,
-    )
+    key_KGD, value_KGD = (x[0].transpose(0, 1).index_select(0, layout.key_rows) for x in (key, value))
+    scale = 1 / math.sqrt(query.shape[-1]) if scaling is None else scaling
+    out_THD = kernel(query_THD, key_KGD, value_KGD, layout, scale, sliding_window, softcap)
     return out_THD[None], None
 
 
-AttentionInterface.register(NAME, packed_attention)
-
-
-def _flash_attention_3(query, key, value, segments, scale, window, softcap):
+def _flash_attention_3(query, key, value, layout: Layout, scale, window, softcap):
     from flash_attn_interface import flash_attn_varlen_func
 
     out = flash_attn_varlen_func(
         query,
         key,
         value,
-        *segments.on_device,
-        segments.longest_query,
-        segments.longest_key,
+        *layout.offsets,
+        layout.longest_query,
+        layout.longest_key,
         softmax_scale=scale,
         causal=True,
         window_size=(-1, -1) if window is None else (window - 1, 0),
@@ -77,16 +73,16 @@ def _flash_attention_3(query, key, value, segments, scale, window, softcap):
     return out[0] if isinstance(out, tuple) else out  # earlier builds return the sums of exponents as well
 
 
-def _flash_attention_2(query, key, value, segments, scale, window, softcap):
+def _flash_attention_2(query, key, value, layout: Layout, scale, window, softcap):
     from flash_attn import flash_attn_varlen_func
 
     return flash_attn_varlen_func(
         query,
         key,
         value,
-        *segments.on_device,
-        segments.longest_query,
-        segments.longest_key,
+        *layout.offsets,
+        layout.longest_query,
+        layout.longest_key,
         softmax_scale=scale,
         causal=True,
         window_size=(-1, -1) if window is None else (window - 1, 0),
@@ -94,28 +90,28 @@ def _flash_attention_2(query, key, value, segments, scale, window, softcap):
     )
 
 
-def _torch_varlen(query, key, value, segments, scale, window, softcap):
+def _torch_varlen(query, key, value, layout: Layout, scale, window, softcap):
     from torch.nn.attention.varlen import varlen_attn
 
-    assert not softcap, "choose() gives such models another kernel"
+    assert not softcap, "usable() gives such models another kernel"
+    # torch 2.11 takes fewer key heads than query heads without being told; from 2.12 on it wants enable_gqa.
+    shared = query.shape[1] != key.shape[1] and "enable_gqa" in inspect.signature(varlen_attn).parameters
     return varlen_attn(
         query,
         key,
         value,
-        *segments.on_device,
-        segments.longest_query,
-        segments.longest_key,
+        *layout.offsets,
+        layout.longest_query,
+        layout.longest_key,
         scale=scale,
         window_size=(-1 if window is None else window - 1, 0),
-        enable_gqa=query.shape[1] != key.shape[1],
+        **({"enable_gqa": True} if shared else {}),
     )
 
 
-def _per_segment(query, key, value, segments, scale, window, softcap):
+def _per_segment(query, key, value, layout: Layout, scale, window, softcap):
     # Split at once: backward puts the parts together once, where slices would each make zeros of the whole.
-    queries, keys = (
-        [end - start for start, end in pairwise(o)] for o in (segments.query_offsets, segments.key_offsets)
-    )
+    queries, keys = ([end - start for start, end in pairwise(o)] for o in (layout.query_offsets, layout.key_offsets))
     outputs = []
     for parts in zip(query.split(queries), key.split(keys), value.split(keys), strict=True):
         q, k, v = (x.transpose(0, 1)[None] for x in parts)
@@ -175,51 +171,96 @@ class Kernel:
     """An implementation, where to find it, and what it can do. All but the last want bf16 on CUDA."""
 
     call: Callable
-    module: str | None = None  # that must be installed
+    module: str | None = None  # that must be installed, and hold …
+    function: str = ""  # this function, which takes …
+    words: frozenset[str] = frozenset()  # these arguments
     softcap: bool = True
     head_dim: int = 256  # at most
     capabilities: range = range(8, 100)  # major numbers of CUDA's compute capability
     remedy: str = ""
 
 
+SDPA = "sdpa"
 # The fastest first.
 KERNELS = {
     "flash_attention_3": Kernel(
         _flash_attention_3,
         "flash_attn_interface",
+        "flash_attn_varlen_func",
+        frozenset({"softmax_scale", "causal", "window_size", "softcap"}),
         capabilities=range(9, 10),
         remedy="build it from flash-attention's hopper folder",
     ),
-    "flash_attention_2": Kernel(_flash_attention_2, "flash_attn", remedy="pip install flash-attn"),
-    "varlen": Kernel(_torch_varlen, "torch.nn.attention.varlen", softcap=False, remedy="torch 2.11 or newer has it"),
-    "sdpa": Kernel(_per_segment),
+    "flash_attention_2": Kernel(
+        _flash_attention_2,
+        "flash_attn",
+        "flash_attn_varlen_func",
+        frozenset({"softmax_scale", "causal", "window_size", "softcap"}),
+        remedy="pip install flash-attn",
+    ),
+    "varlen": Kernel(
+        _torch_varlen,
+        "torch.nn.attention.varlen",
+        "varlen_attn",
+        frozenset({"scale", "window_size"}),  # torch 2.10 has neither
+        softcap=False,
+        remedy="torch 2.11 or newer has it",
+    ),
+    SDPA: Kernel(_per_segment),
 }
-# What packed_attention calls, by the kind of device; elsewhere it goes segment by segment.
-_in_use: dict[str, Callable] = {"meta": _sizes_only}
+SIZES_ONLY = "sizes_only"
 
 
-def choose(wanted: str, config, dtype: torch.dtype, capability: tuple[int, int] | None) -> str:
-    """The name of the kernel for a model of `config`: the fastest that will do, or the wanted one.
+def implementation(kernel: str) -> str:
+    """What transformers calls a kernel of KERNELS: the `attn_implementation` to load a model with."""
+    # Must hold none of "flash", "sdpa", "flex_attention", "/": transformers looks for these words in the name.
+    return f"dpo_packed_{[*KERNELS, SIZES_ONLY].index(kernel)}"
 
-    capability: CUDA's compute capability, None on CPU. Raises ValueError, with what to do, if the wanted one cannot.
+
+for _name, _call in [*((name, kernel.call) for name, kernel in KERNELS.items()), (SIZES_ONLY, _sizes_only)]:
+    AttentionInterface.register(implementation(_name), functools.partial(packed_attention, _call))
+
+
+def require_packed(model) -> None:
+    """Raises AssertionError if a model was loaded with an attention that does not understand segments."""
+    found = model.config._attn_implementation
+    known = [implementation(name) for name in (*KERNELS, SIZES_ONLY)]
+    assert found in known, f"load the model with attn_implementation=attention.implementation(…), not {found}"
+
+
+def capability() -> tuple[int, int] | None:
+    """CUDA's compute capability of this process's GPU; None on CPU."""
+    return torch.cuda.get_device_capability() if torch.cuda.is_available() else None
+
+
+def usable(wanted: str, config, dtype: torch.dtype, capability: tuple[int, int] | None) -> list[str]:
+    """The kernels for a model of `config`, by what is known of them, the fastest first; or the wanted one alone.
+
+    Raises UserError, with what to do, if the wanted one cannot serve.
     """
-    obstacles = {name: _obstacle(kernel, name, config, dtype, capability) for name, kernel in KERNELS.items()}
-    if wanted != "auto" and obstacles[wanted]:
-        usable = ", ".join(name for name, obstacle in obstacles.items() if not obstacle)
-        raise ValueError(f"--attention {wanted} {obstacles[wanted]}; what works here: auto, {usable}")
-    return next(name for name in KERNELS if wanted in ("auto", name) and not obstacles[name])
+    obstacles = {name: _obstacle(name, config, dtype, capability) for name in KERNELS}
+    found = [name for name, obstacle in obstacles.items() if not obstacle]
+    if wanted == "auto":
+        return found
+    if obstacles[wanted]:
+        raise UserError(f"--attention {wanted} {obstacles[wanted]}; what works here: auto, {', '.join(found)}")
+    return [wanted]
 
 
-def _obstacle(kernel: Kernel, name: str, config, dtype: torch.dtype, capability: tuple[int, int] | None) -> str | None:
-    """Why a kernel will not do, or None."""
-    if name == "sdpa":
+def _obstacle(name: str, config, dtype: torch.dtype, capability: tuple[int, int] | None) -> str | None:
+    """Why a kernel cannot serve, or None."""
+    kernel = KERNELS[name]
+    if kernel.module is None:
         return None
     if capability is None:
         return "needs a GPU"
     if capability[0] not in kernel.capabilities:
         return f"is not for GPUs of compute capability {capability[0]}.{capability[1]}"
-    if not _installed(kernel.module):
+    words = _arguments(kernel.module, kernel.function)
+    if words is None:
         return f"is not installed ({kernel.remedy})"
+    if missing := kernel.words - words:
+        return f"takes no {min(missing)} in the version that is installed ({kernel.remedy})"
     if dtype == torch.float32:
         return "has no fp32 (--precision bf16)"
     text = config.get_text_config()
@@ -227,22 +268,24 @@ def _obstacle(kernel: Kernel, name: str, config, dtype: torch.dtype, capability:
         return f"has no soft-capping, which {type(config).__name__.removesuffix('Config')} needs"
     if getattr(text, "kv_lora_rank", None):
         return "wants keys and values of one width"
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    head_dim = head_dim_of(text)
     if head_dim > kernel.head_dim:
         return f"goes up to heads of {kernel.head_dim} numbers, not {head_dim}"
+    if head_dim % 8:
+        return f"wants heads of a multiple of 8 numbers, not {head_dim}"
     return None
 
 
-def _installed(module: str) -> bool:
+def head_dim_of(text_config) -> int:
+    return getattr(text_config, "head_dim", None) or text_config.hidden_size // text_config.num_attention_heads
+
+
+@functools.cache
+def _arguments(module: str, function: str) -> frozenset[str] | None:
+    """The names of a kernel's arguments as it is installed here; None if it is not."""
     try:
-        return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # the package around it
-        return False
-
-
-def use(wanted: str, config, dtype: torch.dtype) -> str:
-    """Makes the kernel that `choose` names for this process's device the one that attention calls. Returns its name."""
-    capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
-    name = choose(wanted, config, dtype, capability)
-    _in_use["cuda"] = KERNELS[name].call
-    return name
+        if importlib.util.find_spec(module) is None:
+            return None
+        return frozenset(inspect.signature(getattr(importlib.import_module(module), function)).parameters)
+    except (ImportError, AttributeError, OSError):  # its package is missing, or built for another torch
+        return None

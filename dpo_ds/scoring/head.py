@@ -17,55 +17,64 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from dpo_ds.scoring.embedding import Handover, replace_embedding
+from dpo_ds.scoring.embedding import TiedGradient
 
 FEWEST_COLUMNS = 256  # of a tile, however many rows there are
 KEPT_ON_CPU = 2**25  # logits, 128 MiB
 
 
 @dataclass(frozen=True)
-class Room:
+class LogitBudget:
     """How many fp32 logits the head may hold: a tile at a time, and what forward keeps for backward."""
 
     tile: int
     kept: int = 0
 
+    @classmethod
+    def on(cls, gpu_memory: int | None) -> "LogitBudget":
+        """On a GPU of so many bytes: a tile of a 512th of them, 128 MiB at most. On CPU (None): half a MiB for every
+        thread, which then fits into the cache of its core."""
+        if gpu_memory is None:
+            return cls(2**17 * torch.get_num_threads(), KEPT_ON_CPU)
+        return cls(min(gpu_memory // 2048, 2**25))
 
-def room_on(gpu_memory: int | None) -> Room:
-    """A tile of a 512th of the GPU's bytes, 128 MiB at most; of half a MiB for every thread of a CPU, whose own cache
-    then holds its part."""
-    if gpu_memory is None:
-        return Room(2**17 * torch.get_num_threads(), KEPT_ON_CPU)
-    return Room(min(gpu_memory // 2048, 2**25))
+    @classmethod
+    def of(cls, device: torch.device) -> "LogitBudget":
+        """What the device has room for. The meta device has none: whoever counts memory there says for which device."""
+        assert device.type != "meta", "give fused_logps the budget of the device that meta stands for"
+        return cls.on(torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None)
 
 
-# On the meta device, where memory is counted: that of the device which it stands for.
-room_on_meta = Room(2**20)
+@dataclass(frozen=True)
+class HeadInputs:
+    """All that log-probabilities of a head without an adapter follow from: fused_logps gives the formula."""
 
-
-def _room_of(device: torch.device) -> Room:
-    if device.type == "meta":
-        return room_on_meta
-    return room_on(torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None)
+    hidden: torch.Tensor  # [N, H]
+    weight: torch.Tensor  # [V, H], of the same dtype
+    targets: torch.Tensor  # [N] int64
+    bias: torch.Tensor | None = None  # [V]
+    scale: float = 1.0
+    softcap: float | None = None
+    budget: LogitBudget | None = None  # by the device if None
+    tied: TiedGradient | None = None  # where backward leaves the weight's gradient, for the embedding that shares it
 
 
 def replace_head(model) -> None:
-    """Gives the model's lm_head `forward(hidden_NH, targets_N) -> logps_N` (fp32); without targets it is as before."""
+    """Gives the model's lm_head `forward(hidden_NH, targets_N, budget, tied) -> logps_N` (fp32); without targets it is
+    as before."""
     head, config = model.get_output_embeddings(), model.config.get_text_config()
     scale = float(getattr(config, "logit_scale", None) or 1.0)  # Cohere multiplies
     scale /= float(getattr(config, "logits_scaling", None) or 1.0)  # Granite divides
     softcap = getattr(config, "final_logit_softcapping", None)
     linear = getattr(head, "base_layer", head)  # peft's wrapper holds the head itself there
-    embedding = replace_embedding(model)
     plain_linear = linear.forward
 
-    def forward(self, hidden, targets=None, low=None, lora_B=None):
+    def forward(self, hidden, targets=None, budget=None, tied=None, low=None, lora_B=None):
         if targets is None:
             return plain_linear(hidden)
-        handover = None if embedding is None else embedding.handover
-        known = (hidden, self.weight, targets, getattr(self, "bias", None), scale, softcap, None, handover)
-        # Inside of lora_B's own call, so that both weights are gathered.
-        return fused_logps(*known) if low is None else lora_B(low, known)
+        inputs = HeadInputs(hidden, self.weight, targets, getattr(self, "bias", None), scale, softcap, budget, tied)
+        # With an adapter, the product is made inside of lora_B's own call, so that ZeRO-3 has gathered both weights.
+        return fused_logps(inputs) if low is None else lora_B(low, inputs)
 
     linear.forward = types.MethodType(forward, linear)
     if linear is not head:
@@ -79,46 +88,46 @@ def _replace_adapter(head) -> None:
     lora_A, lora_B, dropout = head.lora_A[name], head.lora_B[name], head.lora_dropout[name]
     plain_B = lora_B.forward
 
-    def forward(self, hidden, targets=None):
+    def forward(self, hidden, targets=None, budget=None, tied=None):
         if targets is None:
             return plain_wrapper(hidden)
-        return self.base_layer(hidden, targets, self.scaling[name] * lora_A(dropout(hidden)), lora_B)
+        low = self.scaling[name] * lora_A(dropout(hidden))
+        return self.base_layer(hidden, targets, budget, tied, low, lora_B)
 
-    def forward_B(self, low, known=None):
-        return plain_B(low) if known is None else fused_logps(*known, low=low, up=self.weight)
+    def forward_B(self, low, inputs=None):
+        return plain_B(low) if inputs is None else fused_logps(inputs, low, self.weight)
 
     head.forward = types.MethodType(forward, head)
     lora_B.forward = types.MethodType(forward_B, lora_B)
 
 
-def fused_logps(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    targets: torch.Tensor,
-    bias: torch.Tensor | None = None,
-    scale: float = 1.0,
-    softcap: float | None = None,
-    room: Room | None = None,
-    handover: Handover | None = None,
-    low: torch.Tensor | None = None,
-    up: torch.Tensor | None = None,
-) -> torch.Tensor:
+def fused_logps(inputs: HeadInputs, low: torch.Tensor | None = None, up: torch.Tensor | None = None) -> torch.Tensor:
     """log softmax(softcap(scale * (hidden @ weight.T + low @ up.T + bias)))[targets], fp32 [N].
 
-    hidden [N, H] and weight [V, H] of one dtype, targets [N] int64, bias [V]; low [N, r] and up [V, r], an adapter's,
-    of that dtype. softcap(z) = c * tanh(z / c), as in Gemma 2 (arXiv 2408.00118, section 2). room: by the device's kind
-    if None. handover: backward leaves the weight's gradient there, for the embedding that shares the weight.
+    low [N, r] and up [V, r] are an adapter's, of the weight's dtype. softcap(z) = c * tanh(z / c), as in Gemma 2 (arXiv
+    2408.00118, section 2).
     """
-    room = room or _room_of(hidden.device)
+    budget = inputs.budget or LogitBudget.of(inputs.hidden.device)
     if not torch.is_grad_enabled():
-        room = replace(room, kept=0)
-    return _FusedLogps.apply(hidden, weight, bias, low, up, targets, scale, softcap, room, handover)
+        budget = replace(budget, kept=0)
+    return _FusedLogps.apply(
+        inputs.hidden,
+        inputs.weight,
+        inputs.bias,
+        low,
+        up,
+        inputs.targets,
+        inputs.scale,
+        inputs.softcap,
+        budget,
+        inputs.tied,
+    )
 
 
 class _FusedLogps(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, low, up, targets, scale, softcap, room, handover):
-        tiles = _Tiles(hidden, weight, bias, low, up, scale, softcap, room)
+    def forward(ctx, hidden, weight, bias, low, up, targets, scale, softcap, budget, tied):
+        tiles = _Tiles(hidden, weight, bias, low, up, scale, softcap, budget)
         target_N = tiles.logits_of(targets)  # before there is a tile
         log_norm_N = torch.full((len(hidden),), -torch.inf, device=hidden.device)
         for columns in tiles:
@@ -131,7 +140,7 @@ class _FusedLogps(torch.autograd.Function):
             tiles.keep(columns, shares, tile_norm_N[:, None])
             log_norm_N = torch.logaddexp(log_norm_N, tile_norm_N)
         ctx.save_for_backward(hidden, weight, bias, low, up, targets, log_norm_N)
-        ctx.constants, ctx.kept, ctx.handover = (scale, softcap, room), tiles.kept, handover
+        ctx.constants, ctx.kept, ctx.tied = (scale, softcap, budget), tiles.kept, tied
         return target_N - log_norm_N
 
     @staticmethod
@@ -176,8 +185,8 @@ class _FusedLogps(torch.autograd.Function):
             grad_hidden = grad_hidden.mul_(share_N1).to(hidden.dtype)
         if want_low:
             grad_low = grad_low.mul_(share_N1).to(low.dtype)
-        if ctx.handover is not None:
-            ctx.handover.gradient = grad_weight
+        if ctx.tied is not None:
+            ctx.tied.gradient = grad_weight
         return (grad_hidden, grad_weight, grad_bias, grad_low, grad_up, *[None] * 5)
 
 
@@ -185,15 +194,15 @@ class _Tiles:
     """Tiles of logits [N, v], fp32, one after another: iterate over their columns. All in the same memory, but for
     those that are kept: softmax over the tile, and the tile's log sum of exponents, [N, 1]."""
 
-    def __init__(self, hidden, weight, bias, low, up, scale, softcap, room, kept=None):
+    def __init__(self, hidden, weight, bias, low, up, scale, softcap, budget, kept=None):
         self.weight, self.bias, self.scale, self.softcap = weight, bias, scale, softcap
         self.low, self.up = low, up
         # On CPU products of bf16 would be rounded to bf16: they are made of fp32 copies.
         self.hidden = hidden.float() if hidden.device.type == "cpu" else hidden
         self.rows, self.vocabulary = len(hidden), len(weight)
-        self.width = min(self.vocabulary, max(FEWEST_COLUMNS, room.tile // max(1, self.rows)))
+        self.width = min(self.vocabulary, max(FEWEST_COLUMNS, budget.tile // max(1, self.rows)))
         # With a soft cap, backward wants the logits themselves.
-        self.most_kept = 0 if softcap else room.kept // max(1, self.rows * self.width)
+        self.most_kept = 0 if softcap else budget.kept // max(1, self.rows * self.width)
         self.kept: dict[int, tuple[torch.Tensor, torch.Tensor]] = {} if kept is None else kept
         self.memory: torch.Tensor | None = None
 

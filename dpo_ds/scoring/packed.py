@@ -7,15 +7,17 @@ A pair is two attention segments. Queries [P+C] see keys [P+C]; queries [R] see 
 gathered a second time; causal, aligned at the bottom right, so that rejected never sees chosen. The last prompt row
 predicts the first token of both responses and is therefore taken twice for the head.
 
-The layout travels to every attention layer as a 4-D integer `attention_mask`, the one thing that transformers hands
-on untouched for every architecture (some drop keyword arguments, StableLM among them).
+The segments' lengths travel to every attention layer as a 4-D integer `attention_mask`, the one argument that
+transformers hands on untouched for every architecture (some drop keyword arguments, StableLM among them). They stay on
+the host, three numbers a segment, so each layer can read them without waiting for the GPU; `layout_of` turns them into
+what kernels take, once a batch and device. Nothing else is attached to that tensor: hooks may copy it as they like.
 
-Shapes: T tokens of the pack, N response tokens, S segments (two a pair), B pairs.
+Shapes: T tokens of the pack, N response tokens, S segments (two a pair), K keys of all segments, B pairs.
 """
 
+import functools
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, replace
-from itertools import pairwise
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
@@ -27,7 +29,7 @@ Pair = tuple[np.ndarray, np.ndarray, np.ndarray]  # prompt, chosen and rejected 
 class PackedBatch:
     input_ids: torch.Tensor  # [1, T] int64
     position_ids: torch.Tensor  # [1, T] int64
-    layout: torch.Tensor  # [1, 1, 3, K] int32: key rows, query offsets, key offsets; -1 fills up
+    segments: torch.Tensor  # [1, 1, S, 3] int32, on the host: own rows, first row shared with others, rows shared
     rows: torch.Tensor  # [N] int64: the row of the pack that predicts each response token
     targets: torch.Tensor  # [N] int64: the response tokens
     responses: torch.Tensor  # [N] int64: 2b for chosen of pair b, 2b + 1 for its rejected
@@ -39,13 +41,10 @@ class PackedBatch:
         device = torch.device(device)
         if device == self.input_ids.device:
             return self
-        moved = {f.name: move(getattr(self, f.name), device) for f in fields(self) if f.type is torch.Tensor}
-        # Kernels need the segments as Python numbers, taken here, before the layout leaves the host, and their offsets
-        # as tensors: made once for all layers.
-        segments = segments_of(self.layout)
-        offsets = moved["layout"][0, 0, 1:, : len(segments.query_offsets)]
-        moved["layout"].segments = replace(segments, on_device=(offsets[0].contiguous(), offsets[1].contiguous()))
-        return PackedBatch(**moved, pairs=self.pairs)
+        tensors = [f.name for f in fields(self) if f.type is torch.Tensor and f.name != "segments"]
+        moved = {name: move(getattr(self, name), device) for name in tensors}
+        layout_of(self.segments, device)  # made here, so that no layer has to wait for it
+        return PackedBatch(**moved, segments=self.segments, pairs=self.pairs)
 
 
 def move(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -57,23 +56,17 @@ def move(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 def pack(pairs: Sequence[Pair]) -> PackedBatch:
     """Packs pairs, in order, into one row. Prompts and responses must not be empty."""
-    tokens, positions, key_rows, rows, targets, responses = [], [], [], [], [], []
-    query_lengths, key_lengths = [], []
+    tokens, positions, segments, rows, targets, responses = [], [], [], [], [], []
     start = 0
     for b, (prompt, chosen, rejected) in enumerate(pairs):
         P, C, R = len(prompt), len(chosen), len(rejected)
-        assert P and C and R, "data/tokens.py leaves no empty prompt or response"
-        prompt_rows = np.arange(start, start + P)
-        chosen_rows = np.arange(start + P, start + P + C)
-        rejected_rows = np.arange(start + P + C, start + P + C + R)
-        last_prompt_row = prompt_rows[-1:]
+        assert P and C and R, "the data wing leaves no empty prompt or response"
+        last_prompt_row = np.array([start + P - 1])
 
         tokens += [prompt, chosen, rejected]
         positions += [np.arange(P + C), np.arange(P, P + R)]
-        query_lengths += [P + C, R]
-        key_lengths += [P + C, P + R]
-        key_rows += [prompt_rows, chosen_rows, prompt_rows, rejected_rows]
-        rows += [last_prompt_row, chosen_rows[:-1], last_prompt_row, rejected_rows[:-1]]
+        segments += [(P + C, start, 0), (R, start, P)]
+        rows += [last_prompt_row, start + P + np.arange(C - 1), last_prompt_row, start + P + C + np.arange(R - 1)]
         targets += [chosen, rejected]
         responses += [np.full(C, 2 * b), np.full(R, 2 * b + 1)]
         start += P + C + R
@@ -81,7 +74,7 @@ def pack(pairs: Sequence[Pair]) -> PackedBatch:
     return PackedBatch(
         input_ids=_int64(tokens)[None],
         position_ids=_int64(positions)[None],
-        layout=_layout(np.concatenate(key_rows), query_lengths, key_lengths),
+        segments=torch.tensor(segments, dtype=torch.int32)[None, None],
         rows=_int64(rows),
         targets=_int64(targets),
         responses=_int64(responses),
@@ -94,43 +87,45 @@ def _int64(parts: list[np.ndarray]) -> torch.Tensor:
     return torch.from_numpy(np.concatenate(parts).astype(np.int64))
 
 
-def _layout(key_rows: np.ndarray, query_lengths: list[int], key_lengths: list[int]) -> torch.Tensor:
-    layout = np.full((1, 1, 3, max(len(key_rows), len(query_lengths) + 1)), -1, dtype=np.int32)
-    layout[0, 0, 0, : len(key_rows)] = key_rows
-    layout[0, 0, 1, : len(query_lengths) + 1] = np.cumsum([0, *query_lengths])
-    layout[0, 0, 2, : len(key_lengths) + 1] = np.cumsum([0, *key_lengths])
-    tensor = torch.from_numpy(layout)
-    tensor.segments = Segments(
-        layout[0, 0, 1, : len(query_lengths) + 1].tolist(), layout[0, 0, 2, : len(key_lengths) + 1].tolist()
-    )
-    return tensor
-
-
 @dataclass(frozen=True)
-class Segments:
-    """The layout's numbers on the host. Kernels want the longest segment, the plain path wants every offset."""
+class Layout:
+    """Where a packed row's segments begin and end, as attention kernels take it.
 
-    query_offsets: list[int]  # S + 1 numbers
-    key_offsets: list[int]
-    on_device: tuple[torch.Tensor, torch.Tensor] | None = field(default=None, compare=False)  # the same, int32
+    A segment's queries are its own rows; its keys are the rows that it shares with others, then its own.
+    """
 
-    @property
-    def longest_query(self) -> int:
-        return _longest(self.query_offsets)
-
-    @property
-    def longest_key(self) -> int:
-        return _longest(self.key_offsets)
+    query_offsets: list[int]  # S + 1 numbers: segment s has queries query_offsets[s] … query_offsets[s + 1]
+    key_offsets: list[int]  # S + 1 numbers, of the gathered keys
+    longest_query: int
+    longest_key: int
+    key_rows: torch.Tensor  # [K] int32: the row of the pack of every gathered key
+    offsets: tuple[torch.Tensor, torch.Tensor]  # the two offsets, int32 [S + 1] each
 
 
-def _longest(offsets: list[int]) -> int:
-    return max(end - start for start, end in pairwise(offsets))
+def is_segments(mask: torch.Tensor | None) -> bool:
+    """Whether an attention mask is PackedBatch.segments."""
+    return mask is not None and mask.dim() == 4 and mask.shape[-1] == 3 and mask.dtype == torch.int32
 
 
-def segments_of(layout: torch.Tensor) -> Segments:
-    """The segments of a layout: free where `pack` has left them, else read back from the tensor."""
-    known = getattr(layout, "segments", None)
-    if known is not None:
-        return known
-    query_offsets, key_offsets = ([n for n in row if n >= 0] for row in layout[0, 0, 1:].tolist())
-    return Segments(query_offsets, key_offsets)
+def layout_of(segments: torch.Tensor, device: torch.device) -> Layout:
+    """The layout of PackedBatch.segments, with its tensors on `device`."""
+    return _layout(segments.cpu().numpy().tobytes(), device)
+
+
+@functools.lru_cache(maxsize=16)  # the micro-batches of a policy and its reference that are under way
+def _layout(segments: bytes, device: torch.device) -> Layout:
+    own, shared_from, shared = np.frombuffer(segments, dtype=np.int32).reshape(-1, 3).T
+    query_offsets, key_offsets = (np.cumsum([0, *lengths], dtype=np.int32) for lengths in (own, own + shared))
+    key_rows = [
+        rows
+        for start, end, first, count in zip(query_offsets[:-1], query_offsets[1:], shared_from, shared, strict=True)
+        for rows in (np.arange(first, first + count, dtype=np.int32), np.arange(start, end, dtype=np.int32))
+    ]
+    return Layout(
+        query_offsets.tolist(),
+        key_offsets.tolist(),
+        int(own.max()),
+        int((own + shared).max()),
+        move(torch.from_numpy(np.concatenate(key_rows)), device),
+        (move(torch.from_numpy(query_offsets), device), move(torch.from_numpy(key_offsets), device)),
+    )

@@ -6,22 +6,28 @@ response rows only.
 
 import torch
 
-from dpo_ds.scoring.head import replace_head
+from dpo_ds.scoring import attention
+from dpo_ds.scoring.embedding import TiedGradient, replace_embedding
+from dpo_ds.scoring.head import LogitBudget, replace_head
 from dpo_ds.scoring.packed import PackedBatch
 from dpo_ds.scoring.router import router_loss
 
 
 class PairScorer(torch.nn.Module):
-    """Wraps a causal LM of transformers (or peft's wrapper of one), loaded with attention.NAME.
+    """Wraps a causal LM of transformers (or peft's wrapper of one), loaded with attention.implementation(kernel).
 
-    `balance` asks for a mixture's load-balancing loss beside the log-probabilities, in training.
+    `balance` asks for a mixture's load-balancing loss beside the log-probabilities, in training. `budget` is how many
+    logits the head may hold; by the device if None.
     """
 
-    def __init__(self, model, balance: bool = False):
+    def __init__(self, model, balance: bool = False, budget: LogitBudget | None = None):
         super().__init__()
-        self.model, self.balance = model, balance
-        # peft's wrapper holds the language model at base_model.model; LoRA layers are inside of it.
+        self.model, self.balance, self.budget = model, balance, budget
+        # peft's wrapper holds the language model at base_model.model; LoRA layers are inside of it. Within a list, so
+        # that torch does not count it as a second child.
         self.causal_lm = [model.get_base_model() if hasattr(model, "get_base_model") else model]
+        attention.require_packed(self.causal_lm[0])
+        self.tied_embedding = [replace_embedding(self.causal_lm[0])]
         replace_head(self.causal_lm[0])
 
     def forward(self, batch: PackedBatch) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
@@ -29,18 +35,29 @@ class PairScorer(torch.nn.Module):
         and in training also the router's loss, fp32 [B]."""
         causal_lm = self.causal_lm[0]
         balance = self.balance and self.training
+        tied, inputs = self._inputs(batch.input_ids)
         outputs = causal_lm.base_model(
-            input_ids=batch.input_ids,
+            **inputs,
             position_ids=batch.position_ids,
-            attention_mask=batch.layout,
+            attention_mask=batch.segments,
             use_cache=False,
             **({"output_router_logits": True} if balance else {}),
         )
         hidden_NH = outputs.last_hidden_state[0].index_select(0, batch.rows)
-        logps_N = causal_lm.get_output_embeddings()(hidden_NH, targets=batch.targets)
+        head = causal_lm.get_output_embeddings()
+        logps_N = head(hidden_NH, targets=batch.targets, budget=self.budget, tied=tied)
         logps = torch.zeros(2 * batch.pairs, dtype=torch.float32, device=logps_N.device)
         logps = logps.index_add(0, batch.responses, logps_N).view(-1, 2)
         if not balance:
             return logps
         top_k = causal_lm.config.get_text_config().num_experts_per_tok
         return logps, router_loss(outputs.router_logits, batch.token_pairs, batch.pairs, top_k)
+
+    def _inputs(self, input_ids: torch.Tensor) -> tuple[TiedGradient | None, dict[str, torch.Tensor]]:
+        """What the model's body takes: token ids; or, of a tied model, their embeddings, with and without a gradient
+        alike, so that ZeRO-3 sees modules called in one order."""
+        (embedding,) = self.tied_embedding
+        if embedding is None:
+            return None, {"input_ids": input_ids}
+        tied = TiedGradient() if torch.is_grad_enabled() and embedding.weight.requires_grad else None
+        return tied, {"inputs_embeds": embedding(input_ids, tied)}

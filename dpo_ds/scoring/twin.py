@@ -13,42 +13,48 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 
+from dpo_ds.errors import UserError
 from dpo_ds.scoring import attention
 from dpo_ds.scoring.packed import Pair, pack
 from dpo_ds.scoring.scorer import PairScorer
 
 HEADS, HEAD_DIM, EXPERTS = 4, 16, 4
-HIDDEN = HEADS * HEAD_DIM
 WINDOW = 9  # shorter than the prompts below, so that a window matters
 VOCABULARY = 512
 LENGTHS = ((17, 7, 12), (31, 14, 5))  # prompt, chosen, rejected
 # Of transformers 5.23's causal language models, those that respect the layout came out within 3e-5 (rounding of sums of
 # a dozen fp32 log-probabilities), those that do not off by more than 0.1.
 TOLERANCE = 1e-3
-
-# Config keys, where a config has them, and what they become.
-SIZES = {
-    "hidden_size": HIDDEN,
-    "num_attention_heads": HEADS,
-    "intermediate_size": 2 * HIDDEN,
-    "ffn_dim": 2 * HIDDEN,
-    "moe_intermediate_size": HIDDEN,
-    "shared_expert_intermediate_size": 2 * HIDDEN,
-    "num_local_experts": EXPERTS,
-    "num_experts": EXPERTS,
-    "n_routed_experts": EXPERTS,
-    "sliding_window": WINDOW,
-    "q_lora_rank": HIDDEN,
-    "kv_lora_rank": HEAD_DIM,
-    "qk_nope_head_dim": HEAD_DIM,
-    "v_head_dim": HEAD_DIM,
-    "qk_rope_head_dim": HEAD_DIM // 2,
-    "n_group": 1,
-    "topk_group": 1,
-}
+# A bf16 kernel on the twin may be off by what torch's own is off in bf16, times the first, plus the second: both round
+# the same sums. A kernel that sees what it must not is off by more than 0.1.
+KERNEL_SLACK, KERNEL_FLOOR = 2.0, 0.03
 
 
-def twin(config, vocabulary: int = VOCABULARY):
+def _sizes(head_dim: int) -> dict[str, int]:
+    """Config keys, where a config has them, and what they become."""
+    hidden = HEADS * head_dim
+    return {
+        "hidden_size": hidden,
+        "num_attention_heads": HEADS,
+        "intermediate_size": 2 * hidden,
+        "ffn_dim": 2 * hidden,
+        "moe_intermediate_size": hidden,
+        "shared_expert_intermediate_size": 2 * hidden,
+        "num_local_experts": EXPERTS,
+        "num_experts": EXPERTS,
+        "n_routed_experts": EXPERTS,
+        "sliding_window": WINDOW,
+        "q_lora_rank": hidden,
+        "kv_lora_rank": head_dim,
+        "qk_nope_head_dim": head_dim,
+        "v_head_dim": head_dim,
+        "qk_rope_head_dim": head_dim // 2,
+        "n_group": 1,
+        "topk_group": 1,
+    }
+
+
+def twin(config, vocabulary: int = VOCABULARY, head_dim: int = HEAD_DIM):
     """A config of the same class with every peculiarity (windows, shared key heads, wide heads, kinds of layers, tied
     or scaled embeddings, experts) and tiny sizes."""
     small = copy.deepcopy(config)
@@ -63,10 +69,10 @@ def twin(config, vocabulary: int = VOCABULARY):
     kinds = list(dict.fromkeys(get("layer_types") or []))
     dense = get("first_k_dense_replace") or 0
     sizes = {
-        **SIZES,
+        **_sizes(head_dim),
         "vocab_size": vocabulary,
         "num_hidden_layers": max(2, len(kinds), dense + 1),
-        "head_dim": HEAD_DIM // 2 if latent else 2 * HEAD_DIM if wide else HEAD_DIM,
+        "head_dim": head_dim // 2 if latent else 2 * head_dim if wide else head_dim,
         "num_key_value_heads": HEADS if key_heads == heads else 1 if key_heads == 1 else HEADS // 2,
         "num_experts_per_tok": min(2, get("num_experts_per_tok") or 2),
     }
@@ -121,14 +127,19 @@ def _pairs() -> list[Pair]:
 @torch.no_grad()
 def _difference(config, trust_remote_code: bool) -> float:
     """The largest difference of a response's log-probability, packed from plain."""
+    model = _build(twin(config), trust_remote_code)
+    plain = torch.stack([torch.stack([_plain(model, prompt, r) for r in responses]) for prompt, *responses in _pairs()])
+    model.set_attn_implementation(attention.implementation(attention.SDPA))
+    return float((PairScorer(model)(pack(_pairs())) - plain).abs().max())
+
+
+def _build(config, trust_remote_code: bool):
     with torch.random.fork_rng(devices=[]):
         model = AutoModelForCausalLM.from_config(
-            twin(config), dtype=torch.float32, attn_implementation="eager", trust_remote_code=trust_remote_code
+            config, dtype=torch.float32, attn_implementation="eager", trust_remote_code=trust_remote_code
         ).eval()
         randomise(model)
-    plain = torch.stack([torch.stack([_plain(model, prompt, r) for r in responses]) for prompt, *responses in _pairs()])
-    model.set_attn_implementation(attention.NAME)
-    return float((PairScorer(model)(pack(_pairs())) - plain).abs().max())
+    return model
 
 
 def _plain(model, prompt: np.ndarray, response: np.ndarray) -> torch.Tensor:
@@ -136,3 +147,52 @@ def _plain(model, prompt: np.ndarray, response: np.ndarray) -> torch.Tensor:
     ids = torch.from_numpy(np.concatenate([prompt, response]).astype(np.int64))[None]
     rows = model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1].float().log_softmax(-1)
     return rows.gather(1, ids[0, len(prompt) :, None]).sum()
+
+
+# ------------------------------------------------------------------------------------------------- attention's kernel
+
+
+def choose_kernel(
+    wanted: str, config, dtype: torch.dtype, device: torch.device, trust_remote_code: bool = False
+) -> tuple[str, list[str]]:
+    """The fastest kernel that scores the model's twin rightly on this device, and why each faster one does not.
+
+    Raises UserError if the wanted one cannot serve.
+    """
+    failed = []
+    capability = attention.capability() if device.type == "cuda" else None
+    for name in attention.usable(wanted, config, dtype, capability):
+        problem = None if name == attention.SDPA else _kernel_problem(name, config, dtype, device, trust_remote_code)
+        if problem is None:
+            return name, failed
+        failed.append(f"attention kernel {name} {problem}")
+    raise UserError(f"--attention {wanted}: on this machine the {failed[-1]}; use --attention auto")
+
+
+def _kernel_problem(name: str, config, dtype: torch.dtype, device: torch.device, trust_remote_code: bool) -> str | None:
+    """What is wrong with a kernel, seen on a twin with the model's own head dimension; None if nothing is."""
+    small = twin(config, head_dim=attention.head_dim_of(config.get_text_config()))
+    if getattr(small.get_text_config(), "num_experts_per_tok", None):
+        # All experts at work: which few of them a token goes to would be a matter of bf16's rounding.
+        small.get_text_config().num_experts_per_tok = EXPERTS
+    try:
+        truth = _scored(small, attention.SDPA, torch.float32, device, trust_remote_code)
+        torchs = _scored(small, attention.SDPA, dtype, device, trust_remote_code)
+        found = _scored(small, name, dtype, device, trust_remote_code)
+    except Exception as error:  # a kernel built for another torch, GPU or CUDA fails in its own way
+        return f"stops: {' '.join(f'{type(error).__name__}: {error}'.split())[:200]}"
+    for what, exact, plain, fast in zip(("log-probabilities", "gradients"), truth, torchs, found, strict=True):
+        off, allowed = float((fast - exact).abs().max()), KERNEL_SLACK * float((plain - exact).abs().max())
+        allowed += KERNEL_FLOOR * float(exact.abs().max() if what == "gradients" else 1.0)
+        if not off <= allowed:
+            return f"gives wrong {what} (off by {off:.2g}, where torch's own is allowed {allowed:.2g})"
+    return None
+
+
+def _scored(config, kernel: str, dtype: torch.dtype, device: torch.device, trust_remote_code: bool):
+    """The twin's logps [B, 2] and the gradient of its embedding [V, H], both fp32."""
+    model = _build(config, trust_remote_code).to(device, dtype)
+    model.set_attn_implementation(attention.implementation(kernel))
+    logps = PairScorer(model)(pack(_pairs()).to(device))
+    (logps[:, 0] - logps[:, 1]).sum().backward()
+    return logps.detach().float(), model.get_input_embeddings().weight.grad.float()
