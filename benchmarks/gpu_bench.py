@@ -243,7 +243,7 @@ def main() -> None:
     until = time.monotonic() + 60 * options.minutes
     import torch
 
-    from dpo_ds.flops import peak_of
+    from dpo_ds.models.flops import peak_of
 
     results = work.Results(options.output)
     for part in options.parts:

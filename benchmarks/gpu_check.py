@@ -24,7 +24,7 @@ sys.path.insert(0, str(work.ROOT / "tests"))
 
 import oracle
 
-from dpo_ds.models import table
+from dpo_ds.models.find import table
 from dpo_ds.scoring import attention, head
 from dpo_ds.scoring.packed import PackedBatch, layout_of, pack
 from dpo_ds.scoring.scorer import PairScorer

@@ -20,7 +20,7 @@ from gpu_bench import SHAPE_8B, TINY, fastest
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama import modeling_llama as llama
 
-from dpo_ds.flops import peak_of
+from dpo_ds.models.flops import peak_of
 from dpo_ds.scoring import attention
 from dpo_ds.scoring.packed import pack
 from dpo_ds.scoring.scorer import PairScorer

@@ -10,9 +10,10 @@ import time
 
 import work
 
+from dpo_ds.engine import join
+
 
 def main(model: str, pairs: str, max_length: str, output_dir: str, *more: str) -> dict:
-    from dpo_ds import world
     from dpo_ds.config import parse_options
 
     options = parse_options(
@@ -22,64 +23,64 @@ def main(model: str, pairs: str, max_length: str, output_dir: str, *more: str) -
         "--lr_scheduler constant --warmup_ratio 0 --weight_decay 0 --max_grad_norm 1.0 --precision fp32".split()
         + list(more)
     )
-    ranks = world.join().size
+    here = join.join()
     import torch
 
-    from dpo_ds import checkpoint, score
-    from dpo_ds.engines import policy_engine
-    from dpo_ds.flops import Flops, peak_of
-    from dpo_ds.prepare import prepare
-    from dpo_ds.references import references
-    from dpo_ds.trainer import Trainer
+    from dpo_ds.models.flops import Flops, peak_of
+    from dpo_ds.reports.watcher import Watcher
+    from dpo_ds.runs.prepare import prepare
+    from dpo_ds.scoring import sweep
+    from dpo_ds.train import train
 
-    checkpoint.save = lambda *_: None  # the base weights of an 8B model would be written each time
-    run = prepare(options, ranks)
-    seconds, losses, cold, reference_seconds, matmul = [], [], [], [], []
-    plain_scoring = score.score_all
+    class Timer(Watcher):
+        """Each step's seconds and loss."""
 
-    def score_all(*args, **more):
-        """The pass over all pairs alone, as TRL's is timed: without loading the model."""
+        def __init__(self):
+            self.seconds, self.losses, self.cold, self.matmul = [], [], [], []
+            self.began = 0.0
+
+        def step_begins(self, step: int) -> None:
+            self.began = time.perf_counter()
+
+        def step_ended(self, metrics: dict) -> None:
+            self.seconds.append(time.perf_counter() - self.began)
+            self.losses.append(metrics["loss"])
+            self.cold.append(work.process_age())
+            # Beside every step: a shared CPU's speed moves.
+            self.matmul.append(0.0 if torch.cuda.is_available() else work.matmul_speed())
+
+    run = prepare(options, here)
+    reference_seconds = []
+    plain_pass = sweep.score_pairs
+
+    def timed_pass(*words):
+        """A pass over pairs alone, as TRL's is timed: without loading the model."""
         began = time.perf_counter()
         try:
-            return plain_scoring(*args, **more)
+            return plain_pass(*words)
         finally:
             reference_seconds.append(time.perf_counter() - began)
 
-    score.score_all = score_all
-    with references(run) as reference:
-        policy = policy_engine(run.weights, run.ds_config, run.options, run.attention, run.schedule.steps)
-        trainer = Trainer(run, policy, *reference(policy))
-        plain_step = trainer.step
-
-        def step(number: int) -> dict:
-            began = time.perf_counter()
-            metrics = plain_step(number)
-            seconds.append(time.perf_counter() - began)
-            losses.append(metrics["loss"])
-            cold.append(work.process_age())
-            # Beside every step: a shared CPU's speed moves.
-            matmul.append(0.0 if torch.cuda.is_available() else work.matmul_speed())
-            return metrics
-
-        trainer.step = step
-        trainer.train()
+    sweep.score_pairs = timed_pass
+    timer = Timer()
+    train(run, [timer], save=False)  # a checkpoint would hold an 8B model's base weights each time
     lengths = run.train_pairs.lengths
     later = [i for number in range(1, run.schedule.steps) for i in run.schedule.step(number)]
     flops = Flops(run.model, run.options.replace(reference="live"))  # wherever it is made
     peak = work.peak_memory()
     return {
         "pairs": len(run.train_pairs),
-        "step_seconds": seconds,
-        "losses": losses,
+        "step_seconds": timer.seconds,
+        "losses": timer.losses,
         "reference_seconds": sum(reference_seconds),
-        "cold_start": cold[0],
+        "cold_start": timer.cold[0],
         "peak_memory": peak,
         "gpu_memory": work.gpu_memory(),
-        "peak_flops": peak_of(policy.device),
+        "peak_flops": peak_of(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
         "attention": run.attention,
         "response_tokens": int(lengths[later, 1:].sum()),
         "flops": flops.step(lengths[later]),
-        "matmul": statistics.median(matmul),
+        "matmul": statistics.median(timer.matmul),
     }
 
 

@@ -60,9 +60,11 @@ def data_path(file: str, model: str, folder: str) -> dict:
 
     from dpo_ds.config import parse_options
     from dpo_ds.data.steps import Schedule, deal
-    from dpo_ds.models import find_model, load_tokenizer
-    from dpo_ds.prepare import load_pairs
-    from dpo_ds.score import Table
+    from dpo_ds.models.files import load_tokenizer
+    from dpo_ds.models.find import find_model
+    from dpo_ds.ranks.world import from_environment
+    from dpo_ds.references.table import Table
+    from dpo_ds.runs.prepare import load_pairs
 
     options = parse_options(
         ["--model", model, "--dataset", file, "--cache_dir", folder, "--max_length", "1024", "--eval_pairs", "0"]
@@ -70,9 +72,9 @@ def data_path(file: str, model: str, folder: str) -> dict:
     tokenizer = load_tokenizer(find_model(model))
     before, peak = family_resident(), Peak(family_resident)
     began = time.perf_counter()
-    pairs, _ = load_pairs(options, tokenizer)
+    pairs, _ = load_pairs(options, tokenizer, from_environment())
     tokenised = time.perf_counter()
-    again, _ = load_pairs(options, tokenizer)
+    again, _ = load_pairs(options, tokenizer, from_environment())
     assert len(again) == len(pairs)
     reopened = time.perf_counter()
     schedule = Schedule.of(len(pairs), 64, 1.0, None, work.SEED)

@@ -17,6 +17,8 @@ from typing import Literal
 import yaml
 from transformers.hf_argparser import HfArg, HfArgumentParser
 
+from dpo_ds.errors import UserError
+
 
 @dataclass(frozen=True)
 class Options:
@@ -156,13 +158,13 @@ FIELDS = {field.name: field for field in dataclasses.fields(Options)}
 
 class _Parser(HfArgumentParser):
     def error(self, message: str):
-        raise ValueError(f"{message} (--help lists the options)")
+        raise UserError(f"{message} (--help lists the options)")
 
 
 def parse_options(argv: list[str], command: str = "train") -> Options:
     """Options from flags, over a YAML file if `--config FILE` is among them (a later flag overrides an earlier one).
 
-    Raises ValueError, in one line, for unknown keys (naming the nearest), wrong types and values out of range.
+    Raises UserError, in one line, for unknown keys (naming the nearest), wrong types and values out of range.
     """
     parser = _Parser(Options, prog=f"python -m dpo_ds.{command}", description=DESCRIPTION, allow_abbrev=False)
     parser.add_argument("--config", metavar="FILE", help="YAML file of options; flags override it.")
@@ -173,9 +175,9 @@ def parse_options(argv: list[str], command: str = "train") -> Options:
         argv, return_remaining_strings=True, look_for_args_file=False
     )
     if unknown and not unknown[0].startswith("-"):
-        raise ValueError(f"unexpected argument {unknown[0]}: options are written --name value")
+        raise UserError(f"unexpected argument {unknown[0]}: options are written --name value")
     if unknown:
-        raise ValueError(_unknown(unknown[0], ["--" + name for name in [*FIELDS, "model_name", "config"]]))
+        raise UserError(_unknown(unknown[0], ["--" + name for name in [*FIELDS, "model_name", "config"]]))
     check(options)
     return options
 
@@ -188,9 +190,9 @@ def _flags_of_config(parser: _Parser, argv: list[str]) -> list[str]:
         for key, value in _read_yaml(path).items():
             key = "model" if key == "model_name" else key
             if key not in FIELDS:
-                raise ValueError(f"{path}: {_unknown(str(key), list(FIELDS))}")
+                raise UserError(f"{path}: {_unknown(str(key), list(FIELDS))}")
             if isinstance(value, (list, dict)):
-                raise ValueError(f"{path}: {key} takes a single value, not a {type(value).__name__}")
+                raise UserError(f"{path}: {key} takes a single value, not a {type(value).__name__}")
             if value is not None:  # null: the default
                 flags.append(f"--{key}={value}")
     return flags
@@ -200,11 +202,11 @@ def _read_yaml(path: str) -> dict:
     try:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
-        raise ValueError(f"--config {path}: {error.strerror}; name a YAML file of options") from None
+        raise UserError(f"--config {path}: {error.strerror}; name a YAML file of options") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"--config {path} is not YAML: {' '.join(str(error).split())}") from None
+        raise UserError(f"--config {path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
-        raise ValueError(f"--config {path} holds no 'key: value' lines")
+        raise UserError(f"--config {path} holds no 'key: value' lines")
     return content
 
 
@@ -214,9 +216,9 @@ def _unknown(word: str, known: list[str]) -> str:
 
 
 def check(options: Options) -> None:
-    """Raises ValueError for values that no model, data or machine could make right."""
+    """Raises UserError for values that no model, data or machine could make right."""
     if not options.model:
-        raise ValueError("--model is needed: a hub id, a local folder, or tiny-gpt2")
+        raise UserError("--model is needed: a hub id, a local folder, or tiny-gpt2")
     for name in ("beta", "epochs", "global_batch_pairs", "max_steps", "lora_r", "lora_alpha", "micro_batch_tokens"):
         _require(options, name, lambda x: x > 0, "more than 0")
     for name in (
@@ -240,15 +242,15 @@ def check(options: Options) -> None:
     if options.router_aux_loss_coef != "model":
         _require_number("router_aux_loss_coef", options.router_aux_loss_coef)
     if options.reference == "base" and not options.lora:
-        raise ValueError("--reference base uses LoRA's frozen base weights: add --lora, or use --reference precomputed")
+        raise UserError("--reference base uses LoRA's frozen base weights: add --lora, or use --reference precomputed")
 
 
 def _require(options: Options, name: str, holds, wanted: str) -> None:
     value = getattr(options, name)
     if value is not None and not math.isfinite(value):
-        raise ValueError(f"--{name} is {value}, but must be finite")
+        raise UserError(f"--{name} is {value}, but must be finite")
     if value is not None and not holds(value):
-        raise ValueError(f"--{name} is {value}, but must be {wanted}")
+        raise UserError(f"--{name} is {value}, but must be {wanted}")
 
 
 def _require_number(name: str, text: str) -> None:
@@ -257,7 +259,7 @@ def _require_number(name: str, text: str) -> None:
     except ValueError:
         fine = False
     if not fine:
-        raise ValueError(f"--{name} is {text}, but must be 0, a number above it, or model")
+        raise UserError(f"--{name} is {text}, but must be 0, a number above it, or model")
 
 
 def to_yaml(options: Options) -> str:

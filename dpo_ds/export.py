@@ -18,9 +18,18 @@ import torch
 from safetensors.torch import save_file
 from transformers.core_model_loading import revert_weight_conversion
 
-from dpo_ds import __version__, checkpoint, models, world
+from dpo_ds import __version__
 from dpo_ds.config import Options
-from dpo_ds.shards import CheckpointWeights
+from dpo_ds.engine.engine import Engine
+from dpo_ds.engine.shards import TAG, CheckpointWeights
+from dpo_ds.errors import UserError, files_of
+from dpo_ds.files import write_whole
+from dpo_ds.models.files import load_tokenizer
+from dpo_ds.models.find import find_model
+from dpo_ds.models.model import torch_dtype
+from dpo_ds.ranks import collectives, console, world
+from dpo_ds.runs.folders import describe
+from dpo_ds.runs.prepare import Run
 
 SHARD_BYTES = 5_000_000_000  # transformers' own default is of this size
 
@@ -117,7 +126,7 @@ def write_weights(model, fetch: Fetch, folder: Path, itemsize: int, rank: int, r
                 tensors |= {name: tensor.contiguous().clone() for name, tensor in hub.items()}
         if mine:
             save_file(tensors, folder / _shard_name(number, len(plan)), metadata={"format": "pt"})
-    world.wait_for_all()
+    collectives.wait_for_all()
     if rank == 0:
         _write_index(folder, len(plan))
 
@@ -138,7 +147,7 @@ def _write_index(folder: Path, count: int) -> None:
             weight_map |= dict.fromkeys(file.keys(), name)
         total += (folder / name).stat().st_size
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    checkpoint.write_whole(folder / "model.safetensors.index.json", json.dumps(index, indent=1))
+    write_whole(folder / "model.safetensors.index.json", json.dumps(index, indent=1))
 
 
 def write_folder(model, fetch: Fetch, folder: Path, tokenizer, dtype: torch.dtype, card: str) -> None:
@@ -148,7 +157,7 @@ def write_folder(model, fetch: Fetch, folder: Path, tokenizer, dtype: torch.dtyp
     if here.speaks:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-    world.wait_for_all()
+    collectives.wait_for_all()
     write_weights(model, fetch, partial, dtype.itemsize, here.rank, here.size)
     if here.speaks:
         plain = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -157,65 +166,52 @@ def write_folder(model, fetch: Fetch, folder: Path, tokenizer, dtype: torch.dtyp
         plain.config.save_pretrained(partial)
         plain.generation_config.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
-        checkpoint.write_whole(partial / "README.md", card)
+        write_whole(partial / "README.md", card)
         partial.rename(folder)
-    world.wait_for_all()
+    collectives.wait_for_all()
 
 
-def export_engine(run, policy, summary: dict) -> Path:
+def export_engine(run: Run, policy: Engine, summary: dict) -> Path:
     """Exports a live policy to the run's merged/ folder, by all ranks together."""
-    import deepspeed
-
     folder = run.folder / "merged"
     if folder.exists():
-        world.say(f"{folder} is there already, from an earlier start of this run, and stays as it is")
+        console.say(f"{folder} is there already, from an earlier start of this run, and stays as it is")
         return folder
-    parameters = dict(policy.model.named_parameters()) | dict(policy.model.named_buffers())
-    partitioned = policy.deepspeed.zero_optimization_stage() == 3
-
-    def fetch(names: list[str], mine: bool) -> dict[str, torch.Tensor] | None:
-        whole = {}
-        for name in names:  # one by one: offload to NVMe has a fixed number of buffers
-            tensor = parameters[name]
-            gathered = [tensor] if isinstance(tensor, torch.nn.Parameter) else []
-            with deepspeed.zero.GatheredParameters(gathered, enabled=partitioned):
-                if mine:
-                    whole[name] = tensor.detach().cpu().clone()
-        return whole if mine else None
-
-    card = model_card(run.options, summary, run.train_pairs.digest, policy.deepspeed.zero_optimization_stage())
-    dtype = models.torch_dtype(run.options.precision)
-    write_folder(policy.model, fetch, folder, run.tokenizer, dtype, card)
-    world.say(f"merged checkpoint: {folder}")
+    card = model_card(run.options, summary, run.train_pairs.digest, policy.stage)
+    dtype = torch_dtype(run.options.precision)
+    with console.working("writing the merged checkpoint"):
+        write_folder(policy.model, policy.weights(), folder, run.tokenizer, dtype, card)
+    console.say(f"merged checkpoint: {folder}")
     return folder
 
 
 def export_checkpoint(source: Path, folder: Path) -> Path:
-    """Exports a training checkpoint. Raises ValueError if it is none, or the output folder is taken."""
+    """Exports a training checkpoint. Raises UserError if it is none, or the output folder is taken."""
     from transformers import AutoModelForCausalLM
 
     if not (source / "checkpoint.json").is_file():
-        raise ValueError(f"--checkpoint {source} is no checkpoint: name a folder checkpoints/step-… of a run")
+        raise UserError(f"--checkpoint {source} is no checkpoint: name a folder checkpoints/step-… of a run")
     if folder.exists():
-        raise ValueError(f"--output_dir {folder} is there already: name a new folder")
-    facts = checkpoint.describe(source)
+        raise UserError(f"--output_dir {folder} is there already: name a new folder")
+    facts = describe(source)
     options = Options(**facts["options"])
-    found = models.find_model(options.model, options.trust_remote_code)
+    found = find_model(options.model, options.trust_remote_code)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(found.config, trust_remote_code=options.trust_remote_code)
         if options.lora:
-            from dpo_ds.lora import add_lora
+            from dpo_ds.models.lora import add_lora
 
             model = add_lora(model, options)
-    dtype = models.torch_dtype(options.precision)
-    weights = CheckpointWeights(source / checkpoint.DEEPSPEED_TAG, facts["stage"], facts["ranks"])
+    dtype = torch_dtype(options.precision)
+    weights = CheckpointWeights(source / TAG, facts["stage"], facts["ranks"])
 
     def fetch(names: list[str], mine: bool) -> dict[str, torch.Tensor]:
         tensors = {name: weights[f"model.{name}"] for name in names}
         return {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()}
 
     card = model_card(options, {"step": facts["step"]}, None, facts["stage"])
-    write_folder(model, fetch, folder, models.load_tokenizer(found), dtype, card)
+    with files_of("--output_dir", folder):
+        write_folder(model, fetch, folder, load_tokenizer(found), dtype, card)
     return folder
 
 
@@ -244,10 +240,9 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--checkpoint", type=Path, required=True, help="a run's checkpoints/step-… folder")
     parser.add_argument("--output_dir", type=Path, required=True, help="the new Hugging Face folder")
     arguments = parser.parse_args(argv)
-    with world.user_errors():
-        folder = export_checkpoint(arguments.checkpoint, arguments.output_dir)
-    world.say(f"merged checkpoint: {folder}")
+    folder = export_checkpoint(arguments.checkpoint, arguments.output_dir)
+    console.say(f"merged checkpoint: {folder}")
 
 
 if __name__ == "__main__":
-    world.run_main(main)
+    console.run_main(main)

@@ -4,59 +4,95 @@ deepspeed --num_gpus 8 -m dpo_ds.train --model meta-llama/Meta-Llama-3-70B-Instr
 python -m dpo_ds.train --model tiny-gpt2 --dataset sample
 """
 
-from dpo_ds import world
-from dpo_ds.config import parse_options
+import contextlib
+import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from dpo_ds.config import Options, parse_options
+from dpo_ds.ranks import collectives, console, process, world
+
+if TYPE_CHECKING:  # a command that refuses its options must not wait for these imports
+    from dpo_ds.plan.plan import Plan
+    from dpo_ds.reports.watcher import Watcher
+    from dpo_ds.runs.prepare import Run
 
 
 def main(argv: list[str]) -> None:
-    with world.user_errors():
-        options = parse_options(argv)
-        if world.from_environment().speaks or options.plan == "only":
-            world.quiet_start()
-            from dpo_ds import plan
+    options = parse_options(argv)
+    plan = make_plan(options)
+    if options.plan == "only":
+        return
+    from dpo_ds.engine import join
+    from dpo_ds.runs.prepare import prepare
 
-            planned = plan.for_run(options)
-            if options.plan != "off":
-                world.say(planned.table())
-        else:
-            world.let_rank_0_plan()
-        if options.plan == "only":
-            return
-        ranks = world.join().size
-        from dpo_ds.prepare import prepare
-
-        run = prepare(options, ranks)
-    train(run)
+    train(prepare(options, join.join(), plan))
 
 
-def train(run) -> dict:
-    """Reference, policy, training, export, a look at what it writes now. Returns the summary."""
-    from dpo_ds import evaluate, export, report
-    from dpo_ds.engines import policy_engine
-    from dpo_ds.references import references
+def make_plan(options: Options) -> "Plan | None":
+    """Rank 0's plan, printed; None on the other ranks, which wait for it where cores are few."""
+    if not world.from_environment().speaks and options.plan != "only":
+        process.let_rank_0_plan()
+        return None
+    from dpo_ds.engine import join
+    from dpo_ds.plan.refuse import for_run
+
+    join.quiet_start()
+    plan = for_run(options)
+    if options.plan != "off":
+        console.say(plan.table())
+    return plan
+
+
+def train(run: "Run", watchers: "Sequence[Watcher]" = (), save: bool = True) -> dict:
+    """Reference, policy, training, export, a look at what it writes now. Returns the summary.
+
+    `watchers` look on beside the run's own; without `save` no checkpoint is written, as benchmarks want it.
+    """
+    from dpo_ds.engine.build import policy_engine
+    from dpo_ds.export import export_engine
+    from dpo_ds.files import write_whole
+    from dpo_ds.references.kinds import reference_of
+    from dpo_ds.reports.evaluation import write_logps
+    from dpo_ds.reports.progress import watchers_of
     from dpo_ds.trainer import Trainer
 
     if run.finished:
-        world.say(f"{run.folder} holds this run, finished: nothing to do (another --output_dir trains again)")
+        console.say(f"{run.folder} holds this run, finished: nothing to do (another --output_dir trains again)")
         return {}
-    world.say(describe(run))
-    with references(run) as reference:
-        policy = policy_engine(run.weights, run.ds_config, run.options, run.attention, run.schedule.steps)
-        trainer = Trainer(run, policy, *reference(policy))
-        summary = trainer.train()
-        if len(run.eval_pairs):
-            evaluate.write_logps(run, trainer.eval_logps, trainer.eval_reference)
+    speaks = world.from_environment().speaks
+    console.say(describe(run))
+    with contextlib.closing(reference_of(run)) as reference:
+        with console.working("loading the policy"):
+            policy = policy_engine(run.weights, run.ds_config, run.options, run.attention, run.schedule.steps)
+        reference.attach(policy)
+        outcome = Trainer(run, policy, reference, [*watchers_of(run.folder), *watchers], save).train()
+        if len(run.eval_pairs) and speaks:
+            write_logps(run.folder / "evaluation.jsonl", run.eval_pairs, outcome.policy_logps, outcome.reference_logps)
         if run.options.export == "merged":
-            export.export_engine(run, policy, summary)
+            export_engine(run, policy, outcome.metrics)
         policy.close()
-    evaluate.show_generations(run)
-    if world.from_environment().speaks:
-        report.write_summary(run.folder, summary)
-    world.wait_for_all()
-    return summary
+    if speaks:
+        generate(run)
+        write_whole(run.folder / "summary.json", json.dumps(outcome.metrics, indent=1))
+    collectives.wait_for_all()
+    return outcome.metrics
 
 
-def describe(run) -> str:
+def generate(run: "Run") -> None:
+    """Answers to the first held-out prompts, before and after, where the run asks for some and has both models."""
+    from dpo_ds.reports.evaluation import Answers, show_generations
+
+    count = min(run.options.generations, len(run.eval_pairs))
+    merged = run.folder / "merged"
+    if count and merged.is_dir():
+        prompts = [run.eval_pairs.pair(n)[0].tolist() for n in range(count)]
+        answers = Answers(run.tokenizer, run.model.context, run.options.trust_remote_code)
+        with console.working("answering held-out prompts"):
+            show_generations(run.folder / "generations.md", answers, prompts, run.weights, merged)
+
+
+def describe(run: "Run") -> str:
     """One line: what is about to happen."""
     options = run.options
     how = f"LoRA r={options.lora_r}" if options.lora else "all weights"
@@ -71,4 +107,4 @@ def describe(run) -> str:
 
 
 if __name__ == "__main__":
-    world.run_main(main)
+    console.run_main(main)

@@ -2,24 +2,26 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from dpo_ds import checkpoint, world
 from dpo_ds.ahead import ahead
 from dpo_ds.data.steps import MicroBatch, deal
-from dpo_ds.engines import Engine
-from dpo_ds.flops import Flops, peak_of
-from dpo_ds.losses import dpo_loss
-from dpo_ds.prepare import Run
-from dpo_ds.report import METRICS, Reporter, preference_metrics
-from dpo_ds.score import score_all
+from dpo_ds.engine.engine import Engine
+from dpo_ds.errors import RunStopped
+from dpo_ds.losses.dpo import dpo_loss
+from dpo_ds.losses.metrics import METRICS, preference_metrics
+from dpo_ds.models.flops import Flops, peak_of
+from dpo_ds.ranks import collectives, console, world
+from dpo_ds.references.kinds import Reference
+from dpo_ds.reports.watcher import Watcher
+from dpo_ds.runs import checkpoint
+from dpo_ds.runs.prepare import Run
 from dpo_ds.scoring.packed import PackedBatch, pack
-
-# (indices of the training pairs, their packed batch) -> the reference's logps [B, 2]
-Reference = Callable[[MicroBatch, PackedBatch], torch.Tensor]
+from dpo_ds.scoring.sweep import score_all
 
 # How far a pair's margin may be from its reference's, in nats (root mean square), when both are the same model: a row's
 # products are rounded in another way in another micro-batch. bf16 is an estimate for GPUs (benchmarks/gpu_layers.py).
@@ -32,81 +34,120 @@ def first_loss_tolerance(precision: str, beta: float, pairs: int) -> float:
     return 6 * beta / 2 * ROUNDING[precision] / math.sqrt(pairs)
 
 
-class Trainer:
-    """Trains `policy` through `run`'s schedule.
+@dataclass(frozen=True)
+class Dealt:
+    """A micro-batch of one step, packed and on the device."""
 
-    `reference` gives the reference's logps of a micro-batch, `eval_reference` of all held-out pairs (or how to get
-    them, for references that need a warm policy engine).
+    step: int  # from 0
+    micro_batch: MicroBatch
+    batch: PackedBatch
+    last: bool  # of the step's
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What training leaves beside the weights: the last metrics, and the held-out pairs' logps, [pairs, 2] each."""
+
+    metrics: dict
+    policy_logps: np.ndarray
+    reference_logps: np.ndarray
+
+
+class Trainer:
+    """Trains `policy` through `run`'s schedule, measured against `reference`, while `watchers` look on.
+
+    Without `save`, no checkpoint is written.
     """
 
-    def __init__(self, run: Run, policy: Engine, reference: Reference, eval_reference: Callable[[], np.ndarray]):
-        self.run, self.policy, self.reference = run, policy, reference
-        self.options = run.options
+    def __init__(
+        self, run: Run, policy: Engine, reference: Reference, watchers: Sequence[Watcher] = (), save: bool = True
+    ):
+        self.run, self.policy, self.reference, self.watchers = run, policy, reference, watchers
+        self.options, self.save = run.options, save
         self.here = world.from_environment()
-        self.eval_reference = eval_reference
         self.starts_equal = self.options.reference != "none"
         self.router_coefficient = float(self.options.router_aux_loss_coef)
         self.metrics = [*METRICS, *(["router_aux_loss"] if self.router_coefficient > 0 else [])]
         self.flops, self.peak = Flops(run.model, self.options), peak_of(policy.device)
+        nothing = np.zeros((0, 2), dtype=np.float32)
+        self.held_out_policy = self.held_out_reference = nothing  # the latest evaluation's
 
-    def train(self) -> dict:
-        """Runs what is left of the schedule. Returns the last metrics."""
+    def train(self) -> Outcome:
+        """Runs what is left of the schedule."""
+        try:
+            return Outcome(self._train(), self.held_out_policy, self.held_out_reference)
+        finally:
+            self.tell("ended")
+
+    def _train(self) -> dict:
         torch.manual_seed(self.options.seed + self.here.rank)  # only LoRA's dropout draws from it
         done = checkpoint.load(self.policy, self.run.resume_from) if self.run.resume_from else 0
-        self.reporter = Reporter(self.run.folder, done, self.run.schedule.steps)
-        self.warm_up(done)
-        self.eval_reference = self.eval_reference() if len(self.run.eval_pairs) else None
-        last: dict = self.evaluate(0) if done == 0 else {}
-        self.upcoming = ahead(lambda micro_batch: (micro_batch, self.pack(micro_batch)), self.micro_batches(done))
-        for number in range(done, self.run.schedule.steps):
-            last |= self.step(number)
-            self.after_step(number + 1, last)
-        if done == self.run.schedule.steps:
-            last |= self.evaluate(done)
-        self.reporter.close()
-        return last
+        steps = self.run.schedule.steps
+        self.tell("starting", done, steps)
+        with console.working("the first forward and backward"):
+            self.warm_up(done)
+        if len(self.run.eval_pairs):
+            self.held_out_reference = self.reference.held_out_logps()
+        last = self.evaluate(0) if done == 0 else {}
+        dealt = ahead(self.pack, self.micro_batches(done))
+        for number in range(done, steps):
+            last |= self.step(number, dealt)
+            last |= self.after_step(number + 1)
+            self.tell("step_settled", number + 1)
+        return last | (self.evaluate(done) if done == steps else {})
 
-    def after_step(self, steps_done: int, last: dict) -> None:
+    def tell(self, what: str, *facts) -> None:
+        for watcher in self.watchers:
+            getattr(watcher, what)(*facts)
+
+    def after_step(self, steps_done: int) -> dict:
+        """The checkpoint and the evaluation that are due. Returns the evaluation's metrics, if one was."""
         ended = steps_done == self.run.schedule.steps
-        if ended or (self.options.save_every and steps_done % self.options.save_every == 0):
-            checkpoint.save(self.policy, self.run.folder, steps_done, self.options)
-        if ended or (self.options.eval_every and steps_done % self.options.eval_every == 0):
-            last |= self.evaluate(steps_done)
+        if self.save and (ended or (self.options.save_every and steps_done % self.options.save_every == 0)):
+            with console.working(f"saving the checkpoint of step {steps_done}"):
+                checkpoint.save(self.policy, self.run.folder, steps_done, self.options)
+        due = ended or (self.options.eval_every and steps_done % self.options.eval_every == 0)
+        return self.evaluate(steps_done) if due else {}
 
     def warm_up(self, number: int) -> None:
         """One forward and backward that count for nothing. ZeRO-3 fixes what it prefetches on its first pass, and a
-        first pass without a backward (an evaluation) would spoil every step; and what lacks memory fails here."""
+        first pass without a backward (an evaluation) would spoil every step; and a lack of memory shows here."""
         with torch.random.fork_rng(devices=[self.policy.device] if self.policy.device.type == "cuda" else []):
-            logps, balance = self.policy(self.pack(self.deal(self.run.schedule.step(number))[0]))
+            logps, balance = self.policy(self.pack(next(self.micro_batches(number))).batch)
             nothing = 0.0 * logps.sum() + (0.0 if balance is None else 0.0 * balance.sum())
             self.policy.backward(nothing, last=False)
 
-    def deal(self, indices: np.ndarray) -> list[MicroBatch]:
-        """This rank's micro-batches of a step."""
+    def micro_batches(self, first_step: int) -> Iterator[tuple[int, MicroBatch, bool]]:
+        """This rank's, of all steps from that one on: the step, the micro-batch, whether it is the step's last."""
         lengths = self.run.train_pairs.packed_lengths
-        return deal(indices, lengths, self.here.size, self.options.micro_batch_tokens)[self.here.rank]
-
-    def micro_batches(self, first_step: int) -> Iterator[MicroBatch]:
-        """Of all steps from that one on."""
         for number in range(first_step, self.run.schedule.steps):
-            yield from self.deal(self.run.schedule.step(number))
+            indices = self.run.schedule.step(number)
+            own = deal(indices, lengths, self.here.size, self.options.micro_batch_tokens)[self.here.rank]
+            for place, micro_batch in enumerate(own):
+                yield number, micro_batch, place == len(own) - 1
 
-    def pack(self, micro_batch: MicroBatch) -> PackedBatch:
+    def pack(self, dealt: tuple[int, MicroBatch, bool]) -> Dealt:
         """On the device."""
-        return pack([self.run.train_pairs.pair(i) for i in micro_batch.indices]).to(self.policy.device)
+        number, micro_batch, last = dealt
+        batch = pack([self.run.train_pairs.pair(i) for i in micro_batch.indices]).to(self.policy.device)
+        return Dealt(number, micro_batch, batch, last)
 
-    def step(self, number: int) -> dict:
+    def step(self, number: int, upcoming: Iterator[Dealt]) -> dict:
         """One optimizer step: every pair of it once, over all ranks. Returns its metrics."""
         started = time.perf_counter()
+        self.tell("step_begins", number + 1)
         indices = self.run.schedule.step(number)
-        count = len(self.deal(indices))
         sums = torch.zeros(len(self.metrics), device=self.policy.device)
-        for place in range(count):
-            sums += self.learn(*next(self.upcoming), len(indices), last=place == count - 1)
+        for dealt in upcoming:
+            assert dealt.step == number
+            sums += self.learn(dealt, len(indices))
+            self.tell("learned", dealt.batch)
+            if dealt.last:
+                break
         learning_rate = self.policy.learning_rate
         grad_norm, applied = self.policy.step()
         # The step's one collective of ours (DeepSpeed has its own for the gradients), and the one wait for the device.
-        means = world.sum_over_ranks(sums) / len(indices)
+        means = collectives.sum_over_ranks(sums) / len(indices)
         *values, grad_norm = torch.cat([means, grad_norm.to(means).view(1)]).tolist()
         self.check(number, indices, values[0])
         seconds = time.perf_counter() - started
@@ -123,34 +164,34 @@ class Trainer:
             "TFLOP/s a rank": round(flops / 1e12, 4),
             **({"mfu": round(flops / self.peak, 4)} if self.peak else {}),
         }
-        self.reporter.step(metrics)
+        self.tell("step_ended", metrics)
         return metrics
 
-    def learn(self, micro_batch: MicroBatch, batch: PackedBatch, step_pairs: int, last: bool) -> torch.Tensor:
+    def learn(self, dealt: Dealt, step_pairs: int) -> torch.Tensor:
         """Forward and backward of one micro-batch. Returns its sums of `self.metrics`, on the device."""
-        reference = self.reference(micro_batch, batch)
-        logps, balance = self.policy(batch)
+        reference = self.reference.logps(dealt.micro_batch, dealt.batch)
+        logps, balance = self.policy(dealt.batch)
         losses = dpo_loss(logps[:, 0] - logps[:, 1], reference[:, 0] - reference[:, 1], self.options.beta)
         total = losses.sum()
         if balance is not None:
             total = total + self.router_coefficient * balance.sum()
         # DeepSpeed averages gradients over ranks: times their number, the average is the sum over all pairs.
-        self.policy.backward(micro_batch.weight * total * self.here.size / step_pairs, last)
+        self.policy.backward(dealt.micro_batch.weight * total * self.here.size / step_pairs, dealt.last)
         rows = preference_metrics(logps.detach(), reference, losses.detach(), self.options.beta)
         if balance is not None:
             rows = torch.cat([rows, balance.detach()[:, None]], dim=1)
-        return micro_batch.weight * rows.sum(0)
+        return dealt.micro_batch.weight * rows.sum(0)
 
     def check(self, number: int, indices: np.ndarray, loss: float) -> None:
         """Stops a run whose loss is not finite, or whose first loss is not ln 2."""
         if not math.isfinite(loss):
             ids = ", ".join(self.run.train_pairs.pair_id(i) for i in indices)
-            raise world.RunStopped(
+            raise RunStopped(
                 f"the loss is {loss} at step {number + 1}: lower --learning_rate, or look at its pairs: {ids}"
             )
         allowed = first_loss_tolerance(self.options.precision, self.options.beta, len(indices))
         if number == 0 and self.starts_equal and abs(loss - math.log(2)) > allowed:
-            raise world.RunStopped(
+            raise RunStopped(
                 f"the first loss is {loss:.6f}, but policy and reference start equal and it must be ln 2 = 0.693147: "
                 "look at the weights (changed since the reference table was made?), at dropout in the model's code, "
                 "and whether its attention gives a token the same value in any packing"
@@ -163,10 +204,10 @@ class Trainer:
             return {}
         everything = np.arange(len(pairs))
         table = score_all(self.policy.score, pairs, everything, self.options.micro_batch_tokens, "held-out pairs")
-        self.eval_logps = table
-        policy, reference = torch.from_numpy(table), torch.from_numpy(self.eval_reference)
+        self.held_out_policy = table
+        policy, reference = torch.from_numpy(table), torch.from_numpy(self.held_out_reference)
         losses = dpo_loss(policy[:, 0] - policy[:, 1], reference[:, 0] - reference[:, 1], self.options.beta)
         means = preference_metrics(policy, reference, losses, self.options.beta).double().mean(0).tolist()
         metrics = {"step": steps_done, **{f"eval/{key}": value for key, value in zip(METRICS, means, strict=True)}}
-        self.reporter.evaluation(metrics)
+        self.tell("evaluated", metrics)
         return metrics

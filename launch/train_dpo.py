@@ -3,8 +3,8 @@
 The same as `python -m dpo_ds.train`; also under torchrun, accelerate launch and deepspeed.
 """
 
-from dpo_ds import world
+from dpo_ds.ranks import console
 from dpo_ds.train import main
 
 if __name__ == "__main__":
-    world.run_main(main)
+    console.run_main(main)

@@ -14,8 +14,10 @@ import threading
 import time
 from collections.abc import Callable
 
-from dpo_ds import world
 from dpo_ds.config import parse_options
+from dpo_ds.engine import join
+from dpo_ds.ranks import console
+from dpo_ds.reports.watcher import Watcher
 
 
 def resident() -> int:
@@ -43,39 +45,39 @@ class Peak:
             time.sleep(0.002)
 
 
+class Memory(Watcher):
+    """Notes the peak until the last step, and the tokens of the largest micro-batch."""
+
+    def __init__(self, found: dict):
+        self.found, self.peak = found, Peak()
+
+    def learned(self, batch) -> None:
+        self.found["tokens"] = max(self.found.get("tokens", 0), batch.input_ids.numel())
+
+    def ended(self) -> None:
+        self.found["peak"] = self.peak.value - self.found["start"]
+
+
 def main() -> None:
-    with world.user_errors():
-        options = parse_options(sys.argv[1:])
-        here = world.join()
-        from dpo_ds import train as job
-        from dpo_ds.engines import Engine
-        from dpo_ds.prepare import prepare
-        from dpo_ds.trainer import Trainer
+    options = parse_options(sys.argv[1:])
+    here = join.join()
+    from dpo_ds import train as job
+    from dpo_ds.engine.engine import Engine
+    from dpo_ds.runs.prepare import prepare
 
-        run = prepare(options, here.size)
+    run = prepare(options, here)
     found = {"rank": here.rank, "start": settled()}
-    peak = Peak()
-    plain_train, plain_close, plain_pack = Trainer.train, Engine.close, Trainer.pack
-
-    def train(self):
-        result = plain_train(self)
-        found["peak"] = peak.value - found["start"]
-        return result
+    plain_close = Engine.close
 
     def close(self):
         before = settled()
         plain_close(self)
         found["state"] = before - settled()
 
-    def pack(self, micro_batch):
-        batch = plain_pack(self, micro_batch)
-        found["tokens"] = max(found.get("tokens", 0), batch.input_ids.numel())
-        return batch
-
-    Trainer.train, Engine.close, Trainer.pack = train, close, pack
-    job.train(run)
+    Engine.close = close
+    job.train(run, [Memory(found)])
     (run.folder / f"memory-{here.rank}.json").write_text(json.dumps(found))
-    world.leave()
+    console.leave()
 
 
 if __name__ == "__main__":

@@ -20,10 +20,12 @@ import torch
 from transformers import PreTrainedModel
 from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
 
-from dpo_ds import world
+import dpo_ds
 from dpo_ds.config import parse_options
+from dpo_ds.engine import join
+from dpo_ds.ranks import console
+from dpo_ds.reports.watcher import Watcher
 from dpo_ds.train import train
-from dpo_ds.trainer import Trainer
 
 WAITS = ("item", "tolist", "cpu", "numpy", "nonzero", "__float__", "__int__", "__bool__", "__index__")
 COLLECTIVES = ("all_reduce", "all_gather", "all_gather_into_tensor", "broadcast", "barrier", "reduce", "gather")
@@ -31,49 +33,48 @@ counts: Counter = Counter()
 SHARD_BYTES = 5_000_000_000
 
 
-def count_calls_of_dpo_ds() -> None:
-    """Wraps torch's collectives and what reads a tensor's numbers: calls from dpo_ds's own files in a step's thread,
-    while it runs, are counted."""
-    inside = []
-    package = str(Path(world.__file__).parent)
-    plain_step = Trainer.step
+class Calls(Watcher):
+    """Counts what dpo_ds's own files call within a step, in the step's thread."""
 
-    def step(self, number):
-        inside.append(threading.get_ident())
-        try:
-            return plain_step(self, number)
-        finally:
-            inside.pop()
-            counts["steps"] += 1
+    def __init__(self):
+        self.inside: int | None = None
 
-    Trainer.step = step
-    for place, name in [*((torch.distributed, n) for n in COLLECTIVES), *((torch.Tensor, n) for n in WAITS)]:
-        plain = getattr(place, name)
+    def step_begins(self, step: int) -> None:
+        self.inside = threading.get_ident()
 
-        def counted(*args, plain=plain, name=name, **kwargs):
-            caller = sys._getframe(1).f_code.co_filename
-            own = caller.startswith(package) and not caller.endswith("scoring/packed.py")  # segments are on the host
-            if own and threading.get_ident() in inside:
-                counts[name] += 1
-            return plain(*args, **kwargs)
+    def step_ended(self, metrics: dict) -> None:
+        self.inside = None
+        counts["steps"] += 1
 
-        setattr(place, name, counted)
+    def count(self) -> None:
+        """Wraps torch's collectives and what reads a tensor's numbers."""
+        package = str(Path(dpo_ds.__file__).parent)
+        for place, name in [*((torch.distributed, n) for n in COLLECTIVES), *((torch.Tensor, n) for n in WAITS)]:
+            plain = getattr(place, name)
+
+            def counted(*args, plain=plain, name=name, **kwargs):
+                caller = sys._getframe(1).f_code.co_filename
+                own = caller.startswith(package) and not caller.endswith(
+                    "scoring/packed.py"
+                )  # segments are on the host
+                if own and threading.get_ident() == self.inside:
+                    counts[name] += 1
+                return plain(*args, **kwargs)
+
+            setattr(place, name, counted)
 
 
 class Stopped(Exception):
     """The run ends here."""
 
 
-PLAIN_AFTER_STEP = Trainer.after_step
+class StopAfter(Watcher):
+    def __init__(self, step: int):
+        self.step = step
 
-
-def stop_after(step: int | None) -> None:
-    def after_step(self, steps_done, last):
-        PLAIN_AFTER_STEP(self, steps_done, last)
-        if steps_done == step:
+    def step_settled(self, step: int) -> None:
+        if step == self.step:
             raise Stopped
-
-    Trainer.after_step = after_step
 
 
 def route_unevenly(rank: int | None) -> None:
@@ -100,28 +101,29 @@ routed: set[int] = set()
 
 def main() -> None:
     from dpo_ds import export
-    from dpo_ds.prepare import prepare
+    from dpo_ds.runs.prepare import prepare
 
-    here = world.join()
-    count_calls_of_dpo_ds()
+    here = join.join()
+    calls = Calls()
+    calls.count()
     for scenario in json.loads(Path(sys.argv[-1]).read_text()):
         counts.clear()
         export.SHARD_BYTES = scenario.get("shard_bytes", SHARD_BYTES)
         routed.clear()
-        run = prepare(parse_options(scenario["argv"]), here.size)
-        stop_after(scenario.get("stop_after"))
+        run = prepare(parse_options(scenario["argv"]), here)
+        watchers = [calls, *([StopAfter(scenario["stop_after"])] if "stop_after" in scenario else [])]
         route_unevenly(here.rank if "uneven_routing" in scenario else None)
         experts = scenario.get("experts_implementation")
         PreTrainedModel.get_correct_experts_implementation = (
             (lambda self, wanted, experts=experts: experts) if experts else PLAIN_IMPLEMENTATION
         )
         with contextlib.suppress(Stopped):
-            train(run)
+            train(run, watchers)
         if routed:
             print(f"rank {here.rank} routed to {sorted(routed)}", flush=True)
         if here.speaks:
             (run.folder.parent / f"{run.folder.name}.calls.json").write_text(json.dumps(counts))
-    world.leave()
+    console.leave()
 
 
 if __name__ == "__main__":

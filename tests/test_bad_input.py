@@ -8,7 +8,7 @@ import pytest
 import tiny
 from safetensors.torch import save_file
 
-from dpo_ds import world
+from dpo_ds.errors import UserError
 from dpo_ds.train import main
 
 
@@ -145,7 +145,7 @@ def test_one_line_with_the_remedy(case, place, monkeypatch):
         "precision": "fp32",
         **make(place),
     }
-    with pytest.raises(world.UserError) as error:
+    with pytest.raises(UserError) as error:
         main([f"--{key}={value}" for key, value in options.items()])
     message = str(error.value)
     assert words in message and "\n" not in message, message
@@ -219,6 +219,6 @@ def test_weights_that_are_not_safetensors_are_not_unpickled(place, tmp_path):
 
     folder = copied(place, "pickled", no_weights)
     torch.save({"x": torch.zeros(1)}, f"{folder}/pytorch_model.bin")
-    with pytest.raises(world.UserError, match="no safetensors weights"):
+    with pytest.raises(UserError, match="no safetensors weights"):
         main([f"--model={folder}", "--dataset=sample", f"--output_dir={tmp_path}/x", f"--cache_dir={place}/cache"])
     save_file({"x": torch.zeros(1)}, f"{folder}/other.safetensors")

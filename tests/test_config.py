@@ -6,6 +6,7 @@ import sys
 import pytest
 
 from dpo_ds.config import FIELDS, Options, parse_options, to_yaml
+from dpo_ds.errors import UserError
 
 
 def test_flags_override_yaml_and_later_flags_earlier_ones(tmp_path):
@@ -41,7 +42,7 @@ def test_what_is_written_reads_back_equal(tmp_path):
     ],
 )
 def test_errors_are_one_line_with_the_remedy(flags, words):
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(UserError) as error:
         parse_options(flags.split())
     assert words in str(error.value) and "\n" not in str(error.value)
 
@@ -59,7 +60,7 @@ def test_errors_are_one_line_with_the_remedy(flags, words):
 def test_errors_in_yaml_too(tmp_path, text, words):
     file = tmp_path / "run.yaml"
     file.write_text(text)
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(UserError) as error:
         parse_options(["--model", "m", "--config", str(file)])
     assert words in str(error.value) and "\n" not in str(error.value)
 

@@ -12,13 +12,14 @@ PROBE = """
 import json, sys, numpy as np, torch
 from memory import resident
 from pathlib import Path
-from dpo_ds import world
-world.join()
+from dpo_ds.engine import join
+join.join()
 from dpo_ds.config import parse_options
-from dpo_ds.engines import policy_engine, reference_engine
+from dpo_ds.engine.build import policy_engine
+from dpo_ds.engine.build import reference_engine
 from dpo_ds.scoring.packed import pack
-from dpo_ds.models import find_model
-from dpo_ds.tiers import fill_tier
+from dpo_ds.models.find import find_model
+from dpo_ds.engine.tiers import fill_tier
 
 folder, stage, precision = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 tier = folder / f"stage{stage}.json"

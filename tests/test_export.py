@@ -10,6 +10,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from dpo_ds.engine.shards import TAG
+from dpo_ds.errors import UserError
+from dpo_ds.runs.folders import checkpoints
+
 SHARD = 40_000  # bytes: several shards even of a tiny model
 
 # name: (ranks, model, stage, further options)
@@ -111,22 +115,21 @@ def test_export_from_the_checkpoint_is_the_same_folder(case, place):
     assert set(live) == set(again)
     for name in live:
         assert torch.equal(live[name], again[name]), name
-    with pytest.raises(ValueError, match="is there already"):
+    with pytest.raises(UserError, match="is there already"):
         export.export_checkpoint(checkpoint, folder)
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if "lora" in case])
 def test_lora_is_merged_as_peft_merges_it(case, place):
-    from dpo_ds import checkpoint as checkpoints
     from dpo_ds.config import Options
-    from dpo_ds.lora import add_lora
-    from dpo_ds.shards import CheckpointWeights
+    from dpo_ds.engine.shards import CheckpointWeights
+    from dpo_ds.models.lora import add_lora
 
     (folder,) = (place / case / "checkpoints").iterdir()
     facts = checkpoints.describe(folder)
     base = AutoModelForCausalLM.from_pretrained(place / CASES[case][1], dtype=torch.float32)
     model = add_lora(base, Options(**facts["options"]))
-    stored = CheckpointWeights(folder / checkpoints.DEEPSPEED_TAG, facts["stage"], facts["ranks"])
+    stored = CheckpointWeights(folder / TAG, facts["stage"], facts["ranks"])
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_" in name:

@@ -8,8 +8,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
 from dpo_ds.config import Options
-from dpo_ds.flops import Flops
-from dpo_ds.models import Model
+from dpo_ds.models.flops import Flops
+from dpo_ds.models.model import Model
 from dpo_ds.scoring import attention
 from dpo_ds.scoring.packed import pack
 from dpo_ds.scoring.scorer import PairScorer

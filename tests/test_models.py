@@ -21,18 +21,19 @@ import torch
 from safetensors.torch import load_file
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from dpo_ds import checkpoint as checkpoints
 from dpo_ds.config import Options
 from dpo_ds.data.pairs import PairSet
 from dpo_ds.embedded import sample_file
-from dpo_ds.lora import add_lora
-from dpo_ds.models import find_model, known_model, table
+from dpo_ds.engine.shards import TAG, CheckpointWeights
+from dpo_ds.engine.tiers import load_tier
+from dpo_ds.errors import UserError
+from dpo_ds.models.find import find_model, known_model, table
+from dpo_ds.models.lora import add_lora
+from dpo_ds.runs.folders import checkpoints
 from dpo_ds.scoring.attention import SDPA, implementation
 from dpo_ds.scoring.packed import pack
 from dpo_ds.scoring.scorer import PairScorer
 from dpo_ds.scoring.twin import require_exact
-from dpo_ds.shards import CheckpointWeights
-from dpo_ds.tiers import load_tier
 
 STEPS, STOP, SAVE = 5, 3, 2
 SHARD = 200_000  # bytes: several shards of each twin
@@ -139,7 +140,7 @@ def lora_merge(model_id, place):
     base = AutoModelForCausalLM.from_pretrained(place / short(model_id), dtype=torch.float32)
     before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
     adapted = add_lora(base, Options(**facts["options"]))
-    stored = CheckpointWeights(folder / checkpoints.DEEPSPEED_TAG, facts["stage"], facts["ranks"])
+    stored = CheckpointWeights(folder / TAG, facts["stage"], facts["ranks"])
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
             parameter.copy_(stored[f"model.{name}"])
@@ -289,7 +290,7 @@ def test_other_architectures_are_proven_exact(model_type):
 
 @pytest.mark.parametrize("model_type", NOT_EXACT)
 def test_what_cannot_be_packed_is_refused_by_name(model_type):
-    with pytest.raises(ValueError, match=NOT_EXACT[model_type]) as error:
+    with pytest.raises(UserError, match=NOT_EXACT[model_type]) as error:
         require_exact("some/model", default_config(model_type))
     message = str(error.value)
     assert "some/model" in message and "\n" not in message and "choose a model" in message

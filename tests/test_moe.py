@@ -12,10 +12,11 @@ from test_scoring import packed_model, random_pairs
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from dpo_ds.config import parse_options
-from dpo_ds.models import known_model
-from dpo_ds.plan import decide
+from dpo_ds.engine.tiers import fill_tier
+from dpo_ds.errors import UserError
+from dpo_ds.models.find import known_model
+from dpo_ds.plan.choose import decide
 from dpo_ds.scoring.packed import pack
-from dpo_ds.tiers import fill_tier
 
 MIXTRAL = "mistralai/Mixtral-8x7B-Instruct-v0.1"
 
@@ -65,9 +66,9 @@ def test_evaluation_and_other_models_have_none_of_it(folder):
     scorer.eval()
     assert isinstance(scorer(pack(random_pairs())), torch.Tensor)
     options = parse_options(["--model", "gpt2", "--router_aux_loss_coef", "0.1"])
-    with pytest.raises(ValueError, match="gpt2 is no mixture of experts"):
+    with pytest.raises(UserError, match="gpt2 is no mixture of experts"):
         decide(options, known_model("gpt2"), False)
-    with pytest.raises(ValueError, match="must be 0, a number above it, or model"):
+    with pytest.raises(UserError, match="must be 0, a number above it, or model"):
         parse_options(["--model", "gpt2", "--router_aux_loss_coef", "much"])
     asked = parse_options(["--model", MIXTRAL, "--router_aux_loss_coef", "model"])
     assert decide(asked, known_model(MIXTRAL), True).router_aux_loss_coef == "0.02"

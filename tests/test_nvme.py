@@ -33,8 +33,8 @@ CASES = {
 
 BUILD = """
 from deepspeed.ops.op_builder import AsyncIOBuilder
-from dpo_ds import ops
 import sys
+from dpo_ds.engine import ops
 ops.build_in_turns(speaks=False)
 AsyncIOBuilder().load(verbose=False) if AsyncIOBuilder().is_compatible() else sys.exit("libaio-dev is not installed")
 """

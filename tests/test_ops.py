@@ -8,7 +8,8 @@ import time
 import launching
 import pytest
 
-JOIN = "from dpo_ds import world; world.join(); world.leave()"  # alone on CPU: DeepSpeed compiles its shared-memory op
+# A rank alone on CPU: DeepSpeed compiles its shared-memory op.
+JOIN = "from dpo_ds.engine import join; from dpo_ds.ranks import console; join.join(); console.leave()"
 PLAIN = "from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder as Op; Op().load(verbose=False)"
 ANOTHER = "another process builds in"
 

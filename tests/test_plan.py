@@ -8,11 +8,15 @@ import launching
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
-from dpo_ds import plan
 from dpo_ds.config import parse_options
 from dpo_ds.embedded import model_folder
-from dpo_ds.footprint import LEFT_BEHIND
-from dpo_ds.machine import GIB, Machine, host_memory
+from dpo_ds.errors import UserError
+from dpo_ds.plan.__main__ import everything
+from dpo_ds.plan.choose import choose
+from dpo_ds.plan.footprint import LEFT_BEHIND
+from dpo_ds.plan.machine import GIB, Machine, host_memory
+from dpo_ds.plan.plan import Plan
+from dpo_ds.plan.refuse import for_run, remedies
 
 SHAPES = {
     "10M": (384, 6, 1024),
@@ -95,7 +99,7 @@ def test_predicted_is_measured(case, place):
     found = measured(place, case)
     assert len(found) == ranks
     options = parse_options(argv(place, case)).replace(micro_batch_tokens=max(rank["tokens"] for rank in found))
-    chosen = plan.choose(options, Machine(ranks, ranks, None, 24 * GIB))
+    chosen = choose(options, Machine(ranks, ranks, None, 24 * GIB))
     parts = [part for part in chosen.parts if part.where == "host" and part.what not in ("processes", LEFT_BEHIND)]
     state = sum(part.bytes for part in parts if part.when == "always")
     peak = dataclasses.replace(chosen, parts=tuple(parts)).need("host")
@@ -115,9 +119,9 @@ LLAMA_70B = "meta-llama/Meta-Llama-3-70B-Instruct"
 QWEN_72B = "Qwen/Qwen2-72B-Instruct"
 
 
-def planned(model: str, gpus: int = 8, gpu: int = 80, host: int = 2000, nvme: int = 0, *more: str) -> plan.Plan:
+def planned(model: str, gpus: int = 8, gpu: int = 80, host: int = 2000, nvme: int = 0, *more: str) -> Plan:
     machine = Machine(gpus, min(gpus, 8), gpu * GIB, host * GIB, nvme * GIB)
-    return plan.choose(parse_options(["--model", model, *more]), machine)
+    return choose(parse_options(["--model", model, *more]), machine)
 
 
 def test_70b_is_what_was_measured():
@@ -169,22 +173,22 @@ def test_page_locked_memory_is_rounded_up_unless_torch_is_told_not_to(monkeypatc
 
 def test_a_refusal_says_what_would_fit_and_it_does():
     options = parse_options(["--model", LLAMA_70B, "--gpus", "8", "--gpu_memory", "80", "--host_memory", "1000"])
-    with pytest.raises(ValueError) as error:
-        plan.for_run(options)
+    with pytest.raises(UserError) as error:
+        for_run(options)
     message = str(error.value)
     assert "\n" not in message and "1,321 GiB of host memory (there are 1,000)" in message
     for change in ("--lora: ", "--nvme_path on a local disk: ", "more host memory: ", "16 GPUs: "):
         assert change in message, message
-    found = dict(plan.remedies(options, Machine.of(options)))
+    found = dict(remedies(options, Machine.of(options)))
     assert all(changed.fits for changed in found.values())
-    assert plan.for_run(options.replace(host_memory=1400.0)).fits
-    assert plan.for_run(options.replace(plan="off")).options.ds_config == "zero3_offload_large"
+    assert for_run(options.replace(host_memory=1400.0)).fits
+    assert for_run(options.replace(plan="off")).options.ds_config == "zero3_offload_large"
 
 
 def test_nvme_without_a_folder_is_told_so():
     options = parse_options(["--model", "tiny-gpt2", "--ds_config", "zero3_nvme_large"])
-    with pytest.raises(ValueError, match="name a folder on a local drive with --nvme_path"):
-        plan.for_run(options)
+    with pytest.raises(UserError, match="name a folder on a local drive with --nvme_path"):
+        for_run(options)
 
 
 def test_no_remedy_that_the_config_refuses():
@@ -192,8 +196,8 @@ def test_no_remedy_that_the_config_refuses():
     options = parse_options([
         "--model", LLAMA_70B, "--ds_config", "zero3_nvme_large", "--gpus", "8", "--gpu_memory", "80", "--nvme", "500",
     ])  # fmt: skip
-    with pytest.raises(ValueError, match="on --nvme_path") as error:
-        plan.for_run(options)
+    with pytest.raises(UserError, match="on --nvme_path") as error:
+        for_run(options)
     assert "lora" not in str(error.value).lower()
 
 
@@ -233,7 +237,7 @@ def test_json_is_the_same_plan():
 
 def test_readme_shows_the_plan_of_all():
     readme = (launching.ROOT / "README.md").read_text()
-    for line in plan.everything().splitlines():
+    for line in everything().splitlines():
         assert line in readme, line
 
 

@@ -9,9 +9,10 @@ import launching
 import numpy as np
 import pytest
 
-from dpo_ds.data import preferences
+from dpo_ds.data import rows as rows_file
+from dpo_ds.data import sources
 from dpo_ds.data.pairs import held_out
-from dpo_ds.data.preferences import (
+from dpo_ds.data.rows import (
     DIFFER,
     EMPTY,
     EQUAL,
@@ -21,9 +22,10 @@ from dpo_ds.data.preferences import (
     WRONG_TYPE,
     as_text,
     check_preferences,
-    load_preferences,
     prompt_hash,
 )
+from dpo_ds.data.sources import load_preferences
+from dpo_ds.errors import UserError
 
 HH = launching.ROOT.parent / "shared" / "data" / "hh-harmless" / "test.jsonl.gz"
 GOOD = {"prompt": "Once", "chosen": " upon a time.", "rejected": " there was."}
@@ -207,14 +209,14 @@ def test_the_preference_splits_are_found_by_themselves(with_splits):
 
 def test_a_split_may_be_named(with_splits):
     assert len(load_preferences(with_splits, "train_sft")) == 5
-    with pytest.raises(ValueError, match=r"no split dev; --dataset_split takes train_sft, train_prefs, test_prefs"):
+    with pytest.raises(UserError, match=r"no split dev; --dataset_split takes train_sft, train_prefs, test_prefs"):
         load_preferences(with_splits, "dev")
 
 
 def test_splits_that_say_nothing_must_be_chosen(tmp_path):
     sets = {name: datasets.Dataset.from_list([GOOD]) for name in ("easy", "hard")}
     datasets.DatasetDict(sets).save_to_disk(tmp_path / "splits")
-    with pytest.raises(ValueError, match="has the splits easy, hard: choose one with --dataset_split"):
+    with pytest.raises(UserError, match="has the splits easy, hard: choose one with --dataset_split"):
         load_preferences(str(tmp_path / "splits"))
 
 
@@ -249,7 +251,7 @@ def test_what_cannot_be_read_says_so_in_one_line(case, tmp_path, caplog, monkeyp
     monkeypatch.setattr(logging.getLogger("datasets"), "propagate", True)  # to caplog
     if content is not None:
         (tmp_path / name).write_bytes(content)
-    with pytest.raises(ValueError, match=message) as error:
+    with pytest.raises(UserError, match=message) as error:
         load_preferences(str(tmp_path / name))
     assert name in str(error.value) and "\n" not in str(error.value)
     assert not caplog.records, "the library says nothing beside it"
@@ -257,12 +259,12 @@ def test_what_cannot_be_read_says_so_in_one_line(case, tmp_path, caplog, monkeyp
 
 def test_a_folder_without_data_says_so(tmp_path):
     (tmp_path / "notes.md").write_text("nothing")
-    with pytest.raises(ValueError, match="folder without data"):
+    with pytest.raises(UserError, match="folder without data"):
         load_preferences(str(tmp_path))
 
 
 def test_missing_columns_name_those_that_are_there(tmp_path):
-    with pytest.raises(ValueError, match=r"has the columns question, chosen; .* rename them"):
+    with pytest.raises(UserError, match=r"has the columns question, chosen; .* rename them"):
         checked(tmp_path, [{"question": "a", "chosen": "b"}])
 
 
@@ -307,7 +309,7 @@ LEFT_OUT = {
 @pytest.mark.parametrize("case", LEFT_OUT)
 def test_a_row_that_cannot_be_used_is_counted_by_kind(case):
     kind, row = LEFT_OUT[case]
-    out = preferences._check_batch({preferences.RAW: [json.dumps(GOOD), json.dumps(row)]}, [7, 8])
+    out = rows_file._check_batch({sources.RAW: [json.dumps(GOOD), json.dumps(row)]}, [7, 8])
     assert (out["kind"], out["row"]) == (["", kind], [7, 8])
 
 
@@ -366,7 +368,7 @@ def test_more_than_a_tenth_left_out_stops_unless_allowed(bad, of, allowed, stops
     rows = load_preferences(jsonl(tmp_path, [{**GOOD, "chosen": ""}] * bad + [GOOD] * (of - bad)))
     more = () if allowed is None else (allowed,)
     if stops:
-        with pytest.raises(ValueError, match=rf"{bad} of {of} rows cannot be used: {bad} x .* \(row.*--max_left_out"):
+        with pytest.raises(UserError, match=rf"{bad} of {of} rows cannot be used: {bad} x .* \(row.*--max_left_out"):
             check_preferences(rows, *more)
     else:
         assert check_preferences(rows, *more)[1].kept == of - bad

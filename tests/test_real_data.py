@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 from dpo_ds.config import parse_options
 from dpo_ds.data.pairs import PairSet
 from dpo_ds.data.steps import Schedule, deal
-from dpo_ds.footprint import longest_pair
-from dpo_ds.plan import tokens_on_cpu
+from dpo_ds.plan.choose import tokens_on_cpu
+from dpo_ds.plan.footprint import longest_pair
 
 DATA = launching.ROOT.parent / "shared" / "data"
 DIALOGUES = DATA / "hh-harmless" / "test.jsonl.gz"

@@ -6,9 +6,9 @@ import launching
 import pytest
 import yaml
 
-from dpo_ds import plan
 from dpo_ds.config import parse_options
-from dpo_ds.models import table
+from dpo_ds.models.find import table
+from dpo_ds.plan.choose import choose
 
 FOLDER = launching.ROOT / "launch" / "recipes"
 spec = importlib.util.spec_from_file_location("make_recipes", FOLDER / "make.py")
@@ -30,7 +30,7 @@ def test_a_recipe_is_what_the_plan_says(model, lora):
     assert (options.model, options.lora) == (model, lora)
     written = {key: value for key, value in yaml.safe_load(text).items() if value is not None}
     assert written.keys() <= vars(options).keys()
-    assert plan.choose(options, make.MACHINE).fits
+    assert choose(options, make.MACHINE).fits
 
 
 def test_there_are_no_others():

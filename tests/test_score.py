@@ -14,11 +14,18 @@ import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
-from dpo_ds import score, world
 from dpo_ds.config import parse_options
 from dpo_ds.data.pairs import PairSet
-from dpo_ds.engines import Engine
-from dpo_ds.prepare import Run, prepare
+from dpo_ds.engine import join
+from dpo_ds.engine.engine import Engine
+from dpo_ds.errors import RunStopped
+from dpo_ds.ranks import console, world
+from dpo_ds.references import table as tables_file
+from dpo_ds.references.table import Table, reference_tables
+from dpo_ds.runs.prepare import Run, prepare
+from dpo_ds.score import main
+from dpo_ds.scoring import sweep
+from dpo_ds.scoring.sweep import score_all, score_pairs
 
 PAIRS, HELD_OUT, CHUNK = 22, 6, 4
 
@@ -33,14 +40,14 @@ def place(tmp_path_factory):
             texts = [" ".join(part[: 3 + (n * k) % 23]) for k, part in ((5, prompt), (7, chosen), (11, rejected))]
             file.write(json.dumps({"prompt": f"{n} {texts[0]}", "chosen": " " + texts[1], "rejected": f" {texts[2]}!"}))
             file.write("\n")
-    world.join()
+    join.join()
     yield place
-    world.leave()
+    console.leave()
 
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
-    monkeypatch.setattr(score, "CHUNK", CHUNK)
+    monkeypatch.setattr(sweep, "CHUNK", CHUNK)
 
 
 @pytest.fixture
@@ -66,11 +73,11 @@ def argv(place, cache, **options) -> list[str]:
 
 
 def prepared(place, cache, **options) -> Run:
-    return prepare(parse_options(argv(place, cache, **options)), 1)
+    return prepare(parse_options(argv(place, cache, **options)), world.from_environment())
 
 
 def tables(place, cache, everything=True, **options) -> list[np.ndarray]:
-    return score.reference_tables(prepared(place, cache, **options), everything)
+    return reference_tables(prepared(place, cache, **options), everything)
 
 
 def files(cache) -> dict[int, bytes]:
@@ -83,7 +90,7 @@ def straight(place, tmp_path_factory):
     """The cache and the tables of a scoring that nothing disturbed."""
     cache = tmp_path_factory.mktemp("straight")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(score, "CHUNK", CHUNK)
+        patch.setattr(sweep, "CHUNK", CHUNK)
         return cache, tables(place, cache)
 
 
@@ -99,7 +106,7 @@ def test_a_table_holds_what_the_model_says_of_each_pair(place, straight):
 
 def test_the_second_run_finds_the_table(place, straight, scored, monkeypatch, capsys):
     cache, first = straight
-    monkeypatch.setattr(score, "reference_engine", None)
+    monkeypatch.setattr(tables_file, "reference_engine", None)
     before = files(cache)
     again = tables(place, cache)
     assert scored == [] and files(cache) == before
@@ -108,7 +115,7 @@ def test_the_second_run_finds_the_table(place, straight, scored, monkeypatch, ca
 
 
 def test_the_command_fills_the_same_table_whatever_the_schedule(place, straight, scored, tmp_path):
-    score.main(argv(place, tmp_path, max_steps=1))
+    main(argv(place, tmp_path, max_steps=1))
     assert sum(scored) == PAIRS and files(tmp_path) == files(straight[0])
 
 
@@ -140,7 +147,7 @@ def interrupt(run: Run, scored: list[int], batches: int) -> None:
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Stop):
         patch.setattr(Engine, "score", interrupted)
-        score.reference_tables(run, True)
+        reference_tables(run, True)
 
 
 @pytest.mark.parametrize("batches", [1, 4, 7, 9])
@@ -151,7 +158,7 @@ def test_an_interrupted_scoring_goes_on_to_the_same_table(batches, place, straig
     kept = sum(np.isfinite(np.load(path)).all(axis=1).sum() for path in tmp_path.glob("reference/*/logps.npy"))
     assert kept == sum(scored) // CHUNK * CHUNK
     scored.clear()
-    score.reference_tables(run, True)
+    reference_tables(run, True)
     assert sum(scored) == PAIRS - kept and files(tmp_path) == files(straight[0])
 
 
@@ -162,7 +169,7 @@ def test_an_interruption_while_rows_are_added_loses_none_that_were_there(place, 
     interrupt(run, scored, 2)
     left = PAIRS - HELD_OUT - 8 - sum(scored) // CHUNK * CHUNK
     scored.clear()
-    train, _ = score.reference_tables(run, True)
+    train, _ = reference_tables(run, True)
     there = np.isfinite(first)
     assert 0 < left == sum(scored) and np.array_equal(train[there], first[there])
 
@@ -170,7 +177,8 @@ def test_an_interruption_while_rows_are_added_loses_none_that_were_there(place, 
 KILLED = """
 import os, signal, sys
 from dpo_ds import score
-from dpo_ds.engines import Engine
+from dpo_ds.engine.engine import Engine
+from dpo_ds.scoring import sweep
 
 plain, batches = Engine.score, []
 
@@ -181,7 +189,7 @@ def killed(self, batch):
     return plain(self, batch)
 
 Engine.score = killed
-score.CHUNK = int(sys.argv[1])
+sweep.CHUNK = int(sys.argv[1])
 score.main(sys.argv[2:])
 """
 
@@ -194,7 +202,7 @@ def test_a_killed_scoring_goes_on_to_the_same_table(place, straight, scored, tmp
     )  # fmt: skip
     assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
     assert not list(tmp_path.glob("reference/*/table.json")), "the table was not finished"
-    score.main(words)
+    main(words)
     assert CHUNK <= PAIRS - sum(scored) <= 16, "whole chunks were kept, and not the one it was killed in"
     assert files(tmp_path) == files(straight[0])
 
@@ -210,7 +218,7 @@ def keys(place, cache, **options) -> set[str]:
         close = staticmethod(lambda: None)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(score, "reference_engine", lambda *_: Engine)
+        patch.setattr(tables_file, "reference_engine", lambda *_: Engine)
         tables(place, cache, **options)
     found = {path.parent.name for path in cache.glob("reference/*/table.json")}
     shutil.rmtree(cache)
@@ -323,9 +331,9 @@ def test_a_table_whose_rows_are_gone_is_made_anew(straight, tmp_path):
     assert np.isnan(table.read()).all() and not table.manifest.exists()
 
 
-def copy_of_a_table(cache, to) -> score.Table:
+def copy_of_a_table(cache, to) -> Table:
     facts = json.loads(next(cache.glob("reference/*/table.json")).read_text())
-    table = score.Table(to, {key: facts[key] for key in ("format", "weights", "pairs", "precision")}, facts["rows"])
+    table = Table(to, {key: facts[key] for key in ("format", "weights", "pairs", "precision")}, facts["rows"])
     shutil.copytree(cache / "reference" / table.folder.name, table.folder, dirs_exist_ok=True)
     return table
 
@@ -356,7 +364,7 @@ def test_rows_come_back_in_the_order_they_were_asked_for(pairs):
     indices = np.array([9, 2, 14, 3, 11, 0])
     expected = np.array([[pairs.pair(i)[1].sum(), pairs.pair(i)[2].sum()] for i in indices])
     for limit in (int(pairs.packed_lengths.max()), 10_000):
-        assert np.array_equal(score.score_pairs(sums, pairs, indices, limit), expected)
+        assert np.array_equal(score_pairs(sums, pairs, indices, limit), expected)
 
 
 def test_a_log_probability_that_is_not_finite_stops_and_names_the_pair(pairs):
@@ -367,6 +375,6 @@ def test_a_log_probability_that_is_not_finite_stops_and_names_the_pair(pairs):
         logps = sums(batch)
         return torch.where(logps == bad, torch.nan, logps)
 
-    with pytest.raises(world.RunStopped, match=f"log-probabilities of 1 pairs are not finite: {pairs.pair_id(9)}"):
-        score.score_all(not_finite, pairs, np.arange(16), 250, "title", lambda chunk, _: kept.extend(chunk))
+    with pytest.raises(RunStopped, match=f"log-probabilities of 1 pairs are not finite: {pairs.pair_id(9)}"):
+        score_all(not_finite, pairs, np.arange(16), 250, "title", lambda chunk, _: kept.extend(chunk))
     assert kept == list(range(8))

@@ -7,10 +7,11 @@ import tiny
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from dpo_ds.activations import LiveBytes
 from dpo_ds.config import Options
-from dpo_ds.lora import add_lora
-from dpo_ds.losses import dpo_loss
+from dpo_ds.errors import UserError
+from dpo_ds.losses.dpo import dpo_loss
+from dpo_ds.models.lora import add_lora
+from dpo_ds.plan.activations import LiveBytes
 from dpo_ds.scoring import attention
 from dpo_ds.scoring.head import FEWEST_COLUMNS, HeadInputs, LogitBudget, fused_logps
 from dpo_ds.scoring.packed import layout_of, pack
@@ -273,7 +274,7 @@ def test_a_kernel_that_will_not_do_is_refused_with_what_works(monkeypatch, wante
     monkeypatch.setattr(
         attention, "_arguments", lambda module, _: EVERY_WORD if module == "torch.nn.attention.varlen" else None
     )
-    with pytest.raises(ValueError, match=f"--attention {wanted} {says}"):
+    with pytest.raises(UserError, match=f"--attention {wanted} {says}"):
         attention.usable(wanted, Somewhere(), torch.bfloat16, capability)
 
 
@@ -282,7 +283,7 @@ def test_torchs_own_kernel_is_known_by_the_arguments_that_it_takes(monkeypatch):
     words = attention._arguments("torch.nn.attention.varlen", "varlen_attn")
     assert attention.KERNELS["varlen"].words <= words, "this torch's"
     monkeypatch.setattr(attention, "_arguments", lambda module, _: frozenset({"query", "key", "scale"}))
-    with pytest.raises(ValueError, match="--attention varlen takes no window_size in the version that is installed"):
+    with pytest.raises(UserError, match="--attention varlen takes no window_size in the version that is installed"):
         attention.usable("varlen", Somewhere(), torch.bfloat16, (9, 0))
 
 
@@ -299,7 +300,7 @@ def test_a_kernel_that_fails_on_the_twin_gives_way_to_the_next(monkeypatch):
     monkeypatch.setattr(attention, "_obstacle", lambda *_: None)
     kernel, failed = choose_kernel("auto", config, *where)
     assert kernel == "sdpa" and len(failed) == 3 and all("stops: " in line for line in failed)
-    with pytest.raises(ValueError, match=r"--attention varlen: on this machine .* stops: .*; use --attention auto"):
+    with pytest.raises(UserError, match=r"--attention varlen: on this machine .* stops: .*; use --attention auto"):
         choose_kernel("varlen", config, *where)
 
 

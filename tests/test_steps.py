@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from dpo_ds.data.steps import Schedule, deal
+from dpo_ds.errors import UserError
 
 
 def some_lengths(n=400, seed=0):
@@ -37,7 +38,7 @@ def test_ranks_get_about_the_same_number_of_tokens_in_each_round():
 
 
 def test_a_limit_below_the_longest_pair_names_both_numbers():
-    with pytest.raises(ValueError, match=r"micro_batch_tokens 500 .* 812 tokens"):
+    with pytest.raises(UserError, match=r"micro_batch_tokens 500 .* 812 tokens"):
         deal([0, 1], np.array([300, 812]), 2, 500)
 
 

@@ -7,8 +7,8 @@ import templates
 from tiny import VOCABULARY
 from transformers import AutoTokenizer
 
-from dpo_ds.data.preferences import normalise
-from dpo_ds.data.tokens import FOLDED, MOVED, REFUSED, Encoder, Tokenizing
+from dpo_ds.data.encoder import FOLDED, MOVED, REFUSED, Encoder, Tokenizing
+from dpo_ds.data.rows import normalise
 
 DIALOGUES = {
     "single": [("user", "Hello")],

@@ -8,9 +8,10 @@ import pytest
 from deepspeed.runtime.config import DeepSpeedConfig
 
 from dpo_ds.config import parse_options
-from dpo_ds.models import known_model, table
+from dpo_ds.engine.tiers import AUTO, fill_tier, load_tier, reference_config, swap_folders
+from dpo_ds.errors import UserError
+from dpo_ds.models.find import known_model, table
 from dpo_ds.resources import tier_files
-from dpo_ds.tiers import AUTO, fill_tier, load_tier, reference_config, swap_folders
 
 TIERS = sorted(tier_files())
 
@@ -108,7 +109,7 @@ def test_what_is_refused_says_why(case, tmp_path):
     config, words = REFUSED[case]
     file = tmp_path / "ds_config.json"
     file.write_text(json.dumps(config))
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(UserError) as error:
         fill_tier(str(file), options(), known_model("mistralai/Mixtral-8x7B-Instruct-v0.1"), ranks=8, on_gpu=True)
     assert words in str(error.value) and "\n" not in str(error.value) and "--ds_config" in str(error.value)
 

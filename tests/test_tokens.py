@@ -9,10 +9,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import PreTrainedTokenizerFast
 
 from dpo_ds.config import parse_options
-from dpo_ds.data import tokens
-from dpo_ds.data.pairs import PairSet
-from dpo_ds.data.preferences import Report, check_preferences, load_preferences, prompt_hash
-from dpo_ds.data.tokens import (
+from dpo_ds.data import cache
+from dpo_ds.data.cache import tokenize_pairs
+from dpo_ds.data.counts import Report
+from dpo_ds.data.encoder import (
     CUT_PROMPT,
     CUT_RESPONSE,
     EQUAL_NOW,
@@ -22,9 +22,13 @@ from dpo_ds.data.tokens import (
     REFUSED,
     Encoder,
     Tokenizing,
-    tokenize_pairs,
 )
-from dpo_ds.prepare import load_pairs
+from dpo_ds.data.pairs import PairSet
+from dpo_ds.data.rows import check_preferences, prompt_hash
+from dpo_ds.data.sources import load_preferences
+from dpo_ds.errors import UserError
+from dpo_ds.ranks.world import from_environment
+from dpo_ds.runs.prepare import load_pairs
 
 SENTENCES = ["What is the answer? The answer is here.", "Is the answer right? No answer, no question."] * 8
 LONG = 10**6
@@ -98,7 +102,7 @@ def test_chat_template_none_is_plain_concatenation():
 
 
 def test_a_tokenizer_without_eos_is_refused():
-    with pytest.raises(ValueError, match="no EOS token"):
+    with pytest.raises(UserError, match="no EOS token"):
         Encoder(tokenizer(eos=None), Tokenizing(100))
 
 
@@ -206,7 +210,7 @@ def test_a_dialogue_that_the_template_refuses_is_left_out_without_its_neighbours
 
 
 def test_a_template_that_takes_no_dialogue_names_the_remedy():
-    with pytest.raises(ValueError, match=r"takes no plain dialogue \(tools first\); use --chat_template none"):
+    with pytest.raises(UserError, match=r"takes no plain dialogue \(tools first\); use --chat_template none"):
         Encoder(tokenizer("{{ raise_exception('tools first') }}"), Tokenizing(100))
 
 
@@ -372,7 +376,7 @@ def test_the_same_content_is_tokenised_once(tmp_path, monkeypatch):
     (folder,) = folders(tmp_path)
     before = {path.name: (path.stat().st_mtime_ns, path.stat().st_ino) for path in folder.iterdir()}
     assert set(before) == {"manifest.json", *(f"{name}.npy" for name in PairSet.__dataclass_fields__)}
-    monkeypatch.setattr(tokens, "_write", None)
+    monkeypatch.setattr(cache, "_write", None)
     assert same(first, tokenised(tmp_path))
     assert before == {path.name: (path.stat().st_mtime_ns, path.stat().st_ino) for path in folder.iterdir()}
 
@@ -425,7 +429,7 @@ def test_a_hit_reports_what_the_first_time_did(tmp_path):
 
 
 def test_several_processes_give_the_set_that_one_gives(tmp_path, monkeypatch):
-    monkeypatch.setattr(tokens, "SMALL", 1)
+    monkeypatch.setattr(cache, "SMALL", 1)
     rows = checked_rows(prompt="What is the answer? " * 20)
     reports = [Report(COUNT), Report(COUNT)]
     one = tokenised(tmp_path / "one", rows, num_proc=1, report=reports[0])
@@ -434,15 +438,15 @@ def test_several_processes_give_the_set_that_one_gives(tmp_path, monkeypatch):
 
 
 def test_the_slower_of_two_processes_takes_the_fasters_set(tmp_path, monkeypatch):
-    write = tokens._write
+    write = cache._write
 
     def overtaken(*arguments):
         write(*arguments)
-        monkeypatch.setattr(tokens, "_write", write)
+        monkeypatch.setattr(cache, "_write", write)
         fast.append(tokenised(tmp_path))
 
     fast: list[PairSet] = []
-    monkeypatch.setattr(tokens, "_write", overtaken)
+    monkeypatch.setattr(cache, "_write", overtaken)
     assert same(tokenised(tmp_path), fast[0]) and len(folders(tmp_path)) == 1
 
 
@@ -494,7 +498,7 @@ def test_a_damaged_set_says_which_folder_to_remove(damage, tmp_path):
     (folder,) = folders(tmp_path)
     name, harm = DAMAGE[damage]
     harm(folder / name)
-    with pytest.raises(ValueError, match="remove it") as error:
+    with pytest.raises(UserError, match="remove it") as error:
         tokenised(tmp_path)
     assert str(folder) in str(error.value)
 
@@ -519,17 +523,17 @@ def test_pairs_without_room_are_left_out_and_counted(tmp_path):
 def test_what_is_left_out_here_counts_towards_the_tenth(tmp_path):
     rows, keep_start = with_long_prompts(3), dict(truncation="keep_start")
     for _ in range(2):  # the second time from the cache
-        with pytest.raises(ValueError, match=r"3 of 20 rows cannot be used: 3 x no room .* \(rows 1, 3, 5\)"):
+        with pytest.raises(UserError, match=r"3 of 20 rows cannot be used: 3 x no room .* \(rows 1, 3, 5\)"):
             tokenised(tmp_path, rows, **keep_start)
     assert len(tokenised(tmp_path, rows, report=Report(20, max_left_out=0.15), **keep_start)) == 17
     earlier = Report(22, left_out={"a response is empty": (2, [20, 21])})
-    with pytest.raises(ValueError, match="4 of 22"):
+    with pytest.raises(UserError, match="4 of 22"):
         tokenised(tmp_path, with_long_prompts(2), report=earlier, **keep_start)
 
 
 def test_nothing_left_stops(tmp_path):
     rows = with_long_prompts(5, of=10)
-    with pytest.raises(ValueError, match="10 of 10 rows cannot be used"):
+    with pytest.raises(UserError, match="10 of 10 rows cannot be used"):
         tokenised(tmp_path, rows, max_length=2, truncation="keep_start", report=Report(10, max_left_out=1.0))
 
 
@@ -550,7 +554,7 @@ def hundred(tmp_path_factory):
 def parts(place, name="rows", **options) -> tuple[PairSet, PairSet]:
     words = {"model": "none", "dataset": place / f"{name}.jsonl", "cache_dir": place / "cache", "max_length": 64}
     argv = [f"--{key}={value}" for key, value in {**words, **options}.items()]
-    return load_pairs(parse_options(argv), tokenizer())
+    return load_pairs(parse_options(argv), tokenizer(), from_environment())
 
 
 def ids(pairs: PairSet) -> set[str]:

@@ -34,23 +34,33 @@ class Waits(TorchFunctionMode):
 
 
 from dpo_ds import train
-from dpo_ds.trainer import Trainer
-
-plain, found = Trainer.step, []
-
-
-def step(self, number):
-    with Waits() as waits:
-        metrics = plain(self, number)
-    found.append(waits.seen)
-    return metrics
+from dpo_ds.config import parse_options
+from dpo_ds.engine import join
+from dpo_ds.ranks import console
+from dpo_ds.reports.watcher import Watcher
+from dpo_ds.runs.prepare import prepare
 
 
-Trainer.step = step
+class Steps(Watcher):
+    def __init__(self):
+        self.found = []
+
+    def step_begins(self, step):
+        self.waits = Waits()
+        self.waits.__enter__()
+
+    def step_ended(self, metrics):
+        self.waits.__exit__(None, None, None)
+        self.found.append(self.waits.seen)
+
+
+steps, here = Steps(), join.join()
 out, argv = json.loads(sys.argv[1])
 for tokens in (200, 4000):
-    train.main([*argv, f"--micro_batch_tokens={tokens}", f"--output_dir={out}-{tokens}"])
-Path(out).write_text(json.dumps(found))
+    options = parse_options([*argv, f"--micro_batch_tokens={tokens}", f"--output_dir={out}-{tokens}"])
+    train.train(prepare(options, here), [steps])
+Path(out).write_text(json.dumps(steps.found))
+console.leave()
 '''
 
 

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, CohereConfig, Gemma2Config, LlamaConfig, MistralConfig
 
 from dpo_ds.embedded import model_folder
-from dpo_ds.models import table
+from dpo_ds.models.find import table
 from dpo_ds.scoring.twin import randomise, twin
 
 VOCABULARY = 1024  # at least the tokenizers'

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
+from dpo_ds.errors import UserError
+
 
 @dataclass(frozen=True)
 class PairSet:
@@ -31,7 +33,7 @@ class PairSet:
 
     @classmethod
     def open(cls, folder: Path) -> "PairSet":
-        """Raises ValueError if the folder is not a whole set."""
+        """Raises UserError if the folder is not a whole set."""
         manifest = read_manifest(folder)
         try:
             arrays = {
@@ -39,11 +41,11 @@ class PairSet:
                 for name in cls.__dataclass_fields__
             }
         except (OSError, ValueError, EOFError) as error:
-            raise ValueError(f"{folder} is no whole set of tokenised pairs; remove it: {error}") from error
+            raise UserError(f"{folder} is no whole set of tokenised pairs; remove it: {error}") from error
         if len(arrays["tokens"]) != manifest["tokens"] or {len(arrays[n]) for n in arrays if n != "tokens"} != {
             manifest["pairs"]
         }:
-            raise ValueError(f"{folder} does not hold what its manifest says; remove it")
+            raise UserError(f"{folder} does not hold what its manifest says; remove it")
         return cls(**arrays)
 
     def __len__(self) -> int:
@@ -76,12 +78,12 @@ class PairSet:
 
 
 def read_manifest(folder: Path) -> dict:
-    """Numbers of pairs and tokens, and the report's kinds. Raises ValueError if there is none."""
+    """Numbers of pairs and tokens, and the report's kinds. Raises UserError if there is none."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
         return {key: manifest[key] for key in ("pairs", "tokens", "left_out", "changed")}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{folder} is no whole set of tokenised pairs; remove it: {error!r}") from error
+        raise UserError(f"{folder} is no whole set of tokenised pairs; remove it: {error!r}") from error
 
 
 def held_out(prompt_hashes: np.ndarray, fraction: float = 0.05, most: int = 500) -> np.ndarray:

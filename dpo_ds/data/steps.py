@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from dpo_ds.errors import UserError
+
 
 @dataclass(frozen=True)
 class Schedule:
@@ -67,13 +69,13 @@ class MicroBatch:
 def deal(indices: Iterable[int], lengths: np.ndarray, ranks: int, micro_batch_tokens: int) -> list[list[MicroBatch]]:
     """Deals pairs to ranks: [rank][micro-batch], as many micro-batches on every rank, each within the token limit.
 
-    indices: the pairs; lengths: packed tokens (P + C + R) of every pair of the set. Raises ValueError if one pair
+    indices: the pairs; lengths: packed tokens (P + C + R) of every pair of the set. Raises UserError if one pair
     alone is over the limit.
     """
     order = sorted((int(i) for i in indices), key=lambda i: (-lengths[i], i))
     longest = int(lengths[order[0]])
     if longest > micro_batch_tokens:
-        raise ValueError(too_small(micro_batch_tokens, longest))
+        raise UserError(too_small(micro_batch_tokens, longest))
     rounds = math.ceil(int(lengths[order].sum()) / (ranks * micro_batch_tokens))
     while (bins := _spread(order, lengths, rounds * ranks, micro_batch_tokens)) is None:
         rounds += 1

@@ -54,6 +54,13 @@ class _Lookup(torch.autograd.Function):
             grad = grad * (ids != ctx.padding_idx)[..., None]
         heads = ctx.tied.take()
         total = grad.new_zeros(ctx.shape) if heads is None else heads
-        # Unlike index_add_, it adds up a token's rows in the same order each time on CUDA.
-        total.index_put_((ids,), grad.to(total.dtype), accumulate=True)
+        _add_rows(total, ids.flatten(), grad.flatten(0, -2).to(total.dtype))
         return None, total if heads is None else None, None, None
+
+
+def _add_rows(total: torch.Tensor, ids: torch.Tensor, rows: torch.Tensor) -> None:
+    """total[ids] += rows, a token's rows in the same order each time: on CUDA index_put_ does so, on CPU index_add_."""
+    if total.is_cuda:
+        total.index_put_((ids,), rows, accumulate=True)
+    else:
+        total.index_add_(0, ids, rows)

@@ -99,19 +99,19 @@ def randomise(model) -> None:
 def require_exact(name: str, config, trust_remote_code: bool = False) -> None:
     """Scores two pairs on the config's twin, packed and by plain forwards.
 
-    Raises ValueError with the reason if the architecture cannot be packed, cannot be shown to be, or comes out wrong.
+    Raises UserError with the reason if the architecture cannot be packed, cannot be shown to be, or comes out wrong.
     """
     architecture = type(config).__name__.removesuffix("Config")
     try:
         difference = _difference(config, trust_remote_code)
     except Exception as error:  # whatever an architecture's own code raises on what it was not made for
         reason = " ".join(f"{error}".split())[:200]
-        raise ValueError(
+        raise UserError(
             f"--model {name}: {architecture} cannot be shown to score packed pairs (a tiny twin of it stopped: "
             f"{reason}); choose a model of another architecture, as of the twelve that python -m dpo_ds.models lists"
         ) from error
     if not difference < TOLERANCE:
-        raise ValueError(
+        raise UserError(
             f"--model {name}: {architecture} does not keep packed pairs apart (log-probabilities of a tiny twin are "
             f"off by {difference:.2g}); choose a model of another architecture, as of the twelve that python -m "
             "dpo_ds.models lists"

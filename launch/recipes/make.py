@@ -6,10 +6,11 @@ the machine below; tests/test_recipes.py makes them again and compares.
 
 from pathlib import Path
 
-from dpo_ds import plan, world
 from dpo_ds.config import Options
-from dpo_ds.machine import GIB, Machine
-from dpo_ds.models import table
+from dpo_ds.engine import join
+from dpo_ds.models.find import table
+from dpo_ds.plan.choose import choose
+from dpo_ds.plan.machine import GIB, Machine
 
 MACHINE = Machine(ranks=8, ranks_per_node=8, gpu_memory=80 * GIB, host_memory=2000 * GIB)
 WHY = {
@@ -44,7 +45,7 @@ def name(model: str, lora: bool) -> str:
 
 def text(model: str, lora: bool) -> str:
     options = Options(model=model, lora=lora)
-    chosen = plan.choose(options, MACHINE)
+    chosen = choose(options, MACHINE)
     decided = chosen.options
     values = {
         "model": model,
@@ -77,7 +78,7 @@ def text(model: str, lora: bool) -> str:
 
 
 def main() -> None:
-    world.quiet_start()
+    join.quiet_start()
     for model in table():
         for lora in (False, True):
             Path(__file__).with_name(name(model, lora)).write_text(text(model, lora), encoding="utf-8")

@@ -1,0 +1,165 @@
+"""Tokenised pairs on disk, by content: the same rows with the same tokenizer and options are tokenised once."""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict
+from itertools import chain
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pyarrow as pa
+
+from dpo_ds.data.counts import Report, counted
+from dpo_ds.data.encoder import Encoder, Tokenizing
+from dpo_ds.data.pairs import read_manifest
+from dpo_ds.data.rows import prompt_hash
+from dpo_ds.errors import files_of
+
+FORMAT = 2  # of the folder below and of all that decides its content; raise it when either changes
+
+
+SMALL = 20_000  # rows: below it, starting processes costs more than it saves
+
+
+def tokenize_pairs(
+    rows: datasets.Dataset,
+    tokenizer,
+    tokenizing: Tokenizing,
+    cache_folder: Path,
+    report: Report,
+    num_proc: int | None = None,
+) -> Path:
+    """The folder of the rows' PairSet, in the cache: the same content is tokenised once. Adds its counts to `report`.
+
+    Raises UserError if nothing is left, or too little, counting what the report has already.
+    """
+    encoder = Encoder(tokenizer, tokenizing)
+    folder = cache_folder / _key(rows, tokenizer, tokenizing)[:32]
+    if not folder.is_dir():
+        with files_of("--cache_dir", cache_folder):
+            cache_folder.mkdir(parents=True, exist_ok=True)
+            partial = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=cache_folder))
+        try:
+            _write(partial, rows, encoder, num_proc)
+            partial.rename(folder)
+        except OSError:
+            if not folder.is_dir():  # else another process was faster: its set is this one
+                raise
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    manifest = read_manifest(folder)
+    for counts, more in ((report.left_out, manifest["left_out"]), (report.changed, manifest["changed"])):
+        counts.update({kind: (count, first) for kind, (count, first) in more.items()})
+    report.check()
+    return folder
+
+
+def _key(rows: datasets.Dataset, tokenizer, tokenizing: Tokenizing) -> str:
+    """sha256 of everything that decides the tokens: rows, tokenizer, options."""
+    digest = hashlib.sha256()
+    facts = {
+        "format": FORMAT,
+        "options": asdict(tokenizing),
+        "template": tokenizer.chat_template,
+        "special": {key: str(value) for key, value in tokenizer.special_tokens_map.items()},
+    }
+    digest.update(json.dumps(facts, sort_keys=True).encode())
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    digest.update(
+        (backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)).encode()
+    )
+    for batch in rows.with_format("arrow").iter(batch_size=10_000):
+        table = batch.combine_chunks().replace_schema_metadata(None)
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_stream(sink, table.schema) as writer:
+            writer.write_table(table)
+        digest.update(sink.getvalue())
+    return digest.hexdigest()
+
+
+def _write(folder: Path, rows: datasets.Dataset, encoder: Encoder, num_proc: int | None) -> None:
+    if num_proc is None:
+        num_proc = min(8, len(os.sched_getaffinity(0)))
+    encoded = rows.map(
+        _encode_batch,
+        batched=True,
+        fn_kwargs={"encoder": encoder},
+        remove_columns=rows.column_names,
+        features=_FEATURES,
+        load_from_cache_file=False,
+        num_proc=num_proc if len(rows) >= SMALL and num_proc > 1 else None,
+        new_fingerprint=folder.name.replace(".", "-"),
+    )
+    # Column by column, as a stream: lists of a million rows would be half a GB.
+    numbers = np.fromiter(_column(encoded, "row"), np.int64, len(encoded))
+    left_out = counted(zip(_column(encoded, "left_out"), numbers, strict=True))
+    kinds = ((kind, row) for row, found in zip(numbers, _column(encoded, "changed"), strict=True) for kind in found)
+    changed = counted(kinds)
+    lengths = np.fromiter(chain.from_iterable(_column(encoded, "lengths")), np.int32, 3 * len(encoded)).reshape(-1, 3)
+    used = lengths.sum(axis=1) > 0
+    lengths = lengths[used]
+    total = int(lengths.sum(dtype=np.int64))
+    tokens = np.lib.format.open_memmap(folder / "tokens.npy", mode="w+", dtype=np.int32, shape=(total,))
+    at = 0
+    for batch in encoded.select_columns(["tokens"]).with_format("arrow").iter(batch_size=1000):
+        values = pa.concat_arrays(batch["tokens"].chunks).flatten().to_numpy(zero_copy_only=False)
+        tokens[at : at + len(values)] = values
+        at += len(values)
+    tokens.flush()
+    ends = np.cumsum(lengths.sum(axis=1, dtype=np.int64))
+    arrays = {
+        "lengths": lengths,
+        "starts": ends - lengths.sum(axis=1, dtype=np.int64),
+        "rows": numbers[used],
+        "pair_ids": _bytes(encoded, "pair_id")[used],
+        "prompt_hashes": _bytes(encoded, "prompt_hash")[used],
+    }
+    for name, array in arrays.items():
+        np.save(folder / f"{name}.npy", array)
+    manifest = {"pairs": len(lengths), "tokens": total, "left_out": left_out, "changed": changed}
+    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1))
+
+
+_FEATURES = datasets.Features(
+    {
+        "row": datasets.Value("int64"),
+        "tokens": datasets.List(datasets.Value("int32")),
+        "lengths": datasets.List(datasets.Value("int32")),
+        "pair_id": datasets.Value("binary"),
+        "prompt_hash": datasets.Value("binary"),
+        "left_out": datasets.Value("string"),
+        "changed": datasets.List(datasets.Value("string")),
+    }
+)
+
+
+def _encode_batch(rows: dict[str, list], encoder: Encoder) -> dict[str, list]:
+    """Rows that are left out keep their place, with no tokens."""
+    out: dict[str, list] = {name: [] for name in _FEATURES}
+    for row, text, pair in zip(rows["row"], rows["text"], encoder.encode(rows), strict=True):
+        parts = [[], [], []] if pair["left_out"] else [pair["prompt"], pair["chosen"], pair["rejected"]]
+        tokens, lengths = [token for part in parts for token in part], [len(part) for part in parts]
+        out["row"].append(row)
+        out["tokens"].append(tokens)
+        out["lengths"].append(lengths)
+        out["pair_id"].append(hashlib.sha256(np.array([*lengths, *tokens], dtype=np.int32).tobytes()).digest()[:16])
+        out["prompt_hash"].append(prompt_hash(text))
+        out["left_out"].append(pair["left_out"])
+        out["changed"].append([] if pair["left_out"] else pair["changed"])
+    return out
+
+
+def _column(rows: datasets.Dataset, name: str) -> Iterator:
+    """One column's values, a few thousand in memory at a time."""
+    for batch in rows.select_columns([name]).with_format("arrow").iter(batch_size=10_000):
+        yield from batch[name].to_pylist()
+
+
+def _bytes(rows: datasets.Dataset, name: str) -> np.ndarray:
+    """A column of 16 bytes each: uint8 [n, 16]."""
+    return np.fromiter(chain.from_iterable(_column(rows, name)), np.uint8, 16 * len(rows)).reshape(-1, 16)

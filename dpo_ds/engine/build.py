@@ -1,0 +1,122 @@
+"""Policy and reference as DeepSpeed engines: the only file that calls deepspeed.initialize.
+
+Models load partitioned under ZeRO-3 (transformers does it while an HfDeepSpeedConfig is alive), never whole on every
+rank. Dropout is off: policy and reference must be one function of the tokens.
+"""
+
+import contextlib
+import io
+from pathlib import Path
+
+import deepspeed
+import torch
+from transformers import AutoModelForCausalLM, get_scheduler
+from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
+
+from dpo_ds.config import Options
+from dpo_ds.engine.engine import Engine
+from dpo_ds.engine.memory import clear_swap_folders
+from dpo_ds.engine.tiers import reference_config, swap_folders
+from dpo_ds.errors import RunStopped
+from dpo_ds.models.lora import add_lora
+from dpo_ds.models.model import torch_dtype
+from dpo_ds.ranks import world
+from dpo_ds.scoring import attention
+from dpo_ds.scoring.scorer import PairScorer
+
+FIRST_PARAMETER_ID = 1_000_000  # far above a reference's, which may be alive beside the policy
+
+
+def policy_engine(folder: Path, config: dict, options: Options, kernel: str, total_steps: int) -> Engine:
+    """The model to train: all its weights, or LoRA adapters on frozen ones. `kernel` is attention's."""
+    clear_swap_folders(swap_folders(config))
+    # Swap files are named by these numbers: a policy's must be the same after a resume, whether or not a reference's
+    # engine came before it.
+    deepspeed.zero.Init.param_id = FIRST_PARAMETER_ID
+    model = _load(folder, config, options, kernel)
+    if options.lora:
+        model = add_lora(model, options)
+    if options.gradient_checkpointing == "on":
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.train()
+    scorer = PairScorer(model, balance=float(options.router_aux_loss_coef) > 0)
+    engine = _initialize(
+        model=scorer,
+        model_parameters=_parameter_groups(scorer, options.weight_decay),
+        config=config,
+        lr_scheduler=lambda optimizer: get_scheduler(
+            {"constant": "constant_with_warmup"}.get(options.lr_scheduler, options.lr_scheduler),
+            optimizer,
+            num_warmup_steps=round(options.warmup_ratio * total_steps),
+            num_training_steps=total_steps,
+        ),
+    )
+    if config["zero_optimization"]["stage"] == 0:
+        if options.precision == "bf16":
+            _forget_first_step(engine.basic_optimizer)
+        # A rank alone has nobody to average its gradients with; DeepSpeed would lay them end to end and copy them back.
+        engine.enable_backward_allreduce = world.from_environment().size > 1
+    return Engine(engine, config)
+
+
+def _initialize(**arguments):
+    with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints memory tables while it builds engines
+        engine, *_ = deepspeed.initialize(**arguments)
+    return engine
+
+
+def _forget_first_step(optimizer) -> None:
+    """DeepSpeed's bf16 optimizer at stage 0 allocates Adam's state by a step with zero gradients, and leaves it
+    counted: the first real update would come out at 0.74 of its size."""
+    optimizer.state.clear()
+    for group in optimizer.param_groups:
+        group.pop("step", None)  # FusedAdam counts here
+
+
+def reference_engine(folder: Path, config: dict, options: Options, kernel: str) -> Engine:
+    """The frozen model that DPO measures against, without an optimizer. `config` is the policy's."""
+    config = reference_config(config)
+    clear_swap_folders(swap_folders(config))
+    model = _load(folder, config, options, kernel)
+    model.requires_grad_(False)
+    return Engine(_initialize(model=PairScorer(model), config=config), config)
+
+
+def _load(folder: Path, config: dict, options: Options, kernel: str):
+    # transformers looks for this object while it loads, and partitions under stage 3; it holds only a weak reference.
+    alive = HfDeepSpeedConfig(config)
+    if config["zero_optimization"]["stage"] != 3:
+        unset_hf_deepspeed_config()
+    model, found = AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype=torch_dtype(options.precision),
+        attn_implementation=attention.implementation(kernel),
+        trust_remote_code=options.trust_remote_code,
+        use_safetensors=True,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,
+    )
+    del alive
+    unset_hf_deepspeed_config()
+    unfit = sorted(found["missing_keys"]) + sorted(name for name, *_ in found["mismatched_keys"])
+    if unfit:  # transformers has given them random values
+        raise RunStopped(
+            f"{folder}: {len(unfit)} tensors that its config.json asks for are not in its weights, or have another "
+            f"shape, {unfit[0]} among them: config and weights are not of one model"
+        )
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    return model
+
+
+def _parameter_groups(scorer: PairScorer, weight_decay: float) -> list[dict]:
+    """Trainable parameters; with weight decay, biases and norms (one dimension) in a group without it."""
+    trained = [p for p in scorer.parameters() if p.requires_grad]
+    if weight_decay == 0:
+        return [{"params": trained}]
+    # Under ZeRO-3 a parameter is an empty placeholder: its real shape is in ds_shape.
+    matrices = [p for p in trained if len(getattr(p, "ds_shape", p.shape)) > 1]
+    vectors = [p for p in trained if len(getattr(p, "ds_shape", p.shape)) <= 1]
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]

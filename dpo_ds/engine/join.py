@@ -1,0 +1,88 @@
+"""Starting DeepSpeed: what must be said before it is imported, and joining the ranks of a run."""
+
+import contextlib
+import dataclasses
+import datetime
+import io
+import os
+import socket
+import warnings
+from pathlib import Path
+
+from dpo_ds.engine import ops
+from dpo_ds.errors import UserError
+from dpo_ds.ranks import collectives, process, world
+
+# Tokenising a large set or reading a large checkpoint on one rank keeps the others waiting for long.
+PATIENCE = datetime.timedelta(hours=6)
+
+
+def quiet_start() -> None:
+    """What must be said before DeepSpeed is imported and CUDA allocates; and warnings only from the libraries, whose
+    own account of what they do would drown ours."""
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    elif process.exact_pinned_memory():
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", process.EXACT_PINNED)
+    import deepspeed
+    import transformers
+
+    deepspeed.utils.logger.setLevel("WARNING")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    # DeepSpeed 0.19 still calls what torch 2.13 has renamed, once a collective.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+    # The name that transformers 5.23 asks for instead is not there in 5.10.
+    warnings.filterwarnings("ignore", category=FutureWarning, message=".*gradient_checkpointing")
+
+
+def join() -> world.World:
+    """Joins the process group (nccl on GPUs, gloo on CPU) and takes this rank's device and share of the cores.
+
+    Raises UserError where a node has fewer GPUs than ranks.
+    """
+    import torch
+
+    here = world.from_environment()
+    if torch.cuda.is_available() and here.local_rank >= torch.cuda.device_count():
+        raise UserError(f"this node has {torch.cuda.device_count()} GPU(s) and more ranks: lower --num_gpus to that")
+    quiet_start()
+    # torchrun says 1 where nobody has said anything, and the optimizer's step on the host would take hours.
+    if torch.cuda.is_available() and os.environ.get("OMP_NUM_THREADS", "1") == "1":
+        local_size = int(os.environ.get("LOCAL_WORLD_SIZE", here.size))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
+    os.environ.setdefault("RANK", "0")
+    os.environ.setdefault("LOCAL_RANK", "0")
+    os.environ.setdefault("WORLD_SIZE", "1")
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    os.environ.setdefault("MASTER_PORT", str(_free_port()))
+    if torch.cuda.is_available():
+        torch.cuda.set_device(here.local_rank)
+    else:
+        process.keep_freed_memory()
+    import deepspeed
+
+    ops.build_in_turns(here.speaks)
+    with contextlib.redirect_stdout(io.StringIO()):
+        deepspeed.init_distributed(verbose=False, timeout=PATIENCE)
+    if torch.cuda.is_available():
+        return here
+    all_cores = process.take_cores()
+    _unname_shared_memory(here)
+    return dataclasses.replace(here, all_cores=all_cores)
+
+
+def _unname_shared_memory(here: world.World) -> None:
+    """Takes away the name of this rank's block in /dev/shm as soon as every rank has mapped it. DeepSpeed 0.19's
+    collectives on CPU never do, and each rank of each run would leave 66 MiB of the machine's memory behind."""
+    collectives.wait_for_all()
+    parts = "deepspeed_allreduce_buffer", os.getuid(), os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"], here.rank
+    Path("/dev/shm", "_".join(map(str, parts))).unlink(missing_ok=True)
+
+
+def _free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]

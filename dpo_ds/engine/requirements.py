@@ -1,0 +1,65 @@
+"""What DeepSpeed asks of a machine for a config, found out before a model is loaded: compilers, NVMe."""
+
+import os
+import resource
+import shutil
+from pathlib import Path
+
+from dpo_ds.errors import UserError
+
+CAP_IPC_LOCK = 14  # capabilities(7): memory may be locked beyond the limit
+
+
+def require_compiler(name: str, config: dict, on_gpu: bool) -> None:
+    """Raises UserError where DeepSpeed would compile an optimizer, late in the run's start, and has no compiler."""
+    if "offload_optimizer" in config["zero_optimization"]:
+        compiler = os.environ.get("CXX", "c++")
+        if shutil.which(compiler) is None:
+            raise UserError(
+                f"--ds_config {name} keeps the optimizer on the host, whose code DeepSpeed compiles with {compiler}, "
+                "which is not installed: install g++, or choose a tier without offload"
+            )
+    elif on_gpu and not config["optimizer"]["params"]["torch_adam"]:
+        from torch.utils.cpp_extension import CUDA_HOME
+
+        if CUDA_HOME is None:
+            raise UserError(
+                f"--ds_config {name} sets torch_adam to false, and DeepSpeed compiles its FusedAdam with nvcc, which "
+                "is not installed: remove torch_adam, or install the CUDA toolkit"
+            )
+
+
+def require_nvme(folders: list[Path]) -> None:
+    """Raises UserError, with the remedy, where DeepSpeed would abort: no libaio, no locked memory, no direct I/O."""
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    if not AsyncIOBuilder().is_compatible():
+        raise UserError("offload to nvme needs libaio, its headers and g++: install Debian's libaio-dev and g++")
+    if not may_lock_memory():
+        raise UserError("offload to nvme locks its buffers in memory, which is limited here: ulimit -l unlimited")
+    for folder in folders:
+        _require_direct_io(folder)
+
+
+def may_lock_memory() -> bool:
+    if resource.getrlimit(resource.RLIMIT_MEMLOCK)[0] == resource.RLIM_INFINITY:
+        return True
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return False
+    (effective,) = [int(line.split()[1], 16) for line in lines if line.startswith("CapEff")]
+    return bool(effective >> CAP_IPC_LOCK & 1)
+
+
+def _require_direct_io(folder: Path) -> None:
+    probe = folder / f".direct-io-{os.getpid()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        os.close(os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_DIRECT))
+    except OSError as error:
+        raise UserError(
+            f"offload to nvme: {folder} takes no direct I/O ({error.strerror}): name a folder on a local drive"
+        ) from None
+    finally:
+        probe.unlink(missing_ok=True)

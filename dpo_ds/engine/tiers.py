@@ -1,0 +1,264 @@
+"""Picks a DeepSpeed config (a tier of ds_configs/, or the user's own file) and fills in what it leaves "auto".
+
+A filled config is what deepspeed.initialize takes: no "auto" is left, batch sizes are ours (a step is a set of pairs,
+see data/steps.py), and nothing in it contradicts the options.
+"""
+
+import copy
+import difflib
+import hashlib
+import json
+from pathlib import Path
+
+from dpo_ds.config import Options
+from dpo_ds.errors import UserError
+from dpo_ds.models.model import Model
+from dpo_ds.resources import tier_files
+
+AUTO = "auto"
+
+
+# DeepSpeed never sees a step's pairs: dpo_ds sets the boundaries itself.
+BATCH_SIZES_ARE_OURS = (
+    ': remove it or make it "auto"; a step is --global_batch_pairs pairs, and --micro_batch_tokens says how much of it '
+    "a GPU takes at a time"
+)
+
+
+# What a config may hold: DeepSpeed ignores other words at this level (within zero_optimization it checks them itself).
+KNOWN = frozenset(
+    "train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps gradient_clipping bf16 fp16 "
+    "data_types optimizer scheduler zero_optimization zero_allow_untested_optimizer zero_force_ds_cpu_optimizer aio "
+    "communication_data_type prescale_gradients gradient_predivide_factor steps_per_print wall_clock_breakdown "
+    "memory_breakdown dump_state disable_allgather disable_python_gc dataloader_drop_last log_level "
+    "activation_checkpointing comms_logger flops_profiler timers tensorboard wandb csv_monitor comet checkpoint "
+    "compile".split()
+)
+
+
+def load_tier(name: str) -> dict:
+    """The JSON of a tier or file as it stands. Raises UserError if there is none of that name, or it is not JSON."""
+    tiers = tier_files()
+    path = tiers.get(name, Path(name).expanduser())
+    if not path.is_file():
+        raise UserError(f"--ds_config {name} is neither a file nor a tier; the tiers are {', '.join(sorted(tiers))}")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"--ds_config {path} is not JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise UserError(f"--ds_config {path} must hold one JSON object, as DeepSpeed's config does")
+    return config
+
+
+def fill_tier(name: str, options: Options, model: Model, ranks: int, on_gpu: bool) -> dict:
+    """The config for deepspeed.initialize: every "auto" filled, batch sizes ours.
+
+    `options.precision` and `learning_rate` must be decided. Raises UserError where the file contradicts an option or
+    asks for what DeepSpeed is known to get wrong.
+    """
+    config = copy.deepcopy(load_tier(name))
+    _refuse_broken(name, config)
+
+    def settle(section: dict, key: str, value, flag: str | None = None) -> None:
+        """Fills an "auto" or missing key, and refuses another value than the option's (or, without one, than ours)."""
+        if section.get(key, AUTO) not in (AUTO, value):
+            remedy = f", but {flag} says {value}: make them agree" if flag else BATCH_SIZES_ARE_OURS
+            raise UserError(f"--ds_config {name} sets {key} to {section[key]}{remedy}")
+        section[key] = value
+
+    settle(config, "train_micro_batch_size_per_gpu", 1)
+    settle(config, "gradient_accumulation_steps", 1)
+    settle(config, "train_batch_size", ranks)
+    settle(config, "gradient_clipping", options.max_grad_norm, "--max_grad_norm")
+    settle(config.setdefault("bf16", {}), "enabled", options.precision == "bf16", f"--precision {options.precision}")
+
+    optimizer = config.setdefault("optimizer", {"type": "AdamW"})
+    params = optimizer.setdefault("params", {})
+    settle(params, "lr", options.learning_rate, "--learning_rate")
+    settle(params, "weight_decay", options.weight_decay, "--weight_decay")
+    for key, default in (("betas", [0.9, 0.999]), ("eps", 1e-8)):
+        if params.get(key, AUTO) == AUTO:
+            params[key] = default
+
+    zero = config.setdefault("zero_optimization", {"stage": 0})
+    zero.setdefault("stage", 0)
+    if uses_nvme(config):
+        _fill_nvme(name, zero, options, max(p.numel() for p in model.skeleton.parameters()), ranks)
+    _fill_sizes(zero, model)
+    if zero["stage"] == 3:
+        # An invalidated trace costs all prefetching: whoever runs into one should read of it.
+        zero.setdefault("log_trace_cache_warnings", True)
+        _fill_leaf_modules(zero, model)
+    if "offload_optimizer" not in zero:
+        params.setdefault("torch_adam", True)  # torch's own AdamW: DeepSpeed's FusedAdam has to be compiled first
+        if params["torch_adam"]:
+            params.setdefault("fused", True)  # one pass over the weights, without temporaries
+    left = [path for path, value in _leaves(config) if value == AUTO]
+    if left:
+        raise UserError(f'--ds_config {name}: no rule fills "auto" for {left[0]}; give it a value')
+    _require_deepspeeds(name, zero)
+    return config
+
+
+def _require_deepspeeds(name: str, zero: dict) -> None:
+    """Raises UserError for what DeepSpeed would refuse in zero_optimization, with its own reason."""
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    from pydantic import ValidationError
+
+    try:
+        DeepSpeedZeroConfig(**zero)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, ("zero_optimization", *first["loc"])))
+        raise UserError(f"--ds_config {name}: {key} is {first['input']}: {first['msg']}") from None
+
+
+def _fill_sizes(zero: dict, model: Model) -> None:
+    """Bucket sizes by transformers' rules (integrations/deepspeed.py): a layer's square matrix, 0.9 of it, ten rows.
+    Live parameters: DeepSpeed's default, or two blocks of experts where those are larger."""
+    hidden = model.hidden_size
+    live = max(10**9, 2 * model.largest_block)
+    rules = {
+        "reduce_bucket_size": hidden**2,
+        "allgather_bucket_size": hidden**2,
+        "stage3_prefetch_bucket_size": int(0.9 * hidden**2),
+        "stage3_param_persistence_threshold": 10 * hidden,
+        "stage3_max_live_parameters": live,
+        "stage3_max_reuse_distance": live,
+        "stage3_gather_16bit_weights_on_model_save": False,
+        "sub_group_size": 10**9,
+    }
+    for key, value in rules.items():
+        if zero.get(key) == AUTO:
+            zero[key] = value
+
+
+def _fill_leaf_modules(zero: dict, model: Model) -> None:
+    """Blocks of experts are gathered whole, whatever DeepSpeed's default list knows."""
+    leaf = zero.get("leaf_module", {})
+    if leaf.get("classes", AUTO) == AUTO and (model.moe_blocks or leaf):
+        zero["leaf_module"] = {**leaf, "classes": model.moe_blocks}
+    elif missing := set(model.moe_blocks) - set(leaf.get("classes", model.moe_blocks)):
+        raise UserError(
+            f"--ds_config: leaf_module.classes lacks {missing.pop()}: ranks whose tokens go to different experts would "
+            'wait for each other for ever; add it, or make classes "auto"'
+        )
+
+
+def uses_nvme(config: dict) -> bool:
+    zero = config.get("zero_optimization", {})
+    return any((zero.get(section) or {}).get("device") == "nvme" for section in ("offload_optimizer", "offload_param"))
+
+
+def swap_folders(config: dict) -> list[Path]:
+    """Where the engine of this config keeps its swap files: nothing else writes there."""
+    zero = config.get("zero_optimization", {})
+    sections = [zero.get(section) or {} for section in ("offload_optimizer", "offload_param")]
+    return sorted({Path(section["nvme_path"]) for section in sections if section.get("device") == "nvme"})
+
+
+def _fill_nvme(name: str, zero: dict, options: Options, largest_parameter: int, ranks: int) -> None:
+    """Offload to NVMe: a folder for every engine, buffers by the model, what DeepSpeed gets wrong refused or off."""
+    optimizer, parameters = zero.get("offload_optimizer") or {}, zero.get("offload_param") or {}
+    if zero["stage"] != 3:
+        raise UserError(f"--ds_config {name}: device nvme needs ZeRO stage 3, not {zero['stage']}")
+    if parameters.get("device") == "nvme":
+        if optimizer.get("device") != "nvme":
+            raise UserError(
+                f"--ds_config {name}: DeepSpeed cannot load a checkpoint with parameters on nvme and the optimizer "
+                "elsewhere; set offload_optimizer.device to nvme as well, or offload_param.device to cpu"
+            )
+        if options.lora:
+            raise UserError(
+                f"--ds_config {name}: DeepSpeed leaves frozen parameters on nvme out of its checkpoints; with --lora, "
+                "set offload_param.device to cpu"
+            )
+        # DeepSpeed's prefetch from NVMe asks twice for a parameter whose next two uses follow one another (a forward's
+        # last layer is its backward's first) and stops; and a parameter kept for later use keeps its buffer.
+        for key in ("stage3_prefetch_bucket_size", "stage3_max_reuse_distance"):
+            if zero.get(key, AUTO) not in (AUTO, 0):
+                raise UserError(f"--ds_config {name}: with parameters on nvme, {key} must be 0, not {zero[key]}")
+            zero[key] = 0
+        if parameters.get("buffer_size", AUTO) == AUTO:
+            parameters["buffer_size"] = -(-largest_parameter // ranks)
+        if parameters.get("max_in_cpu", AUTO) == AUTO:
+            parameters["max_in_cpu"] = 0
+    for section in (optimizer, parameters):
+        if section.get("device") == "nvme":
+            path = options.nvme_path if section.get("nvme_path", AUTO) == AUTO else section["nvme_path"]
+            if path is None:
+                raise UserError(f"--ds_config {name} offloads to nvme: name a folder on a local drive with --nvme_path")
+            # DeepSpeed empties the folder that it is given, whoever else may be using it.
+            run = hashlib.sha256(str(Path(options.output_dir or "").resolve()).encode()).hexdigest()[:12]
+            section["nvme_path"] = str(Path(path).expanduser() / f"dpo_ds-{run}" / "policy")
+
+
+def _leaves(config, path: str = ""):
+    if isinstance(config, dict):
+        for key, value in config.items():
+            yield from _leaves(value, f"{path}.{key}".lstrip("."))
+    else:
+        yield path, config
+
+
+def _refuse_broken(name: str, config: dict) -> None:
+    """What DeepSpeed 0.19 gets wrong, no longer knows, or what dpo_ds decides itself."""
+    from deepspeed.runtime.config import DeepSpeedConfigError, _reject_removed_config_keys
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    zero = config.get("zero_optimization", {})
+    try:
+        _reject_removed_config_keys(config)
+    except DeepSpeedConfigError as error:
+        raise UserError(f"--ds_config {name}: {' '.join(str(error).split())}; remove it") from None
+    for key, field in DeepSpeedZeroConfig.model_fields.items():
+        extra = field.json_schema_extra or {}
+        if key in zero and extra.get("deprecated"):  # the plan would not see what it stands for
+            raise UserError(
+                f"--ds_config {name}: zero_optimization.{key} is DeepSpeed's former word for {extra['new_param']}: "
+                "write that instead"
+            )
+    if unknown := sorted(set(config) - KNOWN):
+        nearest = difflib.get_close_matches(unknown[0], KNOWN, n=1)
+        hint = f" (did you mean {nearest[0]}?)" if nearest else ""
+        raise UserError(
+            f"--ds_config {name} has a key that DeepSpeed or dpo_ds does not use: {unknown[0]}{hint}; remove it"
+        )
+    if config.get("fp16", {}).get("enabled") is True:
+        raise UserError(f"--ds_config {name} asks for fp16, which DPO runs here do not support: use bf16 or fp32")
+    config.pop("fp16", None)  # transformers-style files carry it as "auto" or off
+    if config.get("bf16", {}).get("bf16_master_weights_and_grads"):
+        raise UserError(
+            f"--ds_config {name}: bf16_master_weights_and_grads loses DPO's small updates to rounding; remove it"
+        )
+    if (zero.get("offload_optimizer") or {}).get("ratio", 1.0) < 1.0:
+        raise UserError(
+            f"--ds_config {name}: offload_optimizer.ratio below 1 does not follow the learning rate schedule in "
+            "DeepSpeed; remove it"
+        )
+    if config.get("optimizer", {}).get("type", "AdamW") not in ("AdamW", "Adam"):
+        raise UserError(f"--ds_config {name}: the optimizer must be AdamW, not {config['optimizer']['type']}")
+    scheduler = config.pop("scheduler", None)
+    if scheduler and any(value != AUTO for _, value in _leaves(scheduler.get("params", {}))):
+        raise UserError(
+            f"--ds_config {name} has a scheduler: remove it; --lr_scheduler and --warmup_ratio set the learning rate"
+        )
+    for section in ("offload_optimizer", "offload_param"):
+        if (zero.get(section) or {}).get("device") == "none":
+            zero.pop(section)
+
+
+def reference_config(config: dict) -> dict:
+    """The config of the frozen reference's engine: no optimizer; stage 3 where the policy has it, stage 0 otherwise."""
+    reference = copy.deepcopy(config)
+    for key in ("optimizer", "data_types"):
+        reference.pop(key, None)
+    zero = reference["zero_optimization"]
+    zero.pop("offload_optimizer", None)
+    parameters = zero.get("offload_param") or {}
+    if parameters.get("device") == "nvme":
+        parameters["nvme_path"] = str(Path(parameters["nvme_path"]).with_name("reference"))
+    if zero["stage"] != 3:
+        reference["zero_optimization"] = {"stage": 0}
+    return reference

@@ -1,0 +1,1 @@
+"""Preference losses and metrics: pure functions of log-probabilities."""

@@ -1,0 +1,77 @@
+"""A model's files: its tokenizer, and its weights as whole safetensors files."""
+
+import json
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+from dpo_ds.errors import UserError, one_line
+from dpo_ds.models.find import _not_found
+from dpo_ds.models.model import Model
+
+WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json")
+
+
+OTHER_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "*.py")
+
+
+def load_tokenizer(model: Model):
+    """The model's tokenizer. Raises UserError if there is none, or it has no EOS token to end responses with."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model.source, trust_remote_code=model.trust_remote_code)
+    except Exception as error:  # transformers reads the user's files: whatever it raises is about them
+        text = one_line(error)
+        raise UserError(f"--model {model.name} has no tokenizer that loads; put its files beside it: {text}") from error
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"--model {model.name}: its tokenizer has no EOS token; set eos_token in tokenizer_config.json")
+    vocabulary = model.config.get_text_config().vocab_size
+    if len(tokenizer) > vocabulary:
+        raise UserError(
+            f"--model {model.name}: its tokenizer knows {len(tokenizer)} tokens, but its config's vocab_size is only "
+            f"{vocabulary}: resize the embeddings and save the model first"
+        )
+    return tokenizer
+
+
+def fetch_weights(model: Model) -> Path:
+    """The folder with the weights, downloaded if they are on the hub. Raises UserError if they are not whole."""
+    folder = Path(model.source)
+    if not folder.is_dir():
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError
+
+        try:
+            folder = Path(snapshot_download(model.source, allow_patterns=[*WEIGHT_FILES, *OTHER_FILES]))
+        except (OSError, HfHubHTTPError) as error:
+            raise UserError(_not_found(model.name, model.source, error)) from error
+    for file in weight_files(folder):
+        try:
+            with safe_open(file, framework="pt"):  # reads the header alone
+                pass
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{file} is damaged or cannot be read ({one_line(error)}): copy it again") from None
+    return folder
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model folder. Raises UserError if there are none, or some that the index names."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            files = sorted({folder / name for name in json.loads(index.read_text())["weight_map"].values()})
+        except (OSError, ValueError, KeyError, AttributeError) as error:
+            raise UserError(f"{index} is damaged ({one_line(error)}): copy it again") from None
+    else:
+        files = sorted(folder.glob("*.safetensors"))
+    missing = [file.name for file in files if not file.is_file()]
+    if missing:
+        raise UserError(f"{folder} lacks {missing[0]} that its index names ({len(missing)} missing): copy it again")
+    if not files:
+        others = sorted(file.name for file in folder.glob("*.bin"))
+        instead = f", only {others[0]}" if others else ""
+        raise UserError(
+            f"{folder} holds no safetensors weights{instead}; save the model with save_pretrained, which writes them"
+        )
+    return files

@@ -1,0 +1,105 @@
+"""Finding a model by name: one of the twelve from the package, a folder, or the hub.
+
+The twelve's shapes travel with the package (model_shapes.json: config.json's facts, from the models' pages), so that a
+plan needs no network. Any other causal language model of transformers is known by the same rules from its own config.
+"""
+
+import functools
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from dpo_ds import hub
+from dpo_ds.embedded import model_folder
+from dpo_ds.errors import UserError
+from dpo_ds.models.model import Model
+from dpo_ds.resources import MODEL_SHAPES
+
+EMBEDDED = "tiny-gpt2"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A model of the table: what its page on the hub says, without the hub."""
+
+    parameters: int  # counted on the meta device, tests/test_models.py counts again
+    config: object
+
+
+@functools.cache
+def table() -> dict[str, Row]:
+    """The twelve models by hub id."""
+    from transformers import AutoConfig
+
+    rows = json.loads(MODEL_SHAPES.read_text(encoding="utf-8"))
+    return {name: Row(row["parameters"], AutoConfig.for_model(**row["config"])) for name, row in rows.items()}
+
+
+@functools.cache
+def known_model(name: str, trust_remote_code: bool = False) -> Model:
+    """The model's shape: of the twelve from the package, without a network; of any other as `find_model` reads it."""
+    if name in table() and not Path(name).exists():
+        row = table()[name]
+        return Model(name, name, row.config, known_parameters=row.parameters)
+    return find_model(name, trust_remote_code)
+
+
+def find_model(name: str, trust_remote_code: bool = False) -> Model:
+    """Reads the model's config, from the package, a folder, or the hub.
+
+    Raises UserError if there is none to be had, or it is no causal language model.
+    """
+    from transformers import AutoConfig
+
+    source = name
+    if name == EMBEDDED:
+        source = str(model_folder())
+    elif Path(name).expanduser().exists():
+        source = str(Path(name).expanduser())
+    if Path(source).is_file():
+        raise UserError(f"--model {name} is a file; name the folder that holds it and its config.json")
+    if Path(source).is_dir() and not (Path(source) / "config.json").is_file():
+        raise UserError(f"--model {name} has no config.json: name a Hugging Face model folder")
+    if not Path(source).is_dir() and _looks_like_path(name):
+        raise UserError(f"--model {name} is not there: check the path")
+    if not Path(source).is_dir():
+        hub.offline_if_unreachable()
+    try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+    except Exception as error:  # transformers reads the user's file: whatever it raises is about that
+        raise UserError(_not_found(name, source, error)) from error
+    _require_causal(name, config, trust_remote_code)
+    return Model(name, source, config, trust_remote_code)
+
+
+def _looks_like_path(name: str) -> bool:
+    return name.startswith(("/", "./", "../", "~")) or name.count("/") > 1
+
+
+def _not_found(name: str, source: str, error: Exception) -> str:
+    text = " ".join(str(error).split())
+    if Path(source).is_dir():
+        return f"--model {name}: its config.json cannot be used: {text[:300]}"
+    if "gated" in text.lower() or "401" in text or "403" in text or "private" in text.lower():
+        remedy = "ask for access on its page, then set HF_TOKEN or run `hf auth login`"
+        return f"--model {name} is gated or does not exist on the hub: {remedy}"
+    remedy = "check the id and the network, or download the model elsewhere and name its folder; tiny-gpt2 needs none"
+    return f"--model {name} is no folder here and cannot be read from the hub: {remedy}"
+
+
+def _require_causal(name: str, config, trust_remote_code: bool) -> None:
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        if trust_remote_code and "AutoModelForCausalLM" in getattr(config, "auto_map", {}):
+            return
+        raise UserError(f"--model {name} is a {config.model_type} model, not a causal language model; name one that is")
+    if getattr(config, "is_encoder_decoder", False):
+        raise UserError(f"--model {name} is an encoder-decoder; DPO here needs a decoder-only causal language model")
+    architecture = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    saved_as = getattr(config, "architectures", None) or [architecture.__name__]
+    if architecture.__name__ not in saved_as:
+        raise UserError(
+            f"--model {name} was saved as {saved_as[0]}, not as a causal language model ({architecture.__name__}): its "
+            "output head would be random; name a checkpoint that has one"
+        )

@@ -1,0 +1,88 @@
+"""What DPO's own arithmetic is, in floating-point operations, and what part of a GPU's peak it makes (MFU).
+
+Counted as PaLM's report does (Chowdhery et al. 2022, arXiv 2204.02311, appendix B), for DPO: the matrix products of the
+body once for every packed token, the shared prompt once; those of the output head for response tokens alone; attention
+for the pairs of tokens that see each other. What is recomputed in backward counts for nothing.
+"""
+
+import numpy as np
+import torch
+
+from dpo_ds.config import Options
+from dpo_ds.models.lora import is_target
+from dpo_ds.models.lora import targets as lora_targets
+from dpo_ds.models.model import Model
+
+# Dense bf16 products, FLOPs per second, from NVIDIA's data sheets; by a word of the device's name.
+PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "A10G": 70e12, "A40": 150e12}
+
+
+def peak_of(device: torch.device) -> float | None:
+    """The device's dense bf16 peak in FLOPs per second, where it is known."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    if "PCIe" in name and "H100" in name:
+        return 756e12
+    return next((peak for word, peak in PEAKS.items() if word in name), None)
+
+
+class Flops:
+    """Counts a model's FLOPs on pairs of given lengths."""
+
+    def __init__(self, model: Model, options: Options):
+        text = model.config.get_text_config()
+        skeleton = model.skeleton
+        head = skeleton.get_output_embeddings()
+        self.head = head.weight.numel()
+        adapted = lora_targets(skeleton, options.lora_targets) if options.lora else frozenset()
+        top_k = getattr(text, "num_experts_per_tok", None) or 1
+        self.body = self.adapters = 0
+        for name, module in skeleton.named_modules():
+            if module is head or isinstance(module, torch.nn.Embedding):
+                continue
+            for parameter in module.parameters(recurse=False):
+                if parameter.dim() == 2:
+                    self.body += parameter.numel()
+                elif parameter.dim() == 3:  # fused experts, of which a token goes through a few
+                    self.body += top_k * parameter.numel() // len(parameter)
+            if is_target(name, adapted):
+                self.adapters += options.lora_r * sum(module.weight.shape)
+        self.lora = options.lora
+        # The policy's forward, in backward once for the activations' gradients and once for the weights' (LoRA's frozen
+        # weights have none); the reference's forward where it is made in the step.
+        self.backward = 1 if options.lora else 2
+        self.reference = options.reference in ("live", "base")
+        heads = text.num_attention_heads
+        width = getattr(text, "head_dim", None) or text.hidden_size // heads
+        self.attention_width = heads * width
+        window = getattr(text, "sliding_window", None)
+        kinds = getattr(text, "layer_types", None) or ["sliding_attention" if window else "full_attention"]
+        kinds = (list(kinds) * text.num_hidden_layers)[: text.num_hidden_layers]
+        self.windows = [window if kind == "sliding_attention" else None for kind in kinds]
+
+    def step(self, lengths: np.ndarray) -> float:
+        """FLOPs of DPO on pairs of `lengths` [pairs, 3]: prompt, chosen, rejected tokens."""
+        lengths = np.asarray(lengths, dtype=np.int64).reshape(-1, 3)
+        tokens, responses = lengths.sum(), lengths[:, 1:].sum()
+        products = 2.0 * self.body * tokens + 2.0 * self.head * responses
+        attention = self._attention(lengths)
+        adapters = 2.0 * self.adapters * tokens
+        policy = (1 + self.backward) * products + 3 * (attention + adapters)
+        return policy + (products + attention if self.reference else 0.0)
+
+    def _attention(self, lengths: np.ndarray) -> float:
+        """Of a forward: a product of queries and keys, and one of weights and values, for each visible key."""
+        P, C, R = lengths.T
+        return sum(
+            4.0
+            * self.attention_width
+            * (_seen(P + C, window) + _seen(P + R, window) - _seen(P, window)).sum(dtype=np.float64)
+            for window in self.windows
+        )
+
+
+def _seen(rows: np.ndarray, window: int | None) -> np.ndarray:
+    """Keys that the first `rows` rows of a causal sequence see, summed over the rows."""
+    inside = rows if window is None else np.minimum(rows, window)
+    return inside * (inside + 1) / 2 + (rows - inside) * (window or 0)

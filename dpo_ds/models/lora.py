@@ -1,0 +1,65 @@
+"""LoRA (arXiv 2106.09685) through peft: which adapters a run trains."""
+
+import torch
+
+from dpo_ds.config import Options
+from dpo_ds.errors import UserError
+
+ALL = "all-linear"
+
+
+HEAD = "lm_head"
+
+
+def linear_modules(model) -> set[str]:
+    """Names (their last part) of the model's linear modules, without the output head, as peft's all-linear has it."""
+    kinds = ("Linear", "Conv1D")  # GPT-2 has the latter
+    names = {name.rpartition(".")[2] for name, module in model.named_modules() if type(module).__name__ in kinds}
+    return names - {HEAD}
+
+
+def targets(model, wanted: str) -> list[str]:
+    """The names of the modules that get adapters. A mixture's experts are fused parameters, no modules: they get none.
+
+    Raises UserError if a wanted name is no linear module of the model, or an output head that is the embedding too.
+    """
+    linear = linear_modules(model)
+    if wanted == ALL:
+        return sorted(linear)
+    names = [name.strip() for name in wanted.split(",")]
+    for name in names:
+        module = name.rpartition(".")[2]
+        if module == HEAD and model.config.get_text_config().tie_word_embeddings:
+            raise UserError(
+                f"--lora_targets {name}: this model's output head is its embedding as well, which an adapter would "
+                "part: leave it out"
+            )
+        if module not in linear | {HEAD}:
+            raise UserError(
+                f"--lora_targets {name}: the model has no such linear module; it has {', '.join(sorted(linear))}"
+            )
+    return names
+
+
+def is_target(name: str, names: list[str]) -> bool:
+    """Whether a module of that path gets an adapter: peft's rule, the whole path or its end."""
+    return any(name == target or name.endswith(f".{target}") for target in names)
+
+
+def add_lora(model, options: Options):
+    """Wraps a causal LM with adapters; its own weights are frozen. The adapters begin as the identity (B = 0).
+
+    Raises UserError as `targets` does.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=options.lora_r,
+        lora_alpha=options.lora_alpha,
+        lora_dropout=options.lora_dropout,
+        target_modules=targets(model, options.lora_targets),
+        fan_in_fan_out=any(type(module).__name__ == "Conv1D" for module in model.modules()),  # GPT-2
+    )
+    torch.manual_seed(options.seed)  # the same first adapters on every rank, and in every run of this seed
+    return get_peft_model(model, config, autocast_adapter_dtype=False)

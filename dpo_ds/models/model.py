@@ -1,0 +1,107 @@
+"""A model as its config alone describes it: parameters, class, tier, context, before any weight is read."""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+
+@dataclass(frozen=True)
+class SizeClass:
+    """What follows from a model's size, where the user has not said otherwise."""
+
+    name: str
+    below: float  # parameters
+    tier: str  # the ds_configs file for full fine-tuning
+    learning_rate: float
+
+
+# Learning rates: 5e-7 is Zephyr's for 7 B (arXiv 2310.16944, section 4); smaller models take more, larger ones less.
+# The first row is ours, for models that learn from a thousand pairs while one watches (tests/test_embedded.py).
+SIZE_CLASSES = (
+    SizeClass("toy", 2e7, "zero0_debug", 2e-4),
+    SizeClass("debug", 5e8, "zero0_debug", 5e-6),
+    SizeClass("small", 5e9, "zero2_small", 1e-6),
+    SizeClass("standard", 2e10, "zero3_standard", 5e-7),
+    SizeClass("specialised", 4e10, "zero3_offload_specialised", 5e-7),
+    SizeClass("large", float("inf"), "zero3_offload_large", 3e-7),
+)
+
+
+def torch_dtype(precision: str):
+    """torch's dtype for --precision bf16 or fp32."""
+    import torch
+
+    return {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
+
+
+def _path(module) -> str:
+    return f"{type(module).__module__}.{type(module).__qualname__}"
+
+
+@dataclass(frozen=True)
+class Model:
+    """A causal language model that has been found, but not loaded."""
+
+    name: str  # as the user gave it
+    source: str  # what from_pretrained takes: a folder, or the hub id
+    config: object
+    trust_remote_code: bool = False
+    known_parameters: int | None = None  # of the twelve: counted before
+
+    @cached_property
+    def skeleton(self):
+        """The model without weights, on the meta device."""
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(self.config, trust_remote_code=self.trust_remote_code)
+
+    @cached_property
+    def parameters(self) -> int:
+        """Number of parameters, tied ones once."""
+        return self.known_parameters or sum(p.numel() for p in self.skeleton.parameters())
+
+    @cached_property
+    def size_class(self) -> SizeClass:
+        return next(c for c in SIZE_CLASSES if self.parameters < c.below)
+
+    @property
+    def is_moe(self) -> bool:
+        text = self.config.get_text_config()
+        return any(getattr(text, key, None) for key in ("num_local_experts", "num_experts", "n_routed_experts"))
+
+    @cached_property
+    def moe_blocks(self) -> list[str]:
+        """Classes of the modules that hold experts. Under ZeRO-3 they must be gathered whole: ranks whose tokens go to
+        different experts would wait for each other for ever."""
+        if not self.is_moe:
+            return []
+        return sorted({_path(module) for module in self.skeleton.modules() if hasattr(module, "experts")})
+
+    @cached_property
+    def largest_block(self) -> int:
+        """Parameters of the largest block of experts; 0 without any."""
+        names = set(self.moe_blocks)
+        blocks = (m for m in self.skeleton.modules() if names and _path(m) in names)
+        return max((sum(p.numel() for p in block.parameters()) for block in blocks), default=0)
+
+    @property
+    def tier(self) -> str:
+        """The ds_configs file of the model's class, for full fine-tuning."""
+        return "zero3_offload_moe" if self.is_moe and self.parameters > 5e9 else self.size_class.tier
+
+    @property
+    def lora_tier(self) -> str:
+        return "zero3_lora_large" if self.tier.startswith("zero3") else self.tier
+
+    @property
+    def context(self) -> int | None:
+        """Tokens that the model's positions reach; None where the config names no limit."""
+        text = self.config.get_text_config()
+        # Command-R's config.json has both, the second for what it was trained on in the end.
+        limits = [getattr(text, key, None) for key in ("max_position_embeddings", "model_max_length")]
+        return max((limit for limit in limits if limit), default=None)
+
+    @property
+    def hidden_size(self) -> int:
+        return self.config.get_text_config().hidden_size

@@ -1,0 +1,65 @@
+"""What a run takes of GPUs, host memory and disk, in bytes, before anything is downloaded or loaded.
+
+    python -m dpo_ds.plan --model meta-llama/Meta-Llama-3-70B-Instruct --gpus 8 --gpu_memory 80 --host_memory 1000
+    python -m dpo_ds.plan --all
+
+The options of dpo_ds.train, and a machine; without one, this machine. Sizes are GiB, as nvidia-smi and free count.
+"""
+
+import argparse
+import json
+
+from dpo_ds.config import Options, parse_options
+from dpo_ds.engine import join
+from dpo_ds.errors import UserError
+from dpo_ds.models.find import table
+from dpo_ds.plan.choose import choose
+from dpo_ds.plan.machine import GIB, NODE_GPUS, Machine, gib
+from dpo_ds.plan.plan import Plan
+from dpo_ds.plan.refuse import refusal
+from dpo_ds.ranks import console
+
+
+def everything() -> str:
+    """The twelve models on 8 A100s with 80 or 40 GiB each, and 1 or 2 TB of host memory, as Markdown."""
+    lines = [
+        "| model | | " + " | ".join(f"{gpu} GiB, {host} TB" for gpu in (80, 40) for host in (1, 2)) + " |",
+        "|---|---|" + "---|" * 4,
+    ]
+    for name in table():
+        for lora in (False, True):
+            cells = []
+            for gpu in (80, 40):
+                for host in (1, 2):
+                    machine = Machine(NODE_GPUS, NODE_GPUS, gpu * GIB, host * 1000 * GIB)
+                    cells.append(_cell(choose(Options(model=name, lora=lora), machine)))
+            lines.append(f"| `{name}` | {'LoRA' if lora else 'full'} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _cell(plan: Plan) -> str:
+    if not plan.fits:
+        return f"no: {', '.join(plan.lacking)}"
+    recompute = ", recomputed" if plan.options.gradient_checkpointing == "on" else ""
+    need = " + ".join(f"{gib(plan.need(where))}" for where in ("gpu", "host"))
+    return f"`{plan.options.ds_config}` {plan.options.micro_batch_tokens:,} tokens{recompute}: {need}"
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--all", action="store_true")
+    own, rest = parser.parse_known_args(argv)
+    join.quiet_start()
+    if own.all:
+        print(everything())
+        return
+    options = parse_options(rest, "plan")
+    plan = choose(options, Machine.of(options))
+    print(json.dumps(plan.facts(), indent=1) if own.json else plan.table())
+    if not plan.fits:
+        raise UserError(refusal(plan, options))
+
+
+if __name__ == "__main__":
+    console.run_main(main)

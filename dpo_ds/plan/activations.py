@@ -1,0 +1,155 @@
+"""How much memory a forward and backward takes beside weights and optimizer: counted, not estimated.
+
+The real model's own code (attention's layout, fused head, LoRA, recomputation and all) runs on the meta device, where
+tensors have sizes but no content, and every tensor's birth and death is counted. A few layers are enough: what the
+others add is a straight line.
+"""
+
+import copy
+import weakref
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+from transformers import AutoModelForCausalLM
+
+from dpo_ds.config import Options
+from dpo_ds.models.lora import add_lora
+from dpo_ds.scoring import attention
+from dpo_ds.scoring.head import LogitBudget
+from dpo_ds.scoring.packed import PackedBatch, pack
+from dpo_ds.scoring.scorer import PairScorer
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of all meta tensors made within it that are still alive, and the most there ever were; not
+    those of `before`, nor views of them."""
+
+    def __init__(self, before: Iterable[torch.Tensor]):
+        super().__init__()
+        self.now = self.peak = 0
+        self.known = weakref.WeakSet(tensor.untyped_storage() for tensor in before)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        results = function(*args, **(kwargs or {}))
+        for tensor in tree_iter(results):
+            if isinstance(tensor, torch.Tensor) and tensor.is_meta:
+                self._count(tensor.untyped_storage())
+        return results
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        if storage in self.known:
+            return
+        self.known.add(storage)
+        size = storage.nbytes()
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._gone, size)
+
+    def _gone(self, size: int) -> None:
+        self.now -= size
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Bytes for one micro-batch of `tokens` packed tokens: a constant (head, embedding) and a part for every layer."""
+
+    outside: int
+    per_layer: int
+    layers: int
+
+    @property
+    def bytes(self) -> int:
+        return self.outside + self.per_layer * self.layers
+
+
+class Counter:
+    """Counts activations of one model with one set of options; skeletons of a few layers are built once."""
+
+    def __init__(self, config, options: Options, dtype: torch.dtype, experts: bool, keep_gradients: bool = False):
+        text = config.get_text_config()
+        self.layers = text.num_hidden_layers
+        self.kinds = list(dict.fromkeys(getattr(text, "layer_types", None) or [])) or [None]
+        self.counts = (1 + len(self.kinds), 1 + 2 * len(self.kinds))
+        self.options, self.keep_gradients = options, keep_gradients
+        # Grouped products exist on the meta device in bf16 only; in fp32 nearly everything takes twice that.
+        self.scale = 1
+        if experts and dtype == torch.float32:
+            dtype, self.scale = torch.bfloat16, 2
+        self.scorers = [self._scorer(config, count, dtype) for count in self.counts]
+
+    def _scorer(self, config, layers: int, dtype: torch.dtype) -> PairScorer:
+        config = copy.deepcopy(config)
+        text = config.get_text_config()
+        text.num_hidden_layers = layers
+        if getattr(text, "layer_types", None):
+            text.layer_types = (self.kinds * layers)[:layers]
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(
+                config,
+                dtype=dtype,
+                attn_implementation=attention.implementation(attention.SIZES_ONLY),
+                trust_remote_code=self.options.trust_remote_code,
+            )
+            if self.options.lora:
+                model = add_lora(model, self.options)
+                for name, parameter in model.named_parameters():
+                    if ".lora_" in name:  # peft gives adapters their base's dtype, but not on the meta device
+                        parameter.data = parameter.data.to(dtype)
+        model.train()
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        for parameter in model.parameters():
+            if parameter.requires_grad and not self.keep_gradients:  # ZeRO takes a gradient away as soon as it is there
+                parameter.register_post_accumulate_grad_hook(_drop_gradient)
+        return PairScorer(model)
+
+    def count(self, tokens: int, pair_tokens: int, checkpointing: bool, budget: LogitBudget) -> Activations:
+        """For a micro-batch of `tokens` packed tokens in pairs of `pair_tokens`, with as many response tokens as there
+        can be, and the head's logits within the budget."""
+        batch = _batch(tokens, pair_tokens)
+        few, many = (self.scale * _peak(scorer, batch, checkpointing, budget) for scorer in self.scorers)
+        per_layer = (many - few) // (self.counts[1] - self.counts[0])
+        return Activations(few - per_layer * self.counts[0], per_layer, self.layers)
+
+
+def _drop_gradient(parameter: torch.nn.Parameter) -> None:
+    parameter.grad = None
+
+
+def _batch(tokens: int, pair_tokens: int) -> PackedBatch:
+    pairs = []
+    while tokens > 2:
+        size = min(tokens, pair_tokens)
+        pairs.append([np.zeros(n, dtype=np.int32) for n in _lengths(size)])
+        tokens -= size
+    return pack(pairs).to("meta")
+
+
+def _lengths(size: int) -> tuple[int, int, int]:
+    """A quarter of a pair is its prompt: between HH's half and AlpacaEval's twentieth."""
+    prompt = max(1, size // 4)
+    chosen = max(1, (size - prompt) // 2)
+    return prompt, chosen, max(1, size - prompt - chosen)
+
+
+def _peak(scorer: PairScorer, batch: PackedBatch, checkpointing: bool, budget: LogitBudget) -> int:
+    model, scorer.budget = scorer.model, budget
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    else:
+        model.gradient_checkpointing_disable()
+    before = [
+        *scorer.parameters(),
+        *scorer.buffers(),
+        *(t for t in vars(batch).values() if isinstance(t, torch.Tensor)),
+    ]
+    with LiveBytes(before) as live:
+        logps = scorer(batch)
+        logps.sum().backward()
+        del logps
+    return live.peak

@@ -1,0 +1,151 @@
+"""Which tier, micro-batch and recomputation a run takes: the first tier that fits, filled as far as it goes.
+
+What a choice holds where is in footprint.py; what to say where nothing fits is in refuse.py.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+
+from dpo_ds.config import Options
+from dpo_ds.engine.tiers import fill_tier
+from dpo_ds.errors import UserError
+from dpo_ds.models.find import known_model
+from dpo_ds.models.model import Model
+from dpo_ds.plan.footprint import Footprint, Shape, longest_pair
+from dpo_ds.plan.machine import GIB, Machine
+from dpo_ds.plan.plan import Plan
+
+PLENTY = 10**6 * GIB
+
+
+def decide(options: Options, model: Model, on_gpu: bool) -> Options:
+    """Fills precision, learning rate and length, which follow from the model and the kind of machine.
+
+    Raises UserError for what the model cannot do.
+    """
+    changes = {}
+    if options.precision == "auto":
+        changes["precision"] = "bf16" if on_gpu else "fp32"
+    if options.learning_rate is None:
+        changes["learning_rate"] = model.size_class.learning_rate * (10 if options.lora else 1)
+    if options.max_length is None:
+        changes["max_length"] = min(1024, model.context or 1024)
+    elif model.context is not None and options.max_length > model.context:
+        raise UserError(f"--max_length {options.max_length} is above the model's context of {model.context}: lower it")
+    if options.router_aux_loss_coef == "model" or float(options.router_aux_loss_coef) > 0:
+        changes["router_aux_loss_coef"] = _router_coefficient(options.router_aux_loss_coef, model)
+    return options.replace(**changes)
+
+
+def _router_coefficient(wanted: str, model: Model) -> str:
+    own = getattr(model.config.get_text_config(), "router_aux_loss_coef", None)
+    if own is None:
+        raise UserError(
+            f"--router_aux_loss_coef {wanted}: {model.name} is no mixture of experts with such a loss: leave it out"
+        )
+    return str(own) if wanted == "model" else wanted
+
+
+def candidates(options: Options, model: Model, machine: Machine) -> list[str]:
+    """The tiers to try, the fastest first: the class's own, without offload before with it, NVMe last."""
+    if options.ds_config != "auto":
+        return [options.ds_config]
+    own = model.lora_tier if options.lora else model.tier
+    order = [own]
+    if not options.lora and own.startswith("zero3_offload") and machine.gpu_memory is not None:
+        order.insert(0, "zero3_standard")
+    if own in ("zero0_debug", "zero2_small"):
+        order += ["zero2_small", "zero3_standard", "zero3_offload_specialised"]
+    if own == "zero3_standard":
+        order += ["zero3_offload_specialised"]
+    if machine.nvme and not options.lora:  # adapters' state is small: it is never what lacks room
+        order.append("zero3_nvme_large")
+    return list(dict.fromkeys(order))
+
+
+@functools.lru_cache(maxsize=4)
+def _shape(model: str, trust_remote_code: bool, precision: str, lora: bool, lora_r: int, lora_targets: str) -> Shape:
+    options = Options(model=model, precision=precision, lora=lora, lora_r=lora_r, lora_targets=lora_targets)
+    return Shape(known_model(model, trust_remote_code), options)
+
+
+def choose(options: Options, machine: Machine) -> Plan:
+    """The first tier that fits, with the micro-batch that fills the GPU; if none does, the one that lacks least."""
+    model = known_model(options.model, options.trust_remote_code)
+    options = decide(options, model, machine.gpu_memory is not None)
+    lora = (options.lora, options.lora_r, options.lora_targets) if options.lora else (False, 1, "")
+    shape = _shape(options.model, options.trust_remote_code, options.precision, *lora)
+    plans = []
+    for tier in candidates(options, model, machine):
+        plan = fill(shape, options.replace(ds_config=tier), machine)
+        if plan.fits:
+            return plan
+        plans.append(plan)
+    return min(plans, key=lambda plan: plan.excess)
+
+
+def fill(shape: Shape, options: Options, machine: Machine) -> Plan:
+    """The plan of one tier: activations kept if a step's share of pairs fits so, else recomputed, in the largest
+    micro-batch that fits."""
+    somewhere = options
+    if machine.nvme and not options.nvme_path:  # another machine's, whose folders nobody has named
+        somewhere = options.replace(nvme_path="/nvme")
+    config = fill_tier(options.ds_config, somewhere, shape.model, machine.ranks, machine.gpu_memory is not None)
+
+    def plan(tokens: int, checkpointing: str) -> Plan:
+        decided = options.replace(micro_batch_tokens=tokens, gradient_checkpointing=checkpointing)
+        return Plan(shape.model, decided, machine, shape.trained, tuple(Footprint(shape, decided, config, machine)))
+
+    pair = longest_pair(options)
+    if options.micro_batch_tokens is not None:
+        most = least = options.micro_batch_tokens
+    elif machine.gpu_memory is None:
+        most, least = tokens_on_cpu(pair), pair
+    else:
+        most, least = pair * min(math.ceil(options.global_batch_pairs / machine.ranks), max(1, 65536 // pair)), pair
+    asked = options.gradient_checkpointing
+    if asked == "auto":
+        if not (smallest := plan(least, "on")).fits:
+            return smallest
+        asked = "off" if plan(most, "off").fits else "on"
+    return _largest(lambda tokens: plan(tokens, asked), least, most)
+
+
+def tokens_on_cpu(longest_pair: int) -> int:
+    """A micro-batch's tokens: more would make products no faster and take memory (benchmarks/README.md)."""
+    return max(longest_pair, 1024)
+
+
+def _largest(plan: Callable[[int], Plan], least: int, most: int) -> Plan:
+    """The plan with the most tokens that fits, to 1024; with the least if none does."""
+    if (top := plan(most)).fits or most == least or not (bottom := plan(least)).fits:
+        return top if top.fits or most == least else bottom
+    # What is needed grows in a straight line, or nearly so.
+    part = min(
+        (room - bottom.need(where)) / (top.need(where) - bottom.need(where))
+        for where, room in top.room.items()
+        if top.need(where) > bottom.need(where)
+    )
+    steps = int(part * (most - least) / 1024)
+    while steps > 0:
+        if (found := plan(least + 1024 * steps)).fits:
+            return found
+        steps -= 1
+    return bottom
+
+
+def _by_class(options: Options, machine: Machine) -> Options:
+    """What a run takes without a plan."""
+    on_gpu = machine.gpu_memory is not None
+    model = known_model(options.model, options.trust_remote_code)
+    options = decide(options, model, on_gpu)
+    tier = model.lora_tier if options.lora else model.tier
+    return options.replace(
+        ds_config=tier if options.ds_config == "auto" else options.ds_config,
+        micro_batch_tokens=options.micro_batch_tokens
+        or (max(longest_pair(options), 8192) if on_gpu else tokens_on_cpu(longest_pair(options))),
+        gradient_checkpointing={"auto": "on" if model.parameters >= 1e9 else "off"}.get(
+            options.gradient_checkpointing, options.gradient_checkpointing
+        ),
+    )

@@ -1,0 +1,224 @@
+"""What one choice of tier, micro-batch and recomputation holds where, in bytes.
+
+What DeepSpeed (0.19.8) holds where was read in its sources and is compared with what real runs hold and peak at, on CPU
+(tests/test_plan.py); activations are counted on the model's own code (activations.py). Nothing has been compared with a
+GPU yet.
+"""
+
+import functools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from dpo_ds.config import Options
+from dpo_ds.models.lora import is_target
+from dpo_ds.models.lora import targets as lora_targets
+from dpo_ds.models.model import Model, torch_dtype
+from dpo_ds.plan import activations
+from dpo_ds.plan.machine import GIB, Machine
+from dpo_ds.ranks import process
+from dpo_ds.scoring.head import LogitBudget
+from dpo_ds.scoring.twin import require_exact
+
+# What every process takes before a model is loaded.
+CUDA = 2 * GIB  # per GPU: context, cuBLAS and NCCL workspaces; an estimate
+
+
+PROCESS = int(0.8 * GIB)  # of the host, per rank: Python, torch, DeepSpeed, datasets; measured 0.35 to 0.7 on CPU
+
+
+# Per rank on CPU, measured; products in bf16 take more.
+CPU_WORK, CPU_WORK_BF16 = 70 * 2**20, 160 * 2**20
+
+
+LEFT_BEHIND = "freed, but kept by the C library"
+
+
+ADAM, MASTER = 8, 4  # bytes a trained parameter: two fp32 moments; the fp32 weight
+
+
+FP32 = 4
+
+
+WHEN = ("always", "compute and step", "compute", "step")
+
+
+@dataclass(frozen=True)
+class Part:
+    """Bytes of one kind. `where`: gpu (each), host (each node), nvme (each node) or disk (the run's folder). `when`:
+    one of WHEN; a micro-batch is computed, or the optimizer steps, not both at once."""
+
+    where: str
+    what: str
+    bytes: int
+    when: str = "always"
+
+
+class Shape:
+    """A model with its adapters, as numbers: parameters by what ZeRO does with them, activations by the token."""
+
+    def __init__(self, model: Model, options: Options):
+        require_exact(model.name, model.config, model.trust_remote_code)
+        self.model, self.dtype = model, torch_dtype(options.precision)
+        skeleton = model.skeleton
+        # (numbers in the tensor, whether it is trained)
+        self.sizes = [(p.numel(), not options.lora) for p in skeleton.parameters()]
+        if options.lora:
+            adapted = lora_targets(skeleton, options.lora_targets)
+            matrices = [m.weight for name, m in skeleton.named_modules() if is_target(name, adapted)]
+            self.sizes += [(options.lora_r * side, True) for matrix in matrices for side in matrix.shape]
+        self.all = sum(size for size, _ in self.sizes)
+        self.trained = sum(size for size, trained in self.sizes if trained)
+        self.largest_trained = max(size for size, trained in self.sizes if trained)
+        # ZeRO-3 gathers a module's own parameters at a time, and those of a block of experts all at once.
+        own = (sum(p.numel() for p in module.parameters(recurse=False)) for module in skeleton.modules())
+        self.largest_gathered = max(model.largest_block, *own)
+        self.counter = activations.Counter(model.config, options, self.dtype, model.is_moe)
+
+    def small(self, threshold: int) -> int:
+        """Parameters in tensors of at most `threshold`: ZeRO-3 keeps those whole on every rank."""
+        return sum(size for size, _ in self.sizes if size <= threshold)
+
+    @functools.cache  # noqa: B019 (a plan's few shapes live as long as the process)
+    def activations(self, tokens: int, pair_tokens: int, recompute: bool, budget: LogitBudget) -> int:
+        return self.counter.count(tokens, pair_tokens, recompute, budget).bytes
+
+
+class Footprint:
+    """A model's shape under a filled DeepSpeed config, on a machine: iterate over its parts.
+
+    `options`' micro_batch_tokens and gradient_checkpointing must be decided.
+    """
+
+    def __init__(self, shape: Shape, options: Options, config: dict, machine: Machine):
+        self.shape, self.options, self.config, self.machine = shape, options, config, machine
+        self.zero = config["zero_optimization"]
+        self.stage, self.ranks = self.zero["stage"], machine.ranks
+        self.item = shape.dtype.itemsize
+        self.optimizer_at = (self.zero.get("offload_optimizer") or {}).get("device", "gpu")
+        self.weights_at = (self.zero.get("offload_param") or {}).get("device", "gpu") if self.stage == 3 else "gpu"
+        # What a rank holds of all parameters, and what it updates of the trained ones.
+        self.share = math.ceil(shape.all / self.ranks) if self.stage == 3 else shape.all
+        self.mine = math.ceil(shape.trained / self.ranks) if self.stage else shape.trained
+        self.group = min(self.mine, int(self.zero.get("sub_group_size", 10**9)))  # updated at a time with ZeRO-3
+        # ZeRO and bf16 train fp32 copies ("masters") of the weights.
+        self.state = ADAM + (MASTER if self.stage or options.precision == "bf16" else 0)
+        # A single rank with its partition on the device uses it as it is.
+        self.gathers = self.stage == 3 and (self.ranks > 1 or self.weights_at != "gpu")
+
+    def __iter__(self) -> Iterator[Part]:
+        yield from self.weights()
+        yield from self.offloaded_optimizer() if self.optimizer_at != "gpu" else self.optimizer()
+        yield from self.gradients()
+        yield from self.live_parameters()
+        yield from self.buckets()
+        yield from self.compute()
+        yield from self.disk()
+
+    def part(self, where: str, what: str, size: float, when: str = "always") -> Part:
+        """Of `size` bytes a rank."""
+        where = {"cpu": "host"}.get(where, where)
+        if where == "gpu" and self.machine.gpu_memory is None:
+            where = "host"
+        ranks = 1 if where in ("gpu", "disk") else self.machine.ranks_per_node
+        return Part(where, what, int(size) * ranks, when)
+
+    def pinned(self, size: float) -> int:
+        """Page-locked host memory, which torch rounds up to a power of two unless told not to (join.join tells it)."""
+        rounded = self.machine.gpu_memory is not None and not process.exact_pinned_memory()
+        return 2 ** math.ceil(math.log2(size)) if rounded and size > 1 else int(size)
+
+    def weights(self) -> Iterator[Part]:
+        mine = self.item * self.share
+        size = self.pinned(mine) if self.weights_at == "cpu" else mine
+        yield self.part(self.weights_at, f"weights ({self.options.precision})", size)
+        if self.weights_at == "nvme":
+            swap = self.zero["offload_param"]
+            size = self.item * swap.get("buffer_count", 5) * swap["buffer_size"]
+            yield self.part("host", "buffers of the weights", size)
+        if self.options.reference == "live":
+            yield self.part(self.weights_at, "the reference's weights", mine)
+
+    def optimizer(self) -> Iterator[Part]:
+        masters = " and fp32 weights" if self.state > ADAM else ""
+        yield self.part("gpu", f"Adam's moments{masters}", self.state * self.mine)
+
+    def offloaded_optimizer(self) -> Iterator[Part]:
+        if self.optimizer_at == "nvme":
+            yield self.part("nvme", "Adam's moments, fp32 weights and gradients", (self.state + FP32) * self.mine)
+            # A group at a time comes to the host: moments, weights and gradients.
+            yield self.part("host", "the group being updated", self.pinned((self.state + FP32) * self.group))
+            return
+        groups = [self.group] * (self.mine // self.group)
+        groups += [self.mine % self.group] if self.mine % self.group else []
+        a_number_each = sum(self.pinned(FP32 * size) for size in groups)
+        yield self.part("host", "Adam's moments and fp32 weights", self.state // FP32 * a_number_each)
+        yield self.part("host", "fp32 gradients", a_number_each)
+
+    def gradients(self) -> Iterator[Part]:
+        """Gradients as they wait for the step, and what the step itself takes."""
+        on_gpu = self.optimizer_at == "gpu"
+        if self.stage == 0:
+            yield self.part("gpu", "gradients", FP32 * self.mine, "compute and step")
+        elif self.stage == 1:
+            yield self.part("gpu", "gradients", self.item * self.shape.trained, "compute and step")
+        else:
+            sums = self.config.get("data_types", {}).get("grad_accum_dtype")
+            size = (FP32 if sums == "fp32" else self.item) * self.mine
+            when = "always" if self.stage == 3 or not on_gpu else "compute and step"
+            where, size = ("gpu", size) if on_gpu else ("host", self.pinned(size))
+            yield self.part(where, "gradients, accumulated", size, when)
+        if on_gpu and self.stage:
+            group = self.group if self.stage == 3 else self.mine
+            yield self.part("gpu", "fp32 gradients of the update", FP32 * group, "step")
+        adam = self.config["optimizer"]["params"]
+        if adam.get("torch_adam") and not adam.get("fused"):
+            # torch's own AdamW makes two temporaries of the tensor that it updates; a partition is one tensor.
+            group = self.shape.largest_trained if self.stage == 0 else self.group
+            yield self.part("gpu", "AdamW's temporaries", 2 * FP32 * group, "step")
+
+    def live_parameters(self) -> Iterator[Part]:
+        if not self.gathers:
+            return
+        small = self.shape.small(self.zero.get("stage3_param_persistence_threshold", 100_000))
+        yield self.part("gpu", "small parameters kept whole", self.item * small)
+        reused = self.zero.get("stage3_max_reuse_distance", 1)
+        ahead = self.zero.get("stage3_max_live_parameters", 10**9) if reused else 0
+        live = min(self.shape.all, ahead + self.shape.largest_gathered)
+        yield self.part("gpu", "gathered parameters", self.item * live, "compute")
+
+    def buckets(self) -> Iterator[Part]:
+        if not self.stage:
+            return
+        count = 2 if self.zero.get("overlap_comm", self.stage == 3) else 1
+        size = count * self.item * self.zero.get("reduce_bucket_size", 5 * 10**8)
+        yield self.part("gpu", "reduction buckets", size, "compute")
+        if self.ranks > 1:
+            yield self.part("gpu", "the largest gradient, reduced", self.item * self.shape.largest_trained, "compute")
+
+    def compute(self) -> Iterator[Part]:
+        """A micro-batch's activations, and what the libraries keep for themselves."""
+        recompute = self.options.gradient_checkpointing == "on"
+        tokens = self.options.micro_batch_tokens
+        budget = LogitBudget.on(self.machine.gpu_memory)
+        size = self.shape.activations(tokens, min(longest_pair(self.options), tokens), recompute, budget)
+        how = "recomputed" if recompute else "kept"
+        yield self.part("gpu", f"activations, {how}, and head tiles", size, "compute")
+        if self.machine.gpu_memory is not None:
+            yield self.part("gpu", "CUDA context and libraries", CUDA)
+        else:
+            # glibc keeps freed blocks below 32 MB for later: measured, a fifth to the whole of what comes and goes.
+            yield self.part("host", LEFT_BEHIND, size, "compute")
+            bf16 = CPU_WORK_BF16 if self.options.precision == "bf16" else 0
+            yield self.part("host", "work space of the libraries", CPU_WORK + bf16, "compute")
+        yield self.part("host", "processes", PROCESS)
+
+    def disk(self) -> Iterator[Part]:
+        frozen = self.shape.all - self.shape.trained if self.stage == 3 else self.shape.all
+        yield self.part("disk", "a checkpoint", self.state * self.shape.trained + self.item * frozen)
+        yield self.part("disk", "the merged model", self.item * self.shape.model.parameters)
+
+
+def longest_pair(options: Options) -> int:
+    """The most tokens that a packed pair can have."""
+    return 2 * options.max_length - 1

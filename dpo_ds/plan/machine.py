@@ -1,0 +1,88 @@
+"""The machine of a run: GPUs, host memory, disk; this one, or another that the options name."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from dpo_ds.config import Options
+from dpo_ds.errors import UserError
+from dpo_ds.ranks import world
+
+GIB = 2**30
+
+
+NODE_GPUS = 8
+
+
+def gib(size: int) -> str:
+    """Three figures, no more: what is known."""
+    value = size / GIB
+    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 1 else f"{value:.2f}"
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where a run would take place. Sizes in bytes; `gpu_memory` None: no GPUs, the ranks share the host's memory."""
+
+    ranks: int
+    ranks_per_node: int
+    gpu_memory: int | None
+    host_memory: int  # of each node
+    nvme: int = 0  # of each node
+
+    @classmethod
+    def of(cls, options: Options) -> "Machine":
+        """This machine with as many ranks as the launcher says, where the options do not name another."""
+        import torch
+
+        ranks = options.gpus or world.from_environment().size
+        per_node = min(ranks, NODE_GPUS) if options.gpus else int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
+        if ranks % per_node:
+            raise UserError(f"--gpus {ranks} are not whole nodes of {NODE_GPUS}: plan for a multiple of that")
+        gpu = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
+        host = host_memory()
+        if gpu is None and (options.gpus or options.gpu_memory):  # a plan for another machine: A100s, as most have them
+            gpu, host = 80 * GIB, 1000 * GIB
+        gpu = int(options.gpu_memory * GIB) if options.gpu_memory else gpu
+        host = int(options.host_memory * GIB) if options.host_memory else host
+        nvme = int(options.nvme * GIB) if options.nvme is not None else nvme_free(options.nvme_path)
+        return cls(ranks, per_node, gpu, host, nvme)
+
+    @property
+    def name(self) -> str:
+        nodes = self.ranks // self.ranks_per_node
+        host = f"{gib(self.host_memory)} GiB of host memory" + (" each" if nodes > 1 else "")
+        nvme = f", {gib(self.nvme)} GiB of NVMe" if self.nvme else ""
+        if self.gpu_memory is None:
+            return f"{self.ranks} rank(s) without GPU, {host}{nvme}"
+        where = f"{nodes} nodes of {self.ranks_per_node}" if nodes > 1 else f"{self.ranks}"
+        return f"{where} GPU(s) of {gib(self.gpu_memory)} GiB, {host}{nvme}"
+
+
+def host_memory() -> int:
+    """Bytes of memory that this process may use: the machine's, or less by a control group's limit."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limits = [total]
+    own = Path("/proc/self/cgroup").read_text().splitlines() if Path("/proc/self/cgroup").is_file() else []
+    for line in own:
+        number, controllers, path = line.split(":", 2)
+        root, file = (
+            ("/sys/fs/cgroup", "memory.max") if number == "0" else ("/sys/fs/cgroup/memory", "memory.limit_in_bytes")
+        )
+        if number == "0" or "memory" in controllers.split(","):
+            # A limit may sit on any group above; in a container, the group's own path may not be there.
+            folder = Path(root + path)
+            for group in (folder, *folder.parents):
+                if not str(group).startswith(root):
+                    break
+                if (group / file).is_file() and (text := (group / file).read_text().strip()).isdigit():
+                    limits.append(int(text))
+    return min(limits)
+
+
+def nvme_free(path: str | None) -> int:
+    if path is None:
+        return 0
+    folder = Path(path).expanduser().absolute()
+    disk = os.statvfs(next(place for place in (folder, *folder.parents) if place.exists()))  # the run makes the rest
+    return disk.f_frsize * disk.f_bavail

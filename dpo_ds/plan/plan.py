@@ -1,0 +1,91 @@
+"""A plan: one choice of tier, micro-batch and recomputation, what it takes of the machine, and whether that fits."""
+
+import dataclasses
+from dataclasses import dataclass
+
+from dpo_ds.config import Options
+from dpo_ds.models.model import Model
+from dpo_ds.plan.footprint import WHEN, Part
+from dpo_ds.plan.machine import Machine, gib
+
+# Of a GPU's memory, the rest is lost to the driver and to fragmentation; an estimate.
+USABLE = 0.95
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one choice of tier, micro-batch and recomputation takes."""
+
+    model: Model
+    options: Options  # ds_config, micro_batch_tokens, gradient_checkpointing are decided
+    machine: Machine
+    trained: int
+    parts: tuple[Part, ...]
+
+    def need(self, where: str) -> int:
+        """Bytes at the worst moment."""
+        here = [part for part in self.parts if part.where == where]
+        always, both, compute, step = (sum(part.bytes for part in here if part.when == when) for when in WHEN)
+        return always + both + max(compute, step)
+
+    @property
+    def room(self) -> dict[str, int]:
+        machine = self.machine
+        gpu = {} if machine.gpu_memory is None else {"gpu": int(USABLE * machine.gpu_memory)}
+        return {**gpu, "host": machine.host_memory, "nvme": machine.nvme}
+
+    @property
+    def fits(self) -> bool:
+        return all(self.need(where) <= room for where, room in self.room.items())
+
+    @property
+    def excess(self) -> float:
+        """How many times over the scarcest room is asked for."""
+        return max((self.need(where) / room for where, room in self.room.items() if room), default=0.0)
+
+    @property
+    def lacking(self) -> list[str]:
+        names = {"gpu": "of GPU memory", "host": "of host memory", "nvme": "on --nvme_path"}
+        return [
+            f"{gib(self.need(where))} GiB {names[where]} (there are {gib(room)})"
+            for where, room in self.room.items()
+            if self.need(where) > room
+        ]
+
+    @property
+    def how(self) -> str:
+        recompute = ", activations recomputed" if self.options.gradient_checkpointing == "on" else ""
+        lora = f"LoRA r={self.options.lora_r}, " if self.options.lora else ""
+        return f"{lora}{self.options.ds_config}, micro-batches of {self.options.micro_batch_tokens} tokens{recompute}"
+
+    def table(self) -> str:
+        """The parts and their sums in GiB, as Markdown."""
+        lines = [
+            f"{self.model.name} ({self.model.parameters:,} parameters, {self.trained:,} trained) on "
+            f"{self.machine.name}: {self.how}",
+            "",
+            "| where | what | GiB | when |",
+            "|---|---|---:|---|",
+        ]
+        for part in self.parts:
+            lines.append(f"| {part.where} | {part.what} | {gib(part.bytes)} | {part.when} |")
+        for where in dict.fromkeys(part.where for part in self.parts):
+            room = f" of {gib(self.room[where])}" if where in self.room else ""
+            lines.append(f"| **{where}** | **at most** | **{gib(self.need(where))}**{room} | |")
+        return "\n".join(lines)
+
+    def facts(self) -> dict:
+        """For --json."""
+        return {
+            "model": self.model.name,
+            "parameters": self.model.parameters,
+            "trained": self.trained,
+            "machine": dataclasses.asdict(self.machine),
+            "tier": self.options.ds_config,
+            "micro_batch_tokens": self.options.micro_batch_tokens,
+            "gradient_checkpointing": self.options.gradient_checkpointing == "on",
+            "fits": self.fits,
+            "need": {where: self.need(where) for where in ("gpu", "host", "nvme", "disk")},
+            "room": self.room,
+            "parts": [dataclasses.asdict(part) for part in self.parts],
+        }

@@ -1,0 +1,117 @@
+"""What ranks do together: values from rank 0, sums, and work that one of them does for the others."""
+
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar
+
+from dpo_ds.errors import RunStopped, UserError
+from dpo_ds.ranks import world
+
+if TYPE_CHECKING:  # a command that refuses its options must not wait for these imports
+    import numpy as np
+    import torch
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Why a rank could not do its part."""
+
+    rank: int
+    host: str
+    kind: str  # UserError, RunStopped, or a bug's type
+    message: str
+
+    def to_raise(self) -> Exception:
+        """What the other ranks raise: the same for what is the user's, and for a bug where to look."""
+        if self.kind == UserError.__name__:
+            return UserError(self.message if self.rank == 0 else f"rank {self.rank} on {self.host}: {self.message}")
+        if self.kind == RunStopped.__name__:
+            return RunStopped(self.message if self.rank == 0 else f"rank {self.rank} on {self.host}: {self.message}")
+        return RunStopped(f"rank {self.rank} on {self.host} failed ({self.kind}); its own lines say where")
+
+
+def one_after_another(work: Callable[[], T]) -> T:
+    """Runs cached work on rank 0 first, then on the first rank of every other node, then on the rest.
+
+    The first call fills a cache; the others find it there, on a shared file system or on their own. An error on any
+    rank stops all: the rank itself raises it, the others what Problem.to_raise says.
+    """
+    here = world.from_environment()
+    if here.size == 1:
+        return work()
+    my_turn = 0 if here.rank == 0 else 1 if here.local_rank == 0 else 2
+    result, own_error, problem = None, None, None
+    for turn in range(3):
+        if turn == my_turn and problem is None:
+            try:
+                result = work()
+            except Exception as error:
+                own_error = error
+                problem = Problem(here.rank, socket.gethostname(), type(error).__name__, str(error))
+        problem = _first_problem(problem)
+    if own_error is not None and not isinstance(own_error, UserError):
+        raise own_error
+    if problem is not None:
+        raise problem.to_raise()
+    return result  # type: ignore[return-value]  # each rank had its turn
+
+
+def on_rank_0(work: Callable[[], T]) -> T:
+    """Runs work on rank 0 alone; its result, or its error, comes to every rank."""
+    return from_rank_0(one_after_another(lambda: work() if world.from_environment().speaks else None))  # type: ignore
+
+
+def _first_problem(problem: Problem | None) -> Problem | None:
+    import torch
+
+    problems: list[Problem | None] = [None] * world.from_environment().size
+    torch.distributed.all_gather_object(problems, problem)
+    return next((p for p in problems if p is not None), None)
+
+
+def from_rank_0(value: T) -> T:
+    """Rank 0's value, on every rank."""
+    if world.from_environment().size == 1:
+        return value
+    import torch
+
+    box = [value]
+    torch.distributed.broadcast_object_list(box, 0)
+    return box[0]
+
+
+def array_from_rank_0(array: "np.ndarray") -> "np.ndarray":
+    """Rank 0's array, on every rank; all ranks give one of the same shape and dtype."""
+    if world.from_environment().size == 1:
+        return array
+    import torch
+
+    tensor = torch.from_numpy(array).to(device())
+    torch.distributed.broadcast(tensor, 0)
+    return tensor.cpu().numpy()
+
+
+def device() -> str:
+    """Where tensors must be for a collective."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def sum_over_ranks(tensor: "torch.Tensor") -> "torch.Tensor":
+    """All-reduces `tensor` in place (sum) and returns it: the one collective that dpo_ds itself uses in training."""
+    if world.from_environment().size > 1:
+        import torch
+
+        torch.distributed.all_reduce(tensor)
+    return tensor
+
+
+def wait_for_all() -> None:
+    if world.from_environment().size > 1:
+        import torch
+
+        torch.distributed.barrier()

@@ -1,0 +1,91 @@
+"""What a run says to its user, and how a command ends."""
+
+import contextlib
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+
+from dpo_ds.errors import RunStopped, UserError
+from dpo_ds.ranks import world
+
+# A launcher ends all ranks soon after one has ended. So a rank above 0 that is still alive after so many seconds has a
+# reason of its own, which rank 0 did not have.
+RANK_0_SPEAKS_FIRST = 5.0
+QUIET_SECONDS = 20.0  # the longest that a run at work says nothing
+INTERRUPTED = "interrupted; the same command goes on from the last checkpoint (--save_every)"
+BUG = "this is a fault in dpo_ds or below it, not in your options: please report it with the lines above"
+OUT_OF_GPU_MEMORY = "the GPU's memory ran out: lower --micro_batch_tokens, or set --gradient_checkpointing on"
+
+
+def say(message: str) -> None:
+    """One line to the user, from rank 0."""
+    if world.from_environment().speaks:
+        print(f"dpo_ds: {message}", flush=True)
+
+
+@contextlib.contextmanager
+def working(on: str) -> Iterator[None]:
+    """Work that may take long: from QUIET_SECONDS on, rank 0 says from time to time that it goes on."""
+    started, done = time.monotonic(), threading.Event()
+
+    def tell() -> None:
+        wait = QUIET_SECONDS
+        while not done.wait(wait):
+            say(f"{on}: {time.monotonic() - started:.0f} s so far")
+            wait = 2 * QUIET_SECONDS
+
+    if world.from_environment().speaks:
+        threading.Thread(target=tell, daemon=True).start()
+    try:
+        yield
+    finally:
+        done.set()
+
+
+def complain(message: str) -> None:
+    """One line on stderr from this rank, named unless it is rank 0."""
+    here = world.from_environment()
+    who = "" if here.speaks else f"rank {here.rank} on {socket.gethostname()}: "
+    print(f"dpo_ds: {who}{message}", file=sys.stderr, flush=True)
+
+
+def run_main(main: Callable[[list[str]], object]) -> None:
+    """Runs a command's main. UserError ends with one line and exit code 2, RunStopped with one line and 1; whatever
+    else is raised keeps its traceback and asks to be reported."""
+    try:
+        main(sys.argv[1:])
+    except UserError as error:
+        stop(str(error), 2)
+    except RunStopped as error:
+        stop(str(error), 1)
+    except KeyboardInterrupt:
+        if world.from_environment().speaks:
+            complain(f"error: {INTERRUPTED}")
+        raise SystemExit(130) from None
+    except Exception as error:
+        torch = sys.modules.get("torch")
+        if torch is not None and isinstance(error, torch.OutOfMemoryError):
+            stop(OUT_OF_GPU_MEMORY, 1)
+        traceback.print_exc()
+        complain(f"error: {BUG}")
+        raise SystemExit(1) from None
+    finally:
+        leave()
+
+
+def stop(message: str, code: int) -> None:
+    """Says why and ends this process. Ranks above 0 speak only if rank 0 has not ended the run meanwhile."""
+    if not world.from_environment().speaks:
+        time.sleep(RANK_0_SPEAKS_FIRST)
+    complain(f"error: {message}")
+    raise SystemExit(code)
+
+
+def leave() -> None:
+    """Leaves the process group, if this process has joined one."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

@@ -1,0 +1,137 @@
+"""This process: its share of the cores, how its memory is kept, and work in a child that is gone after it."""
+
+import contextlib
+import ctypes
+import multiprocessing
+import os
+import pickle
+import signal
+import socket
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+from dpo_ds.errors import RunStopped, UserError
+from dpo_ds.ranks.world import from_environment
+
+T = TypeVar("T")
+
+PR_SET_PDEATHSIG = 1  # of prctl.h
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
+# torch rounds page-locked blocks up to a power of two, but not above this many MB: 16.4 GiB would take 32.
+EXACT_PINNED = "pinned_max_round_threshold_mb:1"
+
+
+def let_rank_0_plan(at_most: float = 60) -> None:
+    """On rank 0's node, where ranks outnumber cores, waits until rank 0 opens the port at which all meet, or that many
+    seconds: to import torch eight times over on two cores would make the plan's refusal late by as much."""
+    world, port = from_environment(), os.environ.get("MASTER_PORT")
+    if port is None or world.rank != world.local_rank or world.size <= len(os.sched_getaffinity(0)):
+        return
+    until = time.monotonic() + at_most
+    while time.monotonic() < until and not _listening(int(port)):
+        time.sleep(0.1)
+
+
+def _listening(port: int) -> bool:
+    """Whether some process of this machine listens there: looked up, because a rank that connected and left would be
+    taken for one that has joined."""
+    tables = [Path("/proc/net/tcp"), Path("/proc/net/tcp6")]
+    lines = [line.split() for table in tables if table.is_file() for line in table.read_text().splitlines()[1:]]
+    return any(local.endswith(f":{port:04X}") and state == "0A" for _, local, _, state, *_ in lines)
+
+
+def take_cores() -> frozenset[int]:
+    """Binds this rank to its share of the cores that it has together with others, one thread for each: two ranks on two
+    cores are 4% faster so (benchmarks/README.md). Ranks that a launcher has bound keep theirs.
+
+    Returns the cores that it had, or nothing if it took no share.
+    """
+    import torch
+
+    cores = sorted(os.sched_getaffinity(0))
+    place = socket.gethostname(), cores
+    places = [place]
+    if from_environment().size > 1:
+        places *= from_environment().size
+        torch.distributed.all_gather_object(places, place)
+    here = [rank for rank, other in enumerate(places) if other == place]
+    share = len(cores) // len(here)
+    torch.set_num_threads(max(1, share))
+    if not share or len(here) == 1:
+        return frozenset()
+    start = here.index(from_environment().rank) * share
+    os.sched_setaffinity(0, cores[start : start + share])
+    return frozenset(cores)
+
+
+def keep_freed_memory() -> None:
+    """Lets the C library hand freed blocks of up to a GiB out again, where its default gives those above 32 MiB back
+    and has the kernel clear new pages each time: a seventh of a step's time for a 50 MB embedding. What the user's own
+    environment says of it stays."""
+    if any(name.startswith("MALLOC_") and name.endswith("_THRESHOLD_") for name in os.environ):
+        return
+    with contextlib.suppress(OSError, AttributeError):  # glibc alone has mallopt
+        libc = ctypes.CDLL("libc.so.6")
+        for parameter in (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD):
+            libc.mallopt(parameter, 2**30)
+
+
+def exact_pinned_memory() -> bool:
+    """Whether page-locked memory takes its own size here: torch 2.13 can be told so, and nothing else has been."""
+    import torch
+    from packaging.version import Version
+
+    known = Version(torch.__version__.split("+")[0]) >= Version("2.13")
+    return known and "pinned_max_round_threshold_mb" in os.environ.get("PYTORCH_ALLOC_CONF", EXACT_PINNED)
+
+
+class FromChild(Exception):
+    """The traceback of an error in a child process, as the cause of the same error here."""
+
+    def __str__(self) -> str:
+        return f"\n{self.args[0]}"
+
+
+def in_a_child(name: str, work: Callable[[], T], cores: frozenset[int] = frozenset()) -> T:
+    """Runs work in a process of its own, forked from this one and gone after it with all that it imported and held.
+    It may use `cores`, or this process's if none are given. Its result must pickle.
+
+    Raises what the work raised; RunStopped if the process ended in any other way.
+    """
+    context = multiprocessing.get_context("fork")
+    results, childs_end = context.Pipe(duplex=False)
+    child = context.Process(target=_send_result, args=(work, childs_end, cores))
+    child.start()
+    childs_end.close()
+    try:
+        result, error, where = results.recv()
+    except EOFError:
+        child.join()
+        raise RunStopped(
+            f"{name}: its process ended with exit code {child.exitcode} (-9: killed, most often for lack of memory)"
+        ) from None
+    child.join()
+    if isinstance(error, (UserError, RunStopped)):
+        raise error
+    if error is not None:
+        raise error from FromChild(where)
+    return result
+
+
+def _send_result(work: Callable[[], object], results, cores: frozenset[int]) -> None:
+    with contextlib.suppress(OSError, AttributeError):  # a rank that is killed leaves nobody behind
+        ctypes.CDLL("libc.so.6").prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if cores:
+        os.sched_setaffinity(0, cores)
+    try:
+        results.send((work(), None, ""))
+    except Exception as error:
+        where = traceback.format_exc()
+        try:
+            pickle.loads(pickle.dumps(error))
+        except Exception:  # some libraries' errors do not pickle
+            error = RuntimeError(f"{type(error).__name__}: {error}")
+        results.send((None, error, where))

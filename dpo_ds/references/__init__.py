@@ -1,0 +1,1 @@
+"""Where the reference's log-probabilities come from."""

@@ -1,0 +1,125 @@
+"""Where DPO's reference log-probabilities come from: a table, a live engine, LoRA's base weights, or nowhere."""
+
+from collections.abc import Callable
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from dpo_ds.data.steps import MicroBatch
+from dpo_ds.engine.build import reference_engine
+from dpo_ds.engine.engine import Engine
+from dpo_ds.references.table import reference_tables
+from dpo_ds.runs.prepare import Run
+from dpo_ds.scoring.packed import PackedBatch, move
+from dpo_ds.scoring.sweep import score_all
+
+
+class Reference(Protocol):
+    """What the trainer asks of a reference. Made before the policy is, so that a table's engine is gone by then."""
+
+    def attach(self, policy: Engine) -> None:
+        """The policy is built; called once, before anything else."""
+
+    def logps(self, micro_batch: MicroBatch, batch: PackedBatch) -> torch.Tensor:
+        """[B, 2] of a micro-batch of training pairs, on the policy's device."""
+
+    def held_out_logps(self) -> np.ndarray:
+        """float32 [pairs, 2] of all held-out pairs. Under ZeRO-3 the policy must be warm."""
+
+    def close(self) -> None:
+        """Gives back what it holds."""
+
+
+def reference_of(run: Run) -> Reference:
+    """The reference that the run's options name."""
+    kind = run.options.reference
+    if kind == "precomputed":
+        return Precomputed(*reference_tables(run))
+    if kind == "live":
+        return Live(run)
+    return Base(run) if kind == "base" else NoReference(run)
+
+
+class Precomputed:
+    """Rows of the reference table."""
+
+    def __init__(self, training: np.ndarray, held_out: np.ndarray):
+        self.training, self.held_out = training, held_out
+        self.device = torch.device("cpu")
+
+    def attach(self, policy: Engine) -> None:
+        self.device = policy.device
+
+    def logps(self, micro_batch: MicroBatch, batch: PackedBatch) -> torch.Tensor:
+        return move(torch.from_numpy(self.training[list(micro_batch.indices)]), self.device)
+
+    def held_out_logps(self) -> np.ndarray:
+        return self.held_out
+
+    def close(self) -> None:
+        pass
+
+
+class Live:
+    """A second engine, frozen, beside the policy's."""
+
+    def __init__(self, run: Run):
+        self.run = run
+        self.engine = reference_engine(run.weights, run.ds_config, run.options, run.attention)
+
+    def attach(self, policy: Engine) -> None:
+        pass
+
+    def logps(self, micro_batch: MicroBatch, batch: PackedBatch) -> torch.Tensor:
+        return self.engine.score(batch)
+
+    def held_out_logps(self) -> np.ndarray:
+        return _score_held_out(self.run, self.engine.score)
+
+    def close(self) -> None:
+        self.engine.close()
+
+
+class Base:
+    """The base weights under a policy's LoRA adapters."""
+
+    def __init__(self, run: Run):
+        self.run = run
+        self.policy: Engine | None = None
+
+    def attach(self, policy: Engine) -> None:
+        self.policy = policy
+
+    def logps(self, micro_batch: MicroBatch, batch: PackedBatch) -> torch.Tensor:
+        return self.policy.score_base(batch)
+
+    def held_out_logps(self) -> np.ndarray:
+        return _score_held_out(self.run, self.policy.score_base)
+
+    def close(self) -> None:
+        self.policy = None
+
+
+class NoReference:
+    """Log-probabilities of 0: the loss sees the policy's alone."""
+
+    def __init__(self, run: Run):
+        self.pairs = len(run.eval_pairs)
+
+    def attach(self, policy: Engine) -> None:
+        pass
+
+    def logps(self, micro_batch: MicroBatch, batch: PackedBatch) -> torch.Tensor:
+        return torch.zeros(batch.pairs, 2, device=batch.input_ids.device)
+
+    def held_out_logps(self) -> np.ndarray:
+        return np.zeros((self.pairs, 2), dtype=np.float32)
+
+    def close(self) -> None:
+        pass
+
+
+def _score_held_out(run: Run, score: Callable[[PackedBatch], torch.Tensor]) -> np.ndarray:
+    everything = np.arange(len(run.eval_pairs))
+    return score_all(score, run.eval_pairs, everything, run.options.micro_batch_tokens, "reference: held-out pairs")

@@ -1,0 +1,135 @@
+"""The reference's log-probabilities as a table, made once and used again by every run that asks for the same.
+
+A table is float32 [pairs, 2] (chosen, rejected), kept under a key made of what decides its values: the hashes of the
+weights' files, the pairs' token ids, the precision. It fills up chunk by chunk; a killed scoring goes on from there.
+"""
+
+import contextlib
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+from filelock import FileLock
+
+from dpo_ds.data.pairs import PairSet
+from dpo_ds.engine.build import reference_engine
+from dpo_ds.engine.engine import Engine
+from dpo_ds.errors import files_of
+from dpo_ds.files import sha256_of, write_whole
+from dpo_ds.models.files import weight_files
+from dpo_ds.ranks import console, world
+from dpo_ds.ranks.collectives import array_from_rank_0
+from dpo_ds.runs.prepare import Run
+from dpo_ds.scoring.sweep import score_all
+
+FORMAT = 1
+
+
+class Table:
+    """A reference table on disk, as rank 0 sees it: rows are NaN until they are scored.
+
+    While it is being filled it has no manifest, and its rows speak for themselves; at rest the manifest's hash must
+    agree, or the table is made anew.
+    """
+
+    def __init__(self, cache: Path, facts: dict, rows: int):
+        self.key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+        self.folder = cache / "reference" / self.key[:32]
+        self.facts, self.rows = facts, rows
+        self.path, self.manifest = self.folder / "logps.npy", self.folder / "table.json"
+        with files_of("--cache_dir", cache):
+            self.folder.mkdir(parents=True, exist_ok=True)
+        # Held by the run that fills the table; another run that wants the same one waits and then uses it.
+        self.lock = FileLock(self.folder / "lock")
+
+    def read(self) -> np.ndarray:
+        """float32 [rows, 2]"""
+        if self.path.is_file():
+            try:
+                logps = np.load(self.path)
+                whole = logps.shape == (self.rows, 2)
+                if self.manifest.is_file():
+                    whole &= json.loads(self.manifest.read_text())["sha256"] == sha256_of(self.path)
+            except (ValueError, EOFError, KeyError, TypeError):  # neither an array nor a manifest
+                whole = False
+            if whole:
+                return logps
+            console.say(f"the reference table {self.folder} does not match its hash and is made anew")
+            self.path.unlink()
+        self.manifest.unlink(missing_ok=True)
+        return np.full((self.rows, 2), np.nan, dtype=np.float32)
+
+    def open_to_fill(self) -> np.ndarray:
+        """A memory map of the rows."""
+        if not self.path.is_file():
+            fresh = self.path.with_suffix(".tmp.npy")
+            np.save(fresh, self.read())
+            fresh.rename(self.path)
+        self.manifest.unlink(missing_ok=True)
+        return np.load(self.path, mmap_mode="r+")
+
+    def close(self) -> None:
+        scored = int(np.isfinite(np.load(self.path)).all(axis=1).sum())
+        facts = {**self.facts, "rows": self.rows, "scored": scored, "sha256": sha256_of(self.path)}
+        write_whole(self.manifest, json.dumps(facts, indent=1))
+
+
+def reference_tables(run: Run, everything: bool = False) -> list[np.ndarray]:
+    """The reference's logps of the training and of the evaluation pairs, float32 [pairs, 2] each, on every rank.
+
+    Scores what no earlier run has, and of the training pairs only those that the schedule comes to, unless
+    `everything` is asked for (the others stay NaN). The engine is gone, its memory released, on return.
+    """
+    weights = _weights_facts(run) if world.from_environment().speaks else None
+    needed = np.ones(len(run.train_pairs), dtype=bool) if everything else run.schedule.visited()
+    sets = [
+        ("reference: training pairs", run.train_pairs, needed),
+        ("reference: held-out pairs", run.eval_pairs, np.ones(len(run.eval_pairs), dtype=bool)),
+    ]
+    engine: list[Engine] = []  # built when the first pair wants scoring
+
+    def score(batch):
+        if not engine:
+            engine.append(reference_engine(run.weights, run.ds_config, run.options, run.attention))
+        return engine[0].score(batch)
+
+    results = [_reference_table(run, weights, score, *one) for one in sets]
+    if engine:
+        engine[0].close()
+    return results
+
+
+def _weights_facts(run: Run) -> dict:
+    """What the reference is: the hashes of its files."""
+    return {file.name: sha256_of(file) for file in [run.weights / "config.json", *weight_files(run.weights)]}
+
+
+def _reference_table(
+    run: Run, weights: dict | None, score, title: str, pairs: PairSet, needed: np.ndarray
+) -> np.ndarray:
+    if len(pairs) == 0:
+        return np.zeros((0, 2), dtype=np.float32)
+    table = None
+    with contextlib.ExitStack() as held:
+        if world.from_environment().speaks:
+            facts = {"format": FORMAT, "weights": weights, "pairs": pairs.digest, "precision": run.options.precision}
+            table = Table(Path(run.options.cache_dir).expanduser(), facts, len(pairs))
+            held.enter_context(table.lock)
+        logps = array_from_rank_0(table.read() if table else np.empty((len(pairs), 2), dtype=np.float32))
+        left = np.flatnonzero(needed & np.isnan(logps).any(axis=1))
+        if len(left) == 0:
+            console.say(f"{title}: all {needed.sum()} found in the table")
+            return logps
+        console.say(f"{title}: {len(left)} of {needed.sum()} to score")
+        rows = table.open_to_fill() if table else None
+
+        def keep(indices: np.ndarray, scored: np.ndarray) -> None:
+            if rows is not None:
+                rows[indices] = scored
+                rows.flush()
+
+        logps[left] = score_all(score, pairs, left, run.options.micro_batch_tokens, title, keep)
+        if table:
+            table.close()
+    return logps

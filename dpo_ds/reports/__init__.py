@@ -1,0 +1,1 @@
+"""What a run tells of itself: progress, metrics, held-out pairs and answers."""

@@ -1,0 +1,90 @@
+"""What the policy does with held-out prompts: its log-probabilities as a file, and its answers before and after."""
+
+import gc
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+
+from dpo_ds.data.pairs import PairSet
+from dpo_ds.files import write_whole
+from dpo_ds.ranks import console
+
+ANSWER_TOKENS = 96
+SHOWN = 240  # characters of a prompt or an answer on the terminal
+
+
+def write_logps(file: Path, pairs: PairSet, policy: np.ndarray, reference: np.ndarray) -> None:
+    """A JSON line for each pair: its row in the data, and its logps (both [pairs, 2]) by policy and reference."""
+    lines = []
+    for n in range(len(pairs)):
+        facts = {
+            "pair": pairs.pair_id(n),
+            "row": int(pairs.rows[n]),
+            "chosen": float(policy[n, 0]),
+            "rejected": float(policy[n, 1]),
+            "reference_chosen": float(reference[n, 0]),
+            "reference_rejected": float(reference[n, 1]),
+        }
+        lines.append(json.dumps(facts) + "\n")
+    write_whole(file, "".join(lines))
+
+
+@dataclass(frozen=True)
+class Answers:
+    """How to let a model answer: greedily, in plain transformers."""
+
+    tokenizer: PreTrainedTokenizerBase
+    context: int | None  # tokens that the model's positions reach
+    trust_remote_code: bool = False
+
+    def of(self, folder: Path, prompts: list[list[int]]) -> list[str]:
+        """The continuations of token-id prompts by the model in `folder`, as text."""
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype="auto", trust_remote_code=self.trust_remote_code, use_safetensors=True
+        ).to(device)
+        texts = []
+        for prompt in prompts:
+            ids = torch.tensor([prompt], device=device)
+            left = (self.context or len(prompt) + ANSWER_TOKENS) - len(prompt)
+            with torch.no_grad():
+                out = model.generate(
+                    input_ids=ids,
+                    attention_mask=torch.ones_like(ids),
+                    max_new_tokens=max(1, min(ANSWER_TOKENS, left)),
+                    do_sample=False,
+                    pad_token_id=self.tokenizer.eos_token_id,
+                    eos_token_id=sorted(_ends(self.tokenizer, model)),
+                )
+            texts.append(" ".join(self.tokenizer.decode(out[0, len(prompt) :], skip_special_tokens=True).split()))
+        del model
+        gc.collect()
+        return texts
+
+
+def show_generations(file: Path, answers: Answers, prompts: list[list[int]], before: Path, after: Path) -> None:
+    """Answers to a few held-out prompts, of the model as it came and of the merged checkpoint, side by side: printed,
+    and kept as Markdown. Loads both, one after the other."""
+    old_answers, new_answers = answers.of(before, prompts), answers.of(after, prompts)
+    text = ["# Before and after", ""]
+    for prompt, old, new in zip(prompts, old_answers, new_answers, strict=True):
+        shown = answers.tokenizer.decode(prompt, skip_special_tokens=True).strip()
+        text += [f"**Prompt** {shown}", "", f"**Before** {old}", "", f"**After** {new}", "", "---", ""]
+        console.say(f"prompt: {_end_of(shown)}\n  before: {old[:SHOWN]}\n  after:  {new[:SHOWN]}")
+    write_whole(file, "\n".join(text))
+
+
+def _end_of(prompt: str) -> str:
+    """What a terminal has room for; generations.md has the whole."""
+    line = " ".join(prompt.split())
+    return line if len(line) <= SHOWN else f"… {line[-SHOWN:]}"
+
+
+def _ends(tokenizer, model) -> set[int]:
+    """EOS, and whatever the model's own generation config stops at (an end-of-turn token)."""
+    ends = model.generation_config.eos_token_id
+    return {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends] if ends is not None else [])}

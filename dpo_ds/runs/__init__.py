@@ -1,0 +1,1 @@
+"""One run: everything before a model is loaded, its folder and identity, its checkpoints."""

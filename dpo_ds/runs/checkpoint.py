@@ -1,0 +1,70 @@
+"""Saving and loading a run's checkpoints: DeepSpeed's files, each rank's random state, checkpoint.json.
+
+A checkpoint is written under another name and renamed when every rank has written its part, so whatever carries a
+checkpoint's name is whole.
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from dpo_ds import __version__
+from dpo_ds.config import Options
+from dpo_ds.engine.engine import Engine
+from dpo_ds.files import write_whole
+from dpo_ds.ranks import collectives, world
+from dpo_ds.runs.folders import describe
+
+
+def save(engine: Engine, folder: Path, step: int, options: Options) -> Path:
+    """Writes checkpoints/step-NNNNNN of the run, by all ranks together; one that is there already is kept."""
+    final = folder / "checkpoints" / f"step-{step:06d}"
+    if (final / "checkpoint.json").is_file():
+        return final
+    here = world.from_environment()
+    partial = final.with_suffix(".partial")
+    if here.speaks:
+        shutil.rmtree(partial, ignore_errors=True)  # of an earlier start that was killed while it saved
+        partial.mkdir(parents=True)
+    collectives.wait_for_all()
+    engine.save(partial)
+    save_file(_random_state(), partial / f"random-{here.rank}.safetensors")
+    collectives.wait_for_all()
+    if here.speaks:
+        facts = {
+            "step": step,
+            "ranks": here.size,
+            "stage": engine.stage,
+            "dpo_ds": __version__,
+            "torch": torch.__version__,
+            "options": vars(options),
+        }
+        write_whole(partial / "checkpoint.json", json.dumps(facts, indent=1))
+        os.replace(partial, final)
+    collectives.wait_for_all()
+    return final
+
+
+def load(engine: Engine, checkpoint: Path) -> int:
+    """Puts the engine where it was: weights, optimizer, schedule, random state. Returns the steps done."""
+    rank = world.from_environment().rank
+    engine.load(checkpoint, rank)
+    _set_random_state(load_file(checkpoint / f"random-{rank}.safetensors"))
+    return describe(checkpoint)["step"]
+
+
+def _random_state() -> dict[str, torch.Tensor]:
+    state = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def _set_random_state(state: dict[str, torch.Tensor]) -> None:
+    torch.set_rng_state(state["cpu"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])

@@ -1,0 +1,168 @@
+"""Everything before a model is loaded: options decided, files found, pairs checked and tokenised, the config filled.
+
+All that a user can get wrong is found here, in seconds, as a UserError with its remedy.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from dpo_ds.config import Options
+from dpo_ds.data.pairs import PairSet, held_out
+from dpo_ds.data.steps import Schedule, too_small
+from dpo_ds.engine.requirements import require_compiler, require_nvme
+from dpo_ds.engine.tiers import fill_tier, swap_folders
+from dpo_ds.errors import UserError
+from dpo_ds.models.files import fetch_weights, load_tokenizer
+from dpo_ds.models.find import find_model, known_model
+from dpo_ds.models.model import Model, torch_dtype
+from dpo_ds.plan.choose import tokens_on_cpu
+from dpo_ds.plan.plan import Plan
+from dpo_ds.plan.refuse import for_run
+from dpo_ds.ranks import console
+from dpo_ds.ranks.collectives import on_rank_0, one_after_another
+from dpo_ds.ranks.process import in_a_child
+from dpo_ds.ranks.world import World
+from dpo_ds.runs import folders
+from dpo_ds.scoring.twin import choose_kernel, require_exact
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run that can start: `options` has nothing left to decide."""
+
+    options: Options
+    model: Model
+    weights: Path  # the folder from which the policy and the reference are loaded
+    tokenizer: PreTrainedTokenizerBase
+    ds_config: dict
+    train_pairs: PairSet
+    eval_pairs: PairSet  # may be empty
+    schedule: Schedule
+    attention: str  # the kernel
+    resume_from: Path | None
+    finished: bool  # an earlier start of this very run has come to its end
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.options.output_dir)
+
+
+def prepare(options: Options, here: World, plan: Plan | None = None) -> Run:
+    """Raises UserError, in one line and on every rank, for whatever cannot work.
+
+    `here` is what engine.join returned. `plan`: rank 0's, where it has been made already.
+    """
+    # The plan comes before any download; rank 0's machine stands for all.
+    asked = options
+    options = _name_things(on_rank_0(lambda: (plan or for_run(asked)).options))
+    model = find_model(options.model, options.trust_remote_code)
+    on_rank_0(lambda: require_exact(options.model, model.config, options.trust_remote_code))
+    kernel = on_rank_0(lambda: _kernel(options, model))
+    tokenizer = load_tokenizer(model)
+    ds_config = fill_tier(options.ds_config, options, model, here.size, torch.cuda.is_available())
+    require_compiler(options.ds_config, ds_config, torch.cuda.is_available())
+    if used := swap_folders(ds_config):
+        one_after_another(lambda: require_nvme(used))
+    folders.check_folder(Path(options.output_dir), options)  # before any work goes into data
+    train_pairs, eval_pairs = one_after_another(lambda: load_pairs(options, tokenizer, here))
+    longest = max(int(pairs.packed_lengths.max()) for pairs in (train_pairs, eval_pairs) if len(pairs))
+    if options.micro_batch_tokens < longest:
+        raise UserError(too_small(options.micro_batch_tokens, longest))
+    if asked.micro_batch_tokens is None and not torch.cuda.is_available():
+        # The plan has room for the longest pair that --max_length lets through; now the longest there is is known.
+        options = options.replace(micro_batch_tokens=min(options.micro_batch_tokens, tokens_on_cpu(longest)))
+    schedule = Schedule.of(
+        len(train_pairs), options.global_batch_pairs, options.epochs, options.max_steps, options.seed
+    )
+    if options.eval_every is None:
+        options = options.replace(eval_every=max(1, schedule.steps // 10))
+    with console.working("fetching the weights"):
+        weights = one_after_another(lambda: fetch_weights(model))
+    identity = folders.identity(options, train_pairs.digest, eval_pairs.digest)
+    # Last, because it makes the folder this run's: a run that cannot start leaves nothing behind.
+    found = folders.open_folder(Path(options.output_dir), options, identity, here.size)
+    return Run(
+        options=options,
+        model=model,
+        weights=weights,
+        tokenizer=tokenizer,
+        ds_config=ds_config,
+        train_pairs=train_pairs,
+        eval_pairs=eval_pairs,
+        schedule=schedule,
+        attention=kernel,
+        resume_from=found.resume_from,
+        finished=found.finished,
+    )
+
+
+def _kernel(options: Options, model: Model) -> str:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch_dtype(options.precision)
+    kernel, passed_over = choose_kernel(options.attention, model.config, dtype, device, options.trust_remote_code)
+    for problem in passed_over:
+        console.say(f"{problem}: {kernel} is used")
+    return kernel
+
+
+def _name_things(options: Options) -> Options:
+    changes = {}
+    if options.output_dir is None:
+        changes["output_dir"] = str(
+            Path("runs", f"{Path(options.model).name}-{Path(options.dataset).name.split('.')[0]}")
+        )
+    if options.generations is None:
+        small = known_model(options.model, options.trust_remote_code).parameters < 1e9
+        changes["generations"] = 3 if small else 0
+    return options.replace(**changes)
+
+
+def load_pairs(options: Options, tokenizer: PreTrainedTokenizerBase, here: World) -> tuple[PairSet, PairSet]:
+    """The tokenised training and evaluation pairs. Says what was left out or changed."""
+    sources = [(options.dataset, options.dataset_split, "train")]
+    if options.eval_dataset is not None:
+        sources.append((options.eval_dataset, "auto", "eval"))
+    with console.working("reading and tokenising the pairs"):
+        found = in_a_child(
+            "reading and tokenising the pairs",
+            lambda: [_tokenised(options, tokenizer, *source) for source in sources],
+            here.all_cores,
+        )
+    for (source, *_), (_, lines) in zip(sources, found, strict=True):
+        for line in lines:
+            console.say(f"{source}: {line}")
+    train, *evaluation = (PairSet.open(folder) for folder, _ in found)
+    if evaluation:
+        (evaluation,) = evaluation
+        most = len(evaluation) if options.eval_pairs is None else options.eval_pairs
+        return train, evaluation.subset(range(min(most, len(evaluation))))
+    if options.eval_pairs == 0 or len(train) < 2:
+        return train, train.subset([])
+    if options.eval_pairs is not None and options.eval_pairs > len(train) / 2:
+        raise UserError(
+            f"--eval_pairs {options.eval_pairs} would hold out more than half of the {len(train)} pairs: lower it, or "
+            "name an --eval_dataset"
+        )
+    fraction, most = (0.05, 500) if options.eval_pairs is None else (1.0, options.eval_pairs)
+    mask = held_out(train.prompt_hashes, fraction, most)
+    return train.subset((~mask).nonzero()[0]), train.subset(mask.nonzero()[0])
+
+
+def _tokenised(options: Options, tokenizer, source: str, split: str, role: str) -> tuple[Path, list[str]]:
+    """The folder of a source's tokenised pairs, and what its report says."""
+    from dpo_ds.data.cache import tokenize_pairs
+    from dpo_ds.data.encoder import Tokenizing
+    from dpo_ds.data.rows import check_preferences
+    from dpo_ds.data.sources import flag, load_preferences
+
+    rows = load_preferences(source, split, role)
+    tokenizing = Tokenizing(options.max_length, options.truncation, options.chat_template)
+    cache = Path(options.cache_dir).expanduser() / "tokens"
+    try:
+        rows, report = check_preferences(rows, options.max_left_out)
+        return tokenize_pairs(rows, tokenizer, tokenizing, cache, report), report.lines()
+    except UserError as error:  # a run may read two sets
+        raise UserError(f"{flag(role)} {source}: {error}") from None
