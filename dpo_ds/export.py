@@ -23,7 +23,7 @@ from dpo_ds.config import Options
 from dpo_ds.engine.engine import Engine
 from dpo_ds.engine.shards import TAG, CheckpointWeights
 from dpo_ds.errors import UserError, files_of
-from dpo_ds.files import write_whole
+from dpo_ds.files import follow_umask, write_whole
 from dpo_ds.models.files import load_tokenizer
 from dpo_ds.models.find import find_model
 from dpo_ds.models.model import torch_dtype
@@ -125,7 +125,9 @@ def write_weights(model, fetch: Fetch, folder: Path, itemsize: int, rank: int, r
                 # Split experts are views of one block, which safetensors refuses to store.
                 tensors |= {name: tensor.contiguous().clone() for name, tensor in hub.items()}
         if mine:
-            save_file(tensors, folder / _shard_name(number, len(plan)), metadata={"format": "pt"})
+            file = folder / _shard_name(number, len(plan))
+            save_file(tensors, file, metadata={"format": "pt"})
+            follow_umask(file)
     collectives.wait_for_all()
     if rank == 0:
         _write_index(folder, len(plan))

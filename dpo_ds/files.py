@@ -1,7 +1,12 @@
-"""Files written whole or not at all, and their hashes."""
+"""Files and folders that are there whole or not at all, and their hashes."""
 
+import contextlib
 import hashlib
 import os
+import shutil
+import socket
+import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
 
@@ -13,6 +18,45 @@ def write_whole(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
+
+
+SCRATCH = ".partial"
+
+
+@contextlib.contextmanager
+def scratch_folder(parent: Path, prefix: str) -> Iterator[Path]:
+    """A new folder of this process, gone at the end unless it was renamed. What a killed process left beside it is
+    removed: the name says whose it is."""
+    for left in parent.glob(f"*{SCRATCH}"):
+        parts = left.name.split("@")
+        if len(parts) != 4:
+            continue
+        _, host, pid, _ = parts
+        if host == socket.gethostname() and pid.isdecimal() and not _alive(int(pid)):
+            shutil.rmtree(left, ignore_errors=True)
+    folder = parent / f"{prefix}@{socket.gethostname()}@{os.getpid()}@{uuid.uuid4().hex[:8]}{SCRATCH}"
+    folder.mkdir(parents=True)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        return True
+    return True
+
+
+def follow_umask(path: Path) -> None:
+    """Gives a file that a library made for this user alone the mode that any new file has."""
+    umask = os.umask(0)
+    os.umask(umask)
+    path.chmod(0o666 & ~umask)
 
 
 def sha256_of(path: Path) -> str:

@@ -23,6 +23,7 @@ from dpo_ds.runs.prepare import Run
 from dpo_ds.scoring.packed import PackedBatch, pack
 from dpo_ds.scoring.sweep import score_all
 
+MOST_SKIPPED = 10  # steps in a row without an update
 # How far a pair's margin may be from its reference's, in nats (root mean square), when both are the same model: a row's
 # products are rounded in another way in another micro-batch. bf16 is an estimate for GPUs (benchmarks/gpu_layers.py).
 ROUNDING = {"fp32": 2e-4, "bf16": 0.3}
@@ -69,6 +70,7 @@ class Trainer:
         self.router_coefficient = float(self.options.router_aux_loss_coef)
         self.metrics = [*METRICS, *(["router_aux_loss"] if self.router_coefficient > 0 else [])]
         self.flops, self.peak = Flops(run.model, self.options), peak_of(policy.device)
+        self.skipped = 0  # steps in a row
         nothing = np.zeros((0, 2), dtype=np.float32)
         self.held_out_policy = self.held_out_reference = nothing  # the latest evaluation's
 
@@ -149,7 +151,7 @@ class Trainer:
         # The step's one collective of ours (DeepSpeed has its own for the gradients), and the one wait for the device.
         means = collectives.sum_over_ranks(sums) / len(indices)
         *values, grad_norm = torch.cat([means, grad_norm.to(means).view(1)]).tolist()
-        self.check(number, indices, values[0])
+        self.check(number, indices, values[0], applied)
         seconds = time.perf_counter() - started
         flops = self.flops.step(self.run.train_pairs.lengths[indices]) / seconds / self.here.size
         metrics = {
@@ -182,8 +184,14 @@ class Trainer:
             rows = torch.cat([rows, balance.detach()[:, None]], dim=1)
         return dealt.micro_batch.weight * rows.sum(0)
 
-    def check(self, number: int, indices: np.ndarray, loss: float) -> None:
-        """Stops a run whose loss is not finite, or whose first loss is not ln 2."""
+    def check(self, number: int, indices: np.ndarray, loss: float, applied: bool) -> None:
+        """Stops a run whose loss is not finite, whose first loss is not ln 2, or that no longer learns."""
+        self.skipped = 0 if applied else self.skipped + 1
+        if self.skipped == MOST_SKIPPED:
+            raise RunStopped(
+                f"the gradients of the last {MOST_SKIPPED} steps are not finite, and none was applied: lower "
+                "--learning_rate, and start again from an earlier checkpoint with --resume"
+            )
         if not math.isfinite(loss):
             ids = ", ".join(self.run.train_pairs.pair_id(i) for i in indices)
             raise RunStopped(

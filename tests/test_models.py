@@ -266,16 +266,29 @@ def test_the_command_prints_the_table():
 
 # ------------------------------------------------------------------------------------------------- other architectures
 
-EXACT = ["qwen3", "gemma3_text", "olmo2", "granite", "qwen3_moe", "deepseek_v3", "gpt_neox", "starcoder2", "cohere2"]
+EXACT = [
+    "nemotron",
+    "qwen3",
+    "gemma3_text",
+    "olmo2",
+    "granite",
+    "qwen3_moe",
+    "deepseek_v3",
+    "gpt_neox",
+    "starcoder2",
+    "cohere2",
+]
 NOT_EXACT = {
     "minimax": "does not keep packed pairs apart",  # linear attention, though it calls itself able
-    "rwkv": "does not keep packed pairs apart",
+    "rwkv": "does not keep packed pairs apart: it has layers with a running state",
     "qwen3_next": "does not keep packed pairs apart",
     "roberta": "does not keep packed pairs apart",  # sees to both sides
     "gpt_oss": "attention sinks",
     "bloom": "cannot be shown",
     "gpt_neo": "cannot be shown",
-    "mamba": "cannot be shown",
+    "mamba": "layers with a running state",
+    "jamba": "layers with a running state",
+    "falcon_h1": "layers with a running state",
 }
 
 

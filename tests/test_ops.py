@@ -5,8 +5,13 @@ import subprocess
 import sys
 import time
 
+import deepspeed
 import launching
 import pytest
+import torch
+from filelock import FileLock
+
+from dpo_ds.engine import ops
 
 # A rank alone on CPU: DeepSpeed compiles its shared-memory op.
 JOIN = "from dpo_ds.engine import join; from dpo_ds.ranks import console; join.join(); console.leave()"
@@ -16,7 +21,9 @@ ANOTHER = "another process builds in"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("extensions") / "deepspeed_shm_comm"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path_factory.mktemp("extensions")))
+        return ops.folder_of_versions() / "deepspeed_shm_comm"
 
 
 def own(folder) -> dict:
@@ -65,9 +72,26 @@ def test_a_mark_that_was_left_holds_nobody_up(folder):
 
 
 def test_another_programs_build_is_waited_for(folder):
+    """A library is there already: the wait is told all the same, within a few seconds."""
+    assert list(folder.glob("*.so"))
     with (folder / "lock").open("w"), started(JOIN, folder) as process:
         assert ANOTHER in process.stdout.readline()
-        time.sleep(1)
         assert process.poll() is None and (folder / "lock").exists()
         (folder / "lock").unlink()
         assert process.wait(timeout=60) == 0, process.stdout.read()
+
+
+def test_another_runs_turn_is_waited_for(folder):
+    """The same for a run of dpo_ds that holds the kernel's lock."""
+    with FileLock(folder / "dpo_ds.lock") as turn, started(JOIN, folder) as process:
+        assert ANOTHER in process.stdout.readline()
+        turn.release()
+        assert process.wait(timeout=60) == 0, process.stdout.read()
+
+
+def test_each_torch_and_deepspeed_has_its_own_folder(monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    folder = ops.folder_of_versions()
+    assert folder.parent == tmp_path and torch.__version__ in folder.name and deepspeed.__version__ in folder.name
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(folder))  # as a child process finds it
+    assert ops.folder_of_versions() == folder

@@ -15,8 +15,9 @@ from dpo_ds.plan.activations import LiveBytes
 from dpo_ds.scoring import attention
 from dpo_ds.scoring.head import FEWEST_COLUMNS, HeadInputs, LogitBudget, fused_logps
 from dpo_ds.scoring.packed import layout_of, pack
+from dpo_ds.scoring.rotary import fix_frequencies
 from dpo_ds.scoring.scorer import PairScorer
-from dpo_ds.scoring.twin import _kernel_problem, choose_kernel, randomise
+from dpo_ds.scoring.twin import _kernel_problem, choose_kernel, randomise, require_exact
 
 PACKED = attention.implementation(attention.SDPA)
 LENGTHS = [(17, 7, 12), (31, 14, 5), (1, 3, 4), (24, 1, 1)]
@@ -159,6 +160,13 @@ def test_fused_head_against_float64(adapter, bias, scale, softcap, tile, kept):
             torch.testing.assert_close(grad.double(), wanted, atol=2e-5, rtol=1e-4)
 
 
+def test_the_head_takes_no_rows_at_all():
+    hidden, weight = torch.zeros(0, 16, requires_grad=True), torch.randn(VOCABULARY, 16, requires_grad=True)
+    logps = fused_logps(HeadInputs(hidden, weight, torch.zeros(0, dtype=torch.int64)))
+    logps.sum().backward()
+    assert logps.shape == (0,) and hidden.grad.shape == (0, 16) and not weight.grad.any()
+
+
 def test_fused_head_in_bf16_is_as_good_as_its_inputs():
     """The sum of 128 log-probabilities stays within a tenth of a nat of float64 on the same bf16 inputs."""
     torch.manual_seed(0)
@@ -217,6 +225,40 @@ def test_the_segments_survive_what_hooks_do_to_a_tensor(name, tmp_path):
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
     torch.testing.assert_close(scorer(pack(pairs)), expected, atol=1e-5, rtol=0)
+
+
+ROPES = {
+    "longrope": {
+        "rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 40, "factor": 12.8,
+        "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5], "long_factor": [1.5, 2.0, 4.0, 8.0, 16.0, 32.0],
+    },
+    "dynamic": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ROPES)
+def test_frequencies_are_those_of_max_length_whatever_shares_the_row(kind):
+    """One pair lies within the original context of 40, one beyond it, one has a response on either side."""
+    shape = {**tiny.COMMON, "max_position_embeddings": 40, "rope_parameters": ROPES[kind]}
+    pairs = random_pairs([(10, 5, 6), (50, 6, 7), (34, 4, 20)])
+
+    def scores(fixed: bool):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(LlamaConfig(**shape), attn_implementation="eager").eval()
+        randomise(model)
+        if fixed:
+            fix_frequencies(model, 64)
+        with torch.no_grad():
+            plain = oracle.pairs_logps(model, pairs)
+            model.set_attn_implementation(PACKED)
+            return plain, PairScorer(model)(pack(pairs))
+
+    plain, packed = scores(fixed=True)
+    torch.testing.assert_close(packed, plain, atol=1e-4, rtol=1e-6)
+    plain, packed = scores(fixed=False)
+    assert (packed - plain).abs().max() > 0.01, "the negative control: transformers' own change with the row"
+    # Beyond the original context the fixed ones are those that transformers takes for a plain sequence of max_length.
+    require_exact("x", LlamaConfig(**shape))
 
 
 def test_a_model_loaded_without_a_packed_kernel_is_a_bug_not_a_slow_path(tmp_path):

@@ -3,8 +3,6 @@
 import hashlib
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict
 from itertools import chain
@@ -19,6 +17,7 @@ from dpo_ds.data.encoder import Encoder, Tokenizing
 from dpo_ds.data.pairs import read_manifest
 from dpo_ds.data.rows import prompt_hash
 from dpo_ds.errors import files_of
+from dpo_ds.files import scratch_folder
 
 FORMAT = 2  # of the folder below and of all that decides its content; raise it when either changes
 
@@ -41,17 +40,13 @@ def tokenize_pairs(
     encoder = Encoder(tokenizer, tokenizing)
     folder = cache_folder / _key(rows, tokenizer, tokenizing)[:32]
     if not folder.is_dir():
-        with files_of("--cache_dir", cache_folder):
-            cache_folder.mkdir(parents=True, exist_ok=True)
-            partial = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=cache_folder))
-        try:
+        with files_of("--cache_dir", cache_folder), scratch_folder(cache_folder, folder.name) as partial:
             _write(partial, rows, encoder, num_proc)
-            partial.rename(folder)
-        except OSError:
-            if not folder.is_dir():  # else another process was faster: its set is this one
-                raise
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+            try:
+                partial.rename(folder)
+            except OSError:
+                if not folder.is_dir():  # else another process was faster: its set is this one
+                    raise
     manifest = read_manifest(folder)
     for counts, more in ((report.left_out, manifest["left_out"]), (report.changed, manifest["changed"])):
         counts.update({kind: (count, first) for kind, (count, first) in more.items()})
@@ -93,7 +88,7 @@ def _write(folder: Path, rows: datasets.Dataset, encoder: Encoder, num_proc: int
         features=_FEATURES,
         load_from_cache_file=False,
         num_proc=num_proc if len(rows) >= SMALL and num_proc > 1 else None,
-        new_fingerprint=folder.name.replace(".", "-"),
+        new_fingerprint=re.sub(r"[^0-9a-z]", "-", folder.name.lower())[:64],
     )
     # Column by column, as a stream: lists of a million rows would be half a GB.
     numbers = np.fromiter(_column(encoded, "row"), np.int64, len(encoded))

@@ -22,6 +22,7 @@ from dpo_ds.models.lora import add_lora
 from dpo_ds.models.model import torch_dtype
 from dpo_ds.ranks import world
 from dpo_ds.scoring import attention
+from dpo_ds.scoring.rotary import fix_frequencies
 from dpo_ds.scoring.scorer import PairScorer
 
 FIRST_PARAMETER_ID = 1_000_000  # far above a reference's, which may be alive beside the policy
@@ -104,6 +105,7 @@ def _load(folder: Path, config: dict, options: Options, kernel: str):
             f"{folder}: {len(unfit)} tensors that its config.json asks for are not in its weights, or have another "
             f"shape, {unfit[0]} among them: config and weights are not of one model"
         )
+    fix_frequencies(model, options.max_length)
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0

@@ -61,10 +61,16 @@ class Engine:
 
     def step(self) -> tuple[torch.Tensor, bool]:
         """Applies the step's gradients. Returns their norm before clipping, fp32 on some device, and whether the step
-        was applied (not if they overflowed)."""
+        was applied: not if a gradient is not finite."""
         norm = None
-        if isinstance(self.deepspeed.optimizer, torch.optim.Optimizer):  # stage 0 in fp32: DeepSpeed keeps no norm
+        optimizer = self.deepspeed.optimizer
+        if isinstance(optimizer, torch.optim.Optimizer):  # stage 0 in fp32: DeepSpeed keeps no norm, and checks nothing
             norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+            # What DeepSpeed's own optimizers tell it: a step that is skipped does not move the learning rate either.
+            optimizer.overflow = not bool(torch.isfinite(norm))
+            if optimizer.overflow:
+                for parameter in self.model.parameters():
+                    parameter.grad = None
         self.deepspeed.step()
         norm = self.deepspeed.get_global_grad_norm() if norm is None else norm
         return torch.as_tensor(norm, dtype=torch.float32), self.deepspeed.was_step_applied()

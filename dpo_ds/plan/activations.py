@@ -21,6 +21,7 @@ from dpo_ds.models.lora import add_lora
 from dpo_ds.scoring import attention
 from dpo_ds.scoring.head import LogitBudget
 from dpo_ds.scoring.packed import PackedBatch, pack
+from dpo_ds.scoring.rotary import fix_frequencies
 from dpo_ds.scoring.scorer import PairScorer
 
 
@@ -94,6 +95,7 @@ class Counter:
                 attn_implementation=attention.implementation(attention.SIZES_ONLY),
                 trust_remote_code=self.options.trust_remote_code,
             )
+            fix_frequencies(model, config.get_text_config().max_position_embeddings)
             if self.options.lora:
                 model = add_lora(model, self.options)
                 for name, parameter in model.named_parameters():

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from dpo_ds import __version__
 from dpo_ds.config import Options
 from dpo_ds.engine.engine import Engine
-from dpo_ds.files import write_whole
+from dpo_ds.files import follow_umask, write_whole
 from dpo_ds.ranks import collectives, world
 from dpo_ds.runs.folders import describe
 
@@ -32,7 +32,9 @@ def save(engine: Engine, folder: Path, step: int, options: Options) -> Path:
         partial.mkdir(parents=True)
     collectives.wait_for_all()
     engine.save(partial)
-    save_file(_random_state(), partial / f"random-{here.rank}.safetensors")
+    random = partial / f"random-{here.rank}.safetensors"
+    save_file(_random_state(), random)
+    follow_umask(random)
     collectives.wait_for_all()
     if here.speaks:
         facts = {

@@ -3,6 +3,7 @@
 All that a user can get wrong is found here, in seconds, as a UserError with its remedy.
 """
 
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from dpo_ds.data.steps import Schedule, too_small
 from dpo_ds.engine.requirements import require_compiler, require_nvme
 from dpo_ds.engine.tiers import fill_tier, swap_folders
 from dpo_ds.errors import UserError
+from dpo_ds.files import scratch_folder
 from dpo_ds.models.files import fetch_weights, load_tokenizer
 from dpo_ds.models.find import find_model, known_model
 from dpo_ds.models.model import Model, torch_dtype
@@ -128,7 +130,7 @@ def load_pairs(options: Options, tokenizer: PreTrainedTokenizerBase, here: World
     with console.working("reading and tokenising the pairs"):
         found = in_a_child(
             "reading and tokenising the pairs",
-            lambda: [_tokenised(options, tokenizer, *source) for source in sources],
+            lambda: _tokenise(options, tokenizer, sources),
             here.all_cores,
         )
     for (source, *_), (_, lines) in zip(sources, found, strict=True):
@@ -149,6 +151,15 @@ def load_pairs(options: Options, tokenizer: PreTrainedTokenizerBase, here: World
     fraction, most = (0.05, 500) if options.eval_pairs is None else (1.0, options.eval_pairs)
     mask = held_out(train.prompt_hashes, fraction, most)
     return train.subset((~mask).nonzero()[0]), train.subset(mask.nonzero()[0])
+
+
+def _tokenise(
+    options: Options, tokenizer: PreTrainedTokenizerBase, sources: list[tuple[str, str, str]]
+) -> list[tuple[Path, list[str]]]:
+    """Each source's folder and report, in a process of its own."""
+    with scratch_folder(Path(tempfile.gettempdir()), "dpo_ds-data") as folder:
+        tempfile.tempdir = str(folder)  # where `datasets` puts copies of the rows; it removes them in no forked process
+        return [_tokenised(options, tokenizer, *source) for source in sources]
 
 
 def _tokenised(options: Options, tokenizer, source: str, split: str, role: str) -> tuple[Path, list[str]]:

@@ -251,7 +251,9 @@ class _Tiles:
     def logits_of(self, targets: torch.Tensor) -> torch.Tensor:
         """Each row's logit of its target, fp32 [N]; as many rows at a time as fit into a tile."""
         rows = max(1, self.rows * self.width // (4 * self.weight.shape[1]))
-        logits = torch.cat([self._some_logits_of(targets, slice(n, n + rows)) for n in range(0, self.rows, rows)])
+        logits = torch.cat(
+            [self._some_logits_of(targets, slice(n, n + rows)) for n in range(0, max(1, self.rows), rows)]
+        )
         return self._bend(logits)
 
     def _some_logits_of(self, targets: torch.Tensor, rows: slice) -> torch.Tensor:

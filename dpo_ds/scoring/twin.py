@@ -16,15 +16,21 @@ from transformers import AutoModelForCausalLM
 from dpo_ds.errors import UserError
 from dpo_ds.scoring import attention
 from dpo_ds.scoring.packed import Pair, pack
+from dpo_ds.scoring.rotary import fix_frequencies
 from dpo_ds.scoring.scorer import PairScorer
 
 HEADS, HEAD_DIM, EXPERTS = 4, 16, 4
+ORIGINAL_CONTEXT = 40  # shorter than one of the pairs below and longer than the others
+MAX_LENGTH = 64  # longer than all of them
 WINDOW = 9  # shorter than the prompts below, so that a window matters
 VOCABULARY = 512
 LENGTHS = ((17, 7, 12), (31, 14, 5))  # prompt, chosen, rejected
 # Of transformers 5.23's causal language models, those that respect the layout came out within 3e-5 (rounding of sums of
 # a dozen fp32 log-probabilities), those that do not off by more than 0.1.
 TOLERANCE = 1e-3
+# What the configs of state-space and recurrent layers have: Mamba and its mixtures with attention, Griffin, RWKV.
+STATE_KEYS = ("state_size", "mamba_d_state", "ssm_state_size", "mamba_state_dim", "lru_width", "rescale_every")
+INSTEAD = "choose a model of another architecture, as of the twelve that python -m dpo_ds.models lists"
 # A bf16 kernel on the twin may be off by what torch's own is off in bf16, times the first, plus the second: both round
 # the same sums. A kernel that sees what it must not is off by more than 0.1.
 KERNEL_SLACK, KERNEL_FLOOR = 2.0, 0.03
@@ -76,16 +82,33 @@ def twin(config, vocabulary: int = VOCABULARY, head_dim: int = HEAD_DIM):
         "num_key_value_heads": HEADS if key_heads == heads else 1 if key_heads == 1 else HEADS // 2,
         "num_experts_per_tok": min(2, get("num_experts_per_tok") or 2),
     }
+    if hasattr(text, "num_key_value_heads") and key_heads is None:  # as many as there are heads
+        sizes["num_key_value_heads"] = text.num_key_value_heads = HEADS
     for key, value in sizes.items():
         if get(key) is not None:
             with contextlib.suppress(AttributeError):  # a property, derived from the others
                 setattr(text, key, value)
     if kinds:
-        text.layer_types = (kinds * get("num_hidden_layers"))[: get("num_hidden_layers")]
+        with contextlib.suppress(AttributeError):
+            text.layer_types = (kinds * get("num_hidden_layers"))[: get("num_hidden_layers")]
+    _shrink_rope(text, head_dim)
     for key in ("pad_token_id", "bos_token_id", "eos_token_id"):
         if get(key) is not None:
             setattr(text, key, 0)
     return small
+
+
+def _shrink_rope(text, head_dim: int) -> None:
+    """Rotary positions of which the twin's pairs pass the original context, where the model has such a thing."""
+    rope = getattr(text, "rope_parameters", None) or {}
+    for parameters in rope.values() if all(isinstance(value, dict) for value in rope.values()) else [rope]:
+        kind = parameters.get("rope_type", "default")
+        if kind == "longrope":
+            parameters["original_max_position_embeddings"] = ORIGINAL_CONTEXT
+            for key in ("short_factor", "long_factor"):
+                parameters[key] = (list(parameters[key]) * head_dim)[: head_dim // 2]
+        if "dynamic" in kind:
+            text.max_position_embeddings = ORIGINAL_CONTEXT
 
 
 def randomise(model) -> None:
@@ -102,19 +125,23 @@ def require_exact(name: str, config, trust_remote_code: bool = False) -> None:
     Raises UserError with the reason if the architecture cannot be packed, cannot be shown to be, or comes out wrong.
     """
     architecture = type(config).__name__.removesuffix("Config")
+    if any(getattr(config.get_text_config(), key, None) for key in STATE_KEYS):
+        raise UserError(
+            f"--model {name}: {architecture} does not keep packed pairs apart: it has layers with a running state, "
+            f"which run on from one response into the next; {INSTEAD}"
+        )
     try:
         difference = _difference(config, trust_remote_code)
     except Exception as error:  # whatever an architecture's own code raises on what it was not made for
         reason = " ".join(f"{error}".split())[:200]
         raise UserError(
             f"--model {name}: {architecture} cannot be shown to score packed pairs (a tiny twin of it stopped: "
-            f"{reason}); choose a model of another architecture, as of the twelve that python -m dpo_ds.models lists"
+            f"{reason}); {INSTEAD}"
         ) from error
     if not difference < TOLERANCE:
         raise UserError(
             f"--model {name}: {architecture} does not keep packed pairs apart (log-probabilities of a tiny twin are "
-            f"off by {difference:.2g}); choose a model of another architecture, as of the twelve that python -m "
-            "dpo_ds.models lists"
+            f"off by {difference:.2g}); {INSTEAD}"
         )
 
 
@@ -139,6 +166,7 @@ def _build(config, trust_remote_code: bool):
             config, dtype=torch.float32, attn_implementation="eager", trust_remote_code=trust_remote_code
         ).eval()
         randomise(model)
+    fix_frequencies(model, MAX_LENGTH)
     return model
 
 
