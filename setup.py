@@ -47,7 +47,15 @@ setup(
     ],
     extras_require={
         "flash": ["flash-attn>=2.7,<3"],
-        "test": ["pytest>=8,<10", "pytest-xdist>=3.6", "psutil>=5.9", "ruff>=0.9", "build>=1.2", "wheel>=0.43"],
+        "test": [
+            "pytest>=8,<10",
+            "pytest-xdist>=3.6",
+            "psutil>=5.9",
+            "ruff>=0.9",
+            "mypy>=1.18",
+            "build>=1.2",
+            "wheel>=0.43",
+        ],
         "bench": ["trl>=1.16,<2", "matplotlib>=3.8,<4"],
     },
     classifiers=[

@@ -2,146 +2,176 @@
 
     options = parse_options(["--config", "run.yaml", "--learning_rate", "1e-6"])
 
-A key has one spelling: the field's name is the flag, the YAML key and the attribute. YAML is turned into flags and
-parsed with the others by transformers' HfArgumentParser, so that types, choices and unknown keys are checked in one
-place. What a run used is written to its output folder as options.yaml and can be fed back with `--config`.
+A key has one spelling: the field's name is the flag, the YAML key and the attribute. YAML is turned into flags, and
+argparse reads all flags together. So types, choices and unknown keys are checked in one place. A run writes the
+options that it used to options.yaml in its output folder; `--config` reads that file back.
 """
 
+import argparse
 import dataclasses
 import difflib
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from types import NoneType
+from typing import Annotated, Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 import yaml
-from transformers.hf_argparser import HfArg, HfArgumentParser
 
 from dpo_ds.errors import UserError
 
 
 @dataclass(frozen=True)
+class Help:
+    """What `--help` says about an option. `heading` starts a group: this option and those after it stand under it."""
+
+    text: str
+    heading: str | None = None
+
+
+@dataclass(frozen=True)
 class Options:
-    """Every option of a run. `None` means: follows from the model and the machine (see `--help` for how)."""
+    """Every option of a run. `None` means: follows from the model and the machine (the option's help says how)."""
 
-    # what to train, on what, to where
-    model: str | None = HfArg(
-        default=None, aliases=["--model_name"], help="Model to align: hub id, local folder, or tiny-gpt2 (built in)."
+    model: Annotated[
+        str | None, Help("Model to align: hub id, local folder, or tiny-gpt2 (built in).", heading="what to train")
+    ] = None
+    dataset: Annotated[
+        str, Help("Preference pairs: hub id, folder, .jsonl/.jsonl.gz/.json/.csv/.parquet file, or sample (built in).")
+    ] = "HuggingFaceH4/ultrafeedback_binarized"
+    dataset_split: Annotated[str, Help("Split of --dataset; auto: train_prefs, train, or the only one.")] = "auto"
+    eval_dataset: Annotated[
+        str | None, Help("Held-out pairs; by default a fixed part of --dataset, chosen by content, is held out.")
+    ] = None
+    eval_pairs: Annotated[
+        int | None, Help("How many pairs to evaluate on, at most; by default 5% of the set, 500 at most. 0: none.")
+    ] = None
+    output_dir: Annotated[str | None, Help("Folder of this run; by default runs/<model>-<dataset>.")] = None
+    cache_dir: Annotated[str, Help("Where tokenised sets and reference tables are kept, by content, for all runs.")] = (
+        "~/.cache/dpo_ds"
     )
-    dataset: str = HfArg(
-        default="HuggingFaceH4/ultrafeedback_binarized",
-        help="Preference pairs: hub id, folder, .jsonl/.jsonl.gz/.json/.csv/.parquet file, or sample (built in).",
-    )
-    dataset_split: str = HfArg(default="auto", help="Split of --dataset; auto: train_prefs, train, or the only one.")
-    eval_dataset: str | None = HfArg(
-        default=None, help="Held-out pairs; by default a fixed part of --dataset, chosen by content, is held out."
-    )
-    eval_pairs: int | None = HfArg(
-        default=None, help="How many pairs to evaluate on, at most; by default 5%% of the set, 500 at most. 0: none."
-    )
-    output_dir: str | None = HfArg(default=None, help="Folder of this run; by default runs/<model>-<dataset>.")
-    cache_dir: str = HfArg(
-        default="~/.cache/dpo_ds", help="Where tokenised sets and reference tables are kept, by content, for all runs."
-    )
-    trust_remote_code: bool = HfArg(default=False, help="Run Python code that comes with the model. Off unless asked.")
+    trust_remote_code: Annotated[bool, Help("Run Python code that comes with the model. Off unless asked.")] = False
 
-    # the machine
-    ds_config: str = HfArg(default="auto", help="DeepSpeed config: auto, a tier of ds_configs/, or a JSON file.")
-    precision: Literal["auto", "bf16", "fp32"] = HfArg(
-        default="auto", help="bf16 keeps fp32 master weights. auto: bf16 on a GPU, fp32 on CPU."
-    )
-    attention: Literal["auto", "flash_attention_3", "flash_attention_2", "varlen", "sdpa"] = HfArg(
-        default="auto",
-        help="Attention's kernel. auto: the fastest that GPU and model have; varlen is torch's own.",
-    )
-    gradient_checkpointing: Literal["auto", "on", "off"] = HfArg(
-        default="auto", help="Recompute activations in backward. auto: on where memory needs it, by the plan."
-    )
-    micro_batch_tokens: int | None = HfArg(
-        default=None,
-        help="Tokens of one micro-batch on one rank, at most: a packed pair is prompt + chosen + rejected. By default "
-        "what the plan finds room for, up to the rank's share of a step (on CPU 1024, or the longest pair).",
-    )
+    ds_config: Annotated[
+        str, Help("DeepSpeed config: auto, a tier of ds_configs/, or a JSON file.", heading="the machine")
+    ] = "auto"
+    precision: Annotated[
+        Literal["auto", "bf16", "fp32"], Help("bf16 keeps fp32 master weights. auto: bf16 on a GPU, fp32 on CPU.")
+    ] = "auto"
+    attention: Annotated[
+        Literal["auto", "flash_attention_3", "flash_attention_2", "varlen", "sdpa"],
+        Help("Attention's kernel. auto: the fastest that GPU and model have; varlen is torch's own."),
+    ] = "auto"
+    gradient_checkpointing: Annotated[
+        Literal["auto", "on", "off"],
+        Help("Recompute activations in backward. auto: on where memory needs it, by the plan."),
+    ] = "auto"
+    micro_batch_tokens: Annotated[
+        int | None,
+        Help(
+            "Tokens of one micro-batch on one rank, at most: a packed pair is prompt + chosen + rejected. By default "
+            "what the plan finds room for, up to the rank's share of a step (on CPU 1024, or the longest pair)."
+        ),
+    ] = None
 
-    # whether it fits
-    plan: Literal["auto", "only", "off"] = HfArg(
-        default="auto",
-        help="auto: work out what the run takes, pick tier and micro-batch by it, refuse what cannot fit; only: print "
-        "that and stop; off: the class's tier, whatever the machine.",
-    )
-    gpus: int | None = HfArg(default=None, help="Plan for so many GPUs (nodes of 8); by default one for each rank.")
-    gpu_memory: float | None = HfArg(default=None, help="Plan for GPUs of so many GiB; by default this machine's.")
-    host_memory: float | None = HfArg(default=None, help="Plan for so many GiB of host memory in each node.")
-    nvme: float | None = HfArg(default=None, help="Plan for so many GiB on --nvme_path in each node.")
-    nvme_path: str | None = HfArg(
-        default=None, help="Folder on a fast local disk, for tiers that keep the optimizer's state there."
-    )
+    plan: Annotated[
+        Literal["auto", "only", "off"],
+        Help(
+            "auto: work out what the run takes, pick tier and micro-batch by it, refuse what cannot fit; only: print "
+            "that and stop; off: the class's tier, whatever the machine.",
+            heading="whether it fits",
+        ),
+    ] = "auto"
+    gpus: Annotated[int | None, Help("Plan for so many GPUs (nodes of 8); by default one for each rank.")] = None
+    gpu_memory: Annotated[float | None, Help("Plan for GPUs of so many GiB; by default this machine's.")] = None
+    host_memory: Annotated[
+        float | None, Help("Plan for so many GiB of host memory in each node; by default this machine's.")
+    ] = None
+    nvme: Annotated[
+        float | None, Help("Plan for so many GiB on --nvme_path in each node; by default what is free there.")
+    ] = None
+    nvme_path: Annotated[
+        str | None, Help("Folder on a fast local disk, for tiers that keep the optimizer's state there.")
+    ] = None
 
-    # the loss
-    beta: float = HfArg(default=0.1, help="DPO's beta: how strongly the policy is held to the reference.")
-    router_aux_loss_coef: str = HfArg(
-        default="0",
-        help="Weight of a mixture of experts' load-balancing loss, over each pair's tokens; model: as in its config.",
-    )
-    reference: Literal["precomputed", "live", "base", "none"] = HfArg(
-        default="precomputed",
-        help="Reference log-probabilities: a table made once; a second engine; LoRA's base weights; or none.",
-    )
+    beta: Annotated[
+        float, Help("DPO's beta: how strongly the policy is held to the reference.", heading="the loss")
+    ] = 0.1
+    router_aux_loss_coef: Annotated[
+        str,
+        Help("Weight of a mixture of experts' load-balancing loss, over each pair's tokens; model: as in its config."),
+    ] = "0"
+    reference: Annotated[
+        Literal["precomputed", "live", "base", "none"],
+        Help("Reference log-probabilities: a table made once; a second engine; LoRA's base weights; or none."),
+    ] = "precomputed"
 
-    # the optimisation
-    learning_rate: float | None = HfArg(
-        default=None, help="Peak AdamW learning rate; by default by the model's size, ten times as high with --lora."
-    )
-    epochs: float = HfArg(default=1.0, help="Passes over the training pairs; may be a fraction.")
-    max_steps: int | None = HfArg(default=None, help="Optimizer steps; overrides --epochs.")
-    global_batch_pairs: int = HfArg(default=32, help="Pairs of one optimizer step, over all ranks and micro-batches.")
-    warmup_ratio: float = HfArg(default=0.1, help="Part of the steps over which the learning rate rises.")
-    lr_scheduler: Literal["linear", "cosine", "constant"] = HfArg(
-        default="linear", help="What the learning rate does after the warm-up."
-    )
-    weight_decay: float = HfArg(default=0.0, help="AdamW's weight decay, on matrices only (no biases, no norms).")
-    max_grad_norm: float = HfArg(default=1.0, help="Gradients are scaled down to this norm; 0: never.")
-    seed: int = HfArg(default=42, help="Decides the order of the pairs and LoRA's first weights.")
+    learning_rate: Annotated[
+        float | None,
+        Help(
+            "Peak AdamW learning rate; by default by the model's size, ten times as high with --lora.",
+            heading="the optimisation",
+        ),
+    ] = None
+    epochs: Annotated[float, Help("Passes over the training pairs; may be a fraction.")] = 1.0
+    max_steps: Annotated[int | None, Help("Optimizer steps; overrides --epochs.")] = None
+    global_batch_pairs: Annotated[int, Help("Pairs of one optimizer step, over all ranks and micro-batches.")] = 32
+    warmup_ratio: Annotated[float, Help("Part of the steps over which the learning rate rises.")] = 0.1
+    lr_scheduler: Annotated[
+        Literal["linear", "cosine", "constant"], Help("What the learning rate does after the warm-up.")
+    ] = "linear"
+    weight_decay: Annotated[float, Help("AdamW's weight decay, on matrices only (no biases, no norms).")] = 0.0
+    max_grad_norm: Annotated[float, Help("Gradients are scaled down to this norm; 0: never.")] = 1.0
+    seed: Annotated[int, Help("Decides the order of the pairs and LoRA's first weights.")] = 42
 
-    # the data
-    max_length: int | None = HfArg(
-        default=None, help="Tokens of prompt + the longer response; by default 1024, or the model's context if less."
-    )
-    truncation: Literal["keep_end", "keep_start"] = HfArg(
-        default="keep_end", help="keep_end cuts the prompt's beginning; keep_start cuts prompt + response at the end."
-    )
-    chat_template: Literal["auto", "none"] = HfArg(
-        default="auto", help="auto: the tokenizer's own template where it has one; none: plain concatenation."
-    )
-    max_left_out: float = HfArg(default=0.1, help="Stop if a larger part of the rows than this cannot be used.")
+    max_length: Annotated[
+        int | None,
+        Help(
+            "Tokens of prompt + the longer response; by default 1024, or the model's context if less.",
+            heading="the data",
+        ),
+    ] = None
+    truncation: Annotated[
+        Literal["keep_end", "keep_start"],
+        Help("keep_end cuts the prompt's beginning; keep_start cuts prompt + response at the end."),
+    ] = "keep_end"
+    chat_template: Annotated[
+        Literal["auto", "none"], Help("auto: the tokenizer's own template where it has one; none: plain concatenation.")
+    ] = "auto"
+    max_left_out: Annotated[float, Help("Stop if a larger part of the rows than this cannot be used.")] = 0.1
 
-    # LoRA
-    lora: bool = HfArg(default=False, help="Train low-rank adapters (peft) instead of all the weights.")
-    lora_r: int = HfArg(default=16, help="Rank of the adapters.")
-    lora_alpha: float = HfArg(default=32.0, help="Their scale is lora_alpha / lora_r.")
-    lora_dropout: float = HfArg(default=0.0, help="Dropout on the adapters' input.")
-    lora_targets: str = HfArg(
-        default="all-linear",
-        help="Comma-separated module names, or all-linear: all but the output head (name lm_head to have it) and fused "
-        "experts.",
-    )
+    lora: Annotated[bool, Help("Train low-rank adapters (peft) instead of all the weights.", heading="LoRA")] = False
+    lora_r: Annotated[int, Help("Rank of the adapters.")] = 16
+    lora_alpha: Annotated[float, Help("Their scale is lora_alpha / lora_r.")] = 32.0
+    lora_dropout: Annotated[float, Help("Dropout on the adapters' input.")] = 0.0
+    lora_targets: Annotated[
+        str,
+        Help(
+            "Comma-separated module names, or all-linear: all but the output head (name lm_head to have it) and fused "
+            "experts."
+        ),
+    ] = "all-linear"
 
-    # on the way, and the end
-    eval_every: int | None = HfArg(
-        default=None, help="Steps between evaluations; by default ten a run. 0: only before and after."
-    )
-    save_every: int = HfArg(default=0, help="Steps between checkpoints; 0: only the last step's.")
-    resume: str = HfArg(
-        default="auto", help="auto: go on where --output_dir stopped; never; or a checkpoint folder to start from."
-    )
-    export: Literal["merged", "none"] = HfArg(
-        default="merged", help="Write a plain Hugging Face folder, LoRA merged in, at the end."
-    )
-    generations: int | None = HfArg(
-        default=None, help="Prompts to show answers to, before and after; by default 3 for models below 1 B, else 0."
-    )
+    eval_every: Annotated[
+        int | None,
+        Help(
+            "Steps between evaluations; by default ten a run. 0: only before and after.",
+            heading="on the way, and the end",
+        ),
+    ] = None
+    save_every: Annotated[int, Help("Steps between checkpoints; 0: only the last step's.")] = 0
+    resume: Annotated[
+        str, Help("auto: go on where --output_dir stopped; never; or a checkpoint folder to start from.")
+    ] = "auto"
+    export: Annotated[
+        Literal["merged", "none"], Help("Write a plain Hugging Face folder, LoRA merged in, at the end.")
+    ] = "merged"
+    generations: Annotated[
+        int | None, Help("Prompts to show answers to, before and after; by default 3 for models below 1 B, else 0.")
+    ] = None
 
-    def replace(self, **changes) -> "Options":
+    def replace(self, **changes: Any) -> "Options":
         return dataclasses.replace(self, **changes)
 
 
@@ -154,11 +184,23 @@ NOT_IDENTITY = frozenset(
 DESCRIPTION = "The options of a run. --model alone is enough; the rest follows from the model and the machine."
 
 FIELDS = {field.name: field for field in dataclasses.fields(Options)}
+# Second spellings, as flags and in YAML.
+ALIASES = {"model_name": "model"}
+
+_TYPES = get_type_hints(Options)
+_HELP: dict[str, Help] = {
+    name: hint.__metadata__[0] for name, hint in get_type_hints(Options, include_extras=True).items()
+}
 
 
-class _Parser(HfArgumentParser):
-    def error(self, message: str):
-        raise UserError(f"{message} (--help lists the options)")
+def help_of(name: str) -> str:
+    return _HELP[name].text
+
+
+def group_of(name: str) -> str:
+    """The heading that the option stands under: its own, or the nearest above it."""
+    names = list(FIELDS)
+    return next(heading for above in names[names.index(name) :: -1] if (heading := _HELP[above].heading))
 
 
 def parse_options(argv: list[str], command: str = "train") -> Options:
@@ -166,29 +208,69 @@ def parse_options(argv: list[str], command: str = "train") -> Options:
 
     Raises UserError, in one line, for unknown keys (naming the nearest), wrong types and values out of range.
     """
-    parser = _Parser(Options, prog=f"python -m dpo_ds.{command}", description=DESCRIPTION, allow_abbrev=False)
-    parser.add_argument("--config", metavar="FILE", help="YAML file of options; flags override it.")
-    # Both launchers pass the rank's number on the command line; the environment has it as well.
-    parser.add_argument("--local_rank", "--local-rank", dest="local_rank", type=int, help="Set by the launcher.")
-    argv = _flags_of_config(parser, argv) + argv
-    options, _, unknown = parser.parse_args_into_dataclasses(
-        argv, return_remaining_strings=True, look_for_args_file=False
-    )
+    values, unknown = _parser(command).parse_known_args(_flags_of_config(argv) + argv)
     if unknown and not unknown[0].startswith("-"):
-        raise UserError(f"unexpected argument {unknown[0]}: options are written --name value")
+        raise UserError(f"unexpected argument {_one_line(unknown[0])}: options are written --name value")
     if unknown:
-        raise UserError(_unknown(unknown[0], ["--" + name for name in [*FIELDS, "model_name", "config"]]))
+        raise UserError(_unknown(unknown[0], ["--" + name for name in [*FIELDS, *ALIASES, "config"]]))
+    options = Options(**{name: getattr(values, name) for name in FIELDS})
     check(options)
     return options
 
 
-def _flags_of_config(parser: _Parser, argv: list[str]) -> list[str]:
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (--help lists the options)")
+
+
+def _parser(command: str) -> _Parser:
+    """argparse's parser for the fields of Options, in groups under their headings."""
+    parser = _Parser(
+        prog=f"python -m dpo_ds.{command}",
+        usage="%(prog)s [--config FILE] [--name value ...]",
+        description=DESCRIPTION,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", metavar="FILE", help="YAML file of options; flags override it.")
+    # Both launchers pass the rank's number as a flag. We read it from the environment, so help hides the flag.
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
+    headings = dict.fromkeys(group_of(name) for name in FIELDS)
+    groups = {heading: parser.add_argument_group(heading) for heading in headings}
+    for name, field in FIELDS.items():
+        flags = ["--" + name, *("--" + alias for alias, of in ALIASES.items() if of == name)]
+        text = help_of(name) + (f" (default: {field.default})" if field.default is not None else "")
+        text = text.replace("%", "%%")  # argparse would read a lone % as a format
+        groups[group_of(name)].add_argument(*flags, default=field.default, help=text, **_reading(name))
+    return parser
+
+
+def _reading(name: str) -> dict[str, Any]:
+    """How argparse reads the option's value: what `add_argument` needs for the field's type."""
+    kind = _TYPES[name]
+    if NoneType in get_args(kind):  # X | None: a value that is given is an X
+        kind = get_args(kind)[0]
+    if get_origin(kind) is Literal:
+        return {"choices": get_args(kind)}
+    if kind is bool:  # a bare --lora means true
+        return {"type": _true_or_false, "nargs": "?", "const": True, "metavar": "true|false"}
+    return {"type": kind, "metavar": {str: "TEXT", int: "INTEGER", float: "NUMBER"}[kind]}
+
+
+def _true_or_false(text: str) -> bool:
+    if text.lower() in ("true", "t", "yes", "y", "1"):
+        return True
+    if text.lower() in ("false", "f", "no", "n", "0"):
+        return False
+    raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+
+
+def _flags_of_config(argv: list[str]) -> list[str]:
     paths = [argv[i + 1] for i, word in enumerate(argv[:-1]) if word == "--config"]
     paths += [word.removeprefix("--config=") for word in argv if word.startswith("--config=")]
     flags = []
     for path in paths:
         for key, value in _read_yaml(path).items():
-            key = "model" if key == "model_name" else key
+            key = ALIASES.get(key, key)
             if key not in FIELDS:
                 raise UserError(f"{path}: {_unknown(str(key), list(FIELDS))}")
             if isinstance(value, (list, dict)):
@@ -204,15 +286,20 @@ def _read_yaml(path: str) -> dict:
     except OSError as error:
         raise UserError(f"--config {path}: {error.strerror}; name a YAML file of options") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"--config {path} is not YAML: {' '.join(str(error).split())}") from None
+        raise UserError(f"--config {path} is not YAML: {_one_line(str(error))}") from None
     if not isinstance(content, dict):
         raise UserError(f"--config {path} holds no 'key: value' lines")
     return content
 
 
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
 def _unknown(word: str, known: list[str]) -> str:
-    nearest = difflib.get_close_matches(word.split("=")[0], known, n=1, cutoff=0.0)
-    return f"unknown option {word.split('=')[0]}; did you mean {nearest[0]}? (--help lists all)"
+    name = _one_line(word.split("=")[0])
+    [nearest] = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
+    return f"unknown option {name}; did you mean {nearest}? (--help lists all)"
 
 
 def check(options: Options) -> None:
@@ -245,7 +332,7 @@ def check(options: Options) -> None:
         raise UserError("--reference base uses LoRA's frozen base weights: add --lora, or use --reference precomputed")
 
 
-def _require(options: Options, name: str, holds, wanted: str) -> None:
+def _require(options: Options, name: str, holds: Callable[[float], bool], wanted: str) -> None:
     value = getattr(options, name)
     if value is not None and not math.isfinite(value):
         raise UserError(f"--{name} is {value}, but must be finite")
@@ -259,7 +346,7 @@ def _require_number(name: str, text: str) -> None:
     except ValueError:
         fine = False
     if not fine:
-        raise UserError(f"--{name} is {text}, but must be 0, a number above it, or model")
+        raise UserError(f"--{name} is {_one_line(text)}, but must be 0, a number above it, or model")
 
 
 def to_yaml(options: Options) -> str:

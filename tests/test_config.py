@@ -1,11 +1,14 @@
 """Options: flags over YAML, one spelling, errors of one line that help."""
 
+import os
+import re
 import subprocess
 import sys
+import typing
 
 import pytest
 
-from dpo_ds.config import FIELDS, Options, parse_options, to_yaml
+from dpo_ds.config import ALIASES, FIELDS, Options, group_of, help_of, parse_options, to_yaml
 from dpo_ds.errors import UserError
 
 
@@ -33,7 +36,7 @@ def test_what_is_written_reads_back_equal(tmp_path):
         ("--model m --beta abc", "--beta"),
         ("--model m --beta 0", "--beta is 0.0, but must be more than 0"),
         ("--model m --learning_rate nan", "--learning_rate is nan"),
-        ("--model m --precision fp8", "'bf16', 'fp32'"),
+        ("--model m --precision fp8", "argument --precision: invalid choice: 'fp8'"),
         ("--model m --reference base", "add --lora"),
         ("--model m --max_length 1", "2 or more"),
         ("--beta 0.1", "--model is needed"),
@@ -69,16 +72,116 @@ def test_launchers_local_rank_is_taken():
     assert parse_options(["--local_rank=1", "--model", "m"]).model == "m"
 
 
-def test_help_explains_every_option_with_its_default():
+@pytest.mark.parametrize(
+    ("flags", "value"),
+    [
+        *((flags, True) for flags in ("--lora", "--lora true", "--lora=YES", "--lora 1")),
+        *((flags, False) for flags in ("", "--lora=false", "--lora no", "--lora 0", "--lora --lora f")),
+    ],
+)
+def test_true_and_false_are_written_in_many_ways(flags, value):
+    assert parse_options(["--model", "m", *flags.split()]).lora is value
+
+
+@pytest.mark.parametrize(
+    ("flag", "words"),
+    [
+        ("--lora=maybe", "argument --lora: 'maybe' is neither true nor false"),
+        ("--seed=1.5", "argument --seed: invalid int value: '1.5'"),
+        ("--gpus=few", "argument --gpus: invalid int value: 'few'"),
+        ("--epochs=all", "argument --epochs: invalid float value: 'all'"),
+        ("--nvme=none", "argument --nvme: invalid float value: 'none'"),
+        ("--plan=maybe", "argument --plan: invalid choice: 'maybe'"),
+        ("--router_aux_loss_coef=a\nb", "--router_aux_loss_coef is a b, but must be"),
+        ("--a\nb", "unknown option --a b"),
+    ],
+    ids=lambda text: repr(text)[1:-1],
+)
+def test_a_wrong_value_of_each_type_is_one_line(flag, words):
+    with pytest.raises(UserError) as error:
+        parse_options(["--model", "m", flag])
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", [name for name in FIELDS if "_" in name])
+def test_dashes_are_refused_with_the_right_spelling(name):
+    dashed = name.replace("_", "-")
+    with pytest.raises(UserError, match=rf"unknown option --{dashed}; did you mean --{name}\?"):
+        parse_options(["--model", "m", f"--{dashed}", "1"])
+
+
+def of_type(value, hint) -> bool:
+    """Whether the value is exactly of the annotated type: True is no int here, and 1 no float."""
+    if typing.get_origin(hint) is typing.Literal:
+        return value in typing.get_args(hint)
+    return any(type(value) is kind for kind in typing.get_args(hint) or [hint])
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_defaults_have_the_types_of_their_fields(name):
+    assert of_type(FIELDS[name].default, typing.get_type_hints(Options)[name])
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_a_given_value_has_the_type_of_its_field(name):
+    hint = typing.get_type_hints(Options)[name]
+    kinds = [kind for kind in typing.get_args(hint) or [hint] if kind is not type(None)]
+    # "1" is a str, an int, a float and a true bool.
+    text = kinds[-1] if typing.get_origin(hint) is typing.Literal else "1"
+    flags = [f"--{name}={text}"]
+    if name == "max_length":
+        flags = ["--max_length=2"]
+    elif flags == ["--reference=base"]:
+        flags.append("--lora")
+    elif name == "lora_dropout":
+        flags = ["--lora_dropout=0"]
+    value = getattr(parse_options(["--model", "m", *flags]), name)
+    assert value is not None and of_type(value, hint)
+
+
+def test_help_shows_every_option_once_under_its_heading():
     out = subprocess.run(
-        [sys.executable, "-m", "dpo_ds.train", "--help"], capture_output=True, text=True, check=True
+        [sys.executable, "-m", "dpo_ds.train", "--help"],
+        env=os.environ | {"COLUMNS": "100"},
+        capture_output=True,
+        text=True,
+        check=True,
     ).stdout
+    found = []
+    for line in out.splitlines():
+        if line.endswith(":") and not line.startswith(" "):
+            heading = line[:-1]
+        elif line.startswith("  --"):
+            flags = line.strip().split("  ")[0]  # then comes the help, two spaces or a line further
+            found.append((heading, re.findall(r"--[\w-]+", flags)))
+    found.remove(("options", ["--config"]))
+    aliases = {name: [alias for alias in ALIASES if ALIASES[alias] == name] for name in FIELDS}
+    assert found == [(group_of(name), ["--" + word for word in [name, *aliases[name]]]) for name in FIELDS]
+    assert not re.search(r"--[a-z]+-", out), "no spellings with dashes"
     flat = " ".join(out.split())
-    for name in FIELDS:
-        assert f"--{name}" in flat
-    assert "default: 0.1" in flat and "--model_name" in flat
+    for name, field in FIELDS.items():
+        default = "" if field.default is None else f" (default: {field.default})"
+        assert help_of(name) + default in flat
 
 
-def test_options_have_help():
-    assert all(field.metadata.get("help") for field in FIELDS.values())
-    assert Options().model is None
+def test_groups():
+    assert list(dict.fromkeys(map(group_of, FIELDS))) == [
+        "what to train",
+        "the machine",
+        "whether it fits",
+        "the loss",
+        "the optimisation",
+        "the data",
+        "LoRA",
+        "on the way, and the end",
+    ]
+    first = ("model", "ds_config", "plan", "beta", "learning_rate", "max_length", "lora", "eval_every")
+    last = ("trust_remote_code", "micro_batch_tokens", "nvme_path", "reference", "seed", "max_left_out")
+    assert [group_of(name) for name in first] == list(dict.fromkeys(map(group_of, FIELDS)))
+    assert [group_of(name) for name in (*last, "lora_targets", "generations")] == [group_of(name) for name in first]
+
+
+def test_options_are_read_without_transformers_and_torch():
+    seen = "import sys, dpo_ds.config; print({'transformers', 'torch', 'numpy'} & set(sys.modules))"
+    out = subprocess.run([sys.executable, "-c", seen], capture_output=True, text=True, check=True).stdout
+    assert out.strip() == "set()"
