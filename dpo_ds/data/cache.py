@@ -88,7 +88,7 @@ def _write(folder: Path, rows: datasets.Dataset, encoder: Encoder, num_proc: int
         features=_FEATURES,
         load_from_cache_file=False,
         num_proc=num_proc if len(rows) >= SMALL and num_proc > 1 else None,
-        new_fingerprint=re.sub(r"[^0-9a-z]", "-", folder.name.lower())[:64],
+        new_fingerprint=folder.name.partition("@")[0],
     )
     # Column by column, as a stream: lists of a million rows would be half a GB.
     numbers = np.fromiter(_column(encoded, "row"), np.int64, len(encoded))
