@@ -20,7 +20,7 @@ import work
 from transformers import AutoModelForCausalLM
 
 sys.path.insert(0, str(work.ROOT))
-sys.path.insert(0, str(work.ROOT / "tests"))
+sys.path.insert(0, str(work.ROOT / "tests" / "tools"))
 
 import oracle
 

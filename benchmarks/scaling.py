@@ -21,7 +21,7 @@ from pathlib import Path
 import psutil
 import work
 
-sys.path.insert(0, str(work.ROOT / "tests"))
+sys.path.insert(0, str(work.ROOT / "tests" / "tools"))
 
 from memory import Peak, resident
 

@@ -1,6 +1,6 @@
 """The `deepspeed` command's reading of `-m`, against DeepSpeed's own parser.
 
-Run `pytest tests/test_deepspeed_command.py`.
+Run `pytest tests/launches/test_deepspeed_command.py`.
 """
 
 import argparse

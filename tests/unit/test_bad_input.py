@@ -152,6 +152,7 @@ def test_one_line_with_the_remedy(case, place, monkeypatch):
     assert not (place / "out").exists(), "a run that cannot start leaves nothing behind"
 
 
+@pytest.mark.launch
 @pytest.mark.parametrize("more", [["--betta=1"], ["--max_length=100000"]], ids=["option", "model"])
 def test_exit_code_and_one_voice_on_two_ranks(more, place):
     """The launcher ends with our code, rank 0 has spoken once, nobody shows a traceback."""
@@ -164,6 +165,7 @@ def test_exit_code_and_one_voice_on_two_ranks(more, place):
     assert not (place / "two").exists()
 
 
+@pytest.mark.launch
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_pairs(place, tmp_path):
     """A learning rate that blows the weights up: the run ends with the step's pairs, not with a page of NaN."""
     done = launching.run(
@@ -176,6 +178,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_pairs(place, tmp_
     assert "the loss is" in line and "look at its pairs" in line and "Traceback" not in done.stdout
 
 
+@pytest.mark.launch
 def test_weights_that_do_not_fit_the_config_are_noticed(place, tmp_path):
     """transformers would give what is missing random values, and the run would train nonsense."""
     model = copied(place, "deeper", lambda c, f: c.update(num_hidden_layers=3))
@@ -188,6 +191,7 @@ def test_weights_that_do_not_fit_the_config_are_noticed(place, tmp_path):
     assert "9 tensors" in line and "model.layers.2." in line and "Traceback" not in done.stdout
 
 
+@pytest.mark.launch
 def test_a_reference_that_is_not_the_policy_is_noticed(place, tmp_path):
     """The first loss must be ln 2. Here the table is made of other weights, behind the key's back."""
     import numpy as np

@@ -194,6 +194,7 @@ score.main(sys.argv[2:])
 """
 
 
+@pytest.mark.launch
 def test_a_killed_scoring_goes_on_to_the_same_table(place, straight, scored, tmp_path):
     words = argv(place, tmp_path)
     killed = subprocess.run(

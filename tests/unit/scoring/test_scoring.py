@@ -5,6 +5,7 @@ import oracle
 import pytest
 import tiny
 import torch
+from packed_pairs import LENGTHS, PACKED, packed_model, random_pairs
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from dpo_ds.config import Options
@@ -19,23 +20,10 @@ from dpo_ds.scoring.rotary import fix_frequencies
 from dpo_ds.scoring.scorer import PairScorer
 from dpo_ds.scoring.twin import _kernel_problem, choose_kernel, randomise, require_exact
 
-PACKED = attention.implementation(attention.SDPA)
-LENGTHS = [(17, 7, 12), (31, 14, 5), (1, 3, 4), (24, 1, 1)]
-
-
-def random_pairs(lengths=LENGTHS, seed=3):
-    generator = np.random.default_rng(seed)
-    return [tuple(generator.integers(1, tiny.VOCABULARY, n).astype(np.int32) for n in sizes) for sizes in lengths]
-
 
 @pytest.fixture(scope="module", params=tiny.NAMES)
 def folder(request, tmp_path_factory):
     return tiny.make(request.param, tmp_path_factory.mktemp("model"))
-
-
-def packed_model(folder, dtype=torch.float32):
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=PACKED)
-    return PairScorer(model.eval())
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])

@@ -11,15 +11,16 @@ from pathlib import Path
 
 import psutil
 
-ROOT = Path(__file__).resolve().parents[1]
+TOOLS = Path(__file__).resolve().parent
+ROOT = TOOLS.parents[1]
 
 
 def environment() -> dict:
     """The tests' own environment, less what would steer a run, with the checkout's packages to import."""
     drop = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "PYTHONDONTWRITEBYTECODE"}
     env = {key: value for key, value in os.environ.items() if key not in drop}
-    return {**env, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "",
-            "CXX": str(ROOT / "tests" / "cxx.sh")}  # fmt: skip
+    return {**env, "PYTHONPATH": f"{ROOT}:{TOOLS}", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "",
+            "CXX": str(TOOLS / "cxx.sh")}  # fmt: skip
 
 
 def free_port() -> int:
@@ -75,7 +76,7 @@ def kill_tree(pid: int) -> None:
 def run_scenarios(ranks: int, scenarios: list[dict], file: Path, **more) -> str:
     """Runs scenarios (see scenarios.py) in one launch; returns what they printed."""
     file.write_text(json.dumps(scenarios))
-    return run(ranks, ROOT / "tests" / "scenarios.py", file, **more).stdout
+    return run(ranks, TOOLS / "scenarios.py", file, **more).stdout
 
 
 def metrics(folder: Path) -> list[dict]:

@@ -8,7 +8,7 @@ import oracle
 import pytest
 import tiny
 import torch
-from test_scoring import packed_model, random_pairs
+from packed_pairs import packed_model, random_pairs
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from dpo_ds.config import parse_options

@@ -6,10 +6,7 @@ Real runs: one rank at stage 0, two ranks at ZeRO-3 (straight; stopped and gone 
 import gzip
 import json
 import re
-import subprocess
-import sys
 from itertools import islice
-from pathlib import Path
 
 import launching
 import numpy as np
@@ -19,21 +16,17 @@ import templates
 import tiny
 import torch
 from safetensors.torch import load_file
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from dpo_ds.config import Options
 from dpo_ds.data.pairs import PairSet
 from dpo_ds.embedded import sample_file
 from dpo_ds.engine.shards import TAG, CheckpointWeights
-from dpo_ds.engine.tiers import load_tier
-from dpo_ds.errors import UserError
-from dpo_ds.models.find import find_model, known_model, table
 from dpo_ds.models.lora import add_lora
 from dpo_ds.runs.folders import checkpoints
 from dpo_ds.scoring.attention import SDPA, implementation
 from dpo_ds.scoring.packed import pack
 from dpo_ds.scoring.scorer import PairScorer
-from dpo_ds.scoring.twin import require_exact
 
 STEPS, STOP, SAVE = 5, 3, 2
 SHARD = 200_000  # bytes: several shards of each twin
@@ -43,10 +36,6 @@ PEER = {  # what the hub's checkpoints call a tensor of theirs that transformers
     "Qwen/Qwen2-7B-Instruct": "model.layers.1.self_attn.q_proj.bias",
     "mistralai/Mixtral-8x7B-Instruct-v0.1": "model.layers.1.block_sparse_moe.experts.3.w2.weight",
 }
-
-
-def short(model_id: str) -> str:
-    return model_id.rpartition("/")[2]
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +48,7 @@ def place(tmp_path_factory):
         (place / "pairs.jsonl").write_text("".join(islice(file, 60)))
     scenarios: dict[int, list] = {1: [], 2: []}
     for model_id in tiny.TWELVE:
-        tiny.make(model_id, place / short(model_id))
+        tiny.make(model_id, place / tiny.short(model_id))
         runs = {
             "one": (1, {"ds_config": place / "stage0.json", "export": "none"}),
             "straight": (2, {"ds_config": place / "stage3.json", "save_every": SAVE}),
@@ -68,10 +57,10 @@ def place(tmp_path_factory):
         }
         for kind, (ranks, extra) in runs.items():
             options = {
-                "model": place / short(model_id),
+                "model": place / tiny.short(model_id),
                 "dataset": place / "pairs.jsonl",
-                "output_dir": place / f"{short(model_id)}-{kind}",
-                "cache_dir": place / f"cache-{short(model_id)}",
+                "output_dir": place / f"{tiny.short(model_id)}-{kind}",
+                "cache_dir": place / f"cache-{tiny.short(model_id)}",
                 "max_steps": STEPS,
                 "global_batch_pairs": 8,
                 "learning_rate": 4e-4,
@@ -92,13 +81,13 @@ def place(tmp_path_factory):
 
 
 def merged(place, model_id: str, kind: str) -> dict[str, torch.Tensor]:
-    folder = place / f"{short(model_id)}-{kind}" / "merged"
+    folder = place / f"{tiny.short(model_id)}-{kind}" / "merged"
     return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
 
 
 def pairs_of(place, model_id: str) -> dict:
     """The tokenised pairs by their id."""
-    (manifest,) = (place / f"cache-{short(model_id)}" / "tokens").glob("*/manifest.json")
+    (manifest,) = (place / f"cache-{tiny.short(model_id)}" / "tokens").glob("*/manifest.json")
     pairs = PairSet.open(manifest.parent)
     return {pairs.pair_id(i): pairs.pair(i) for i in range(len(pairs))}
 
@@ -108,7 +97,7 @@ def pairs_of(place, model_id: str) -> dict:
 
 def packed_scoring(model_id, place):
     """Values and gradients of packed pairs are those of two plain forwards, to 1e-5."""
-    folder = place / short(model_id)
+    folder = place / tiny.short(model_id)
     pairs = list(pairs_of(place, model_id).values())[:4]
     plain = oracle.load(folder)
     expected = oracle.pairs_logps(plain, pairs)
@@ -125,19 +114,19 @@ def packed_scoring(model_id, place):
 
 def two_ranks_zero3(model_id, place):
     """Five steps on two ranks at ZeRO-3 are those on one rank at stage 0, to 1e-5, from ln 2 on."""
-    one, two = (launching.curve(place / f"{short(model_id)}-{kind}") for kind in ("one", "straight"))
+    one, two = (launching.curve(place / f"{tiny.short(model_id)}-{kind}") for kind in ("one", "straight"))
     assert len(one) == STEPS and abs(one[0] - 0.693147) < 1e-5 and max(abs(np.diff(one))) > 1e-3
     np.testing.assert_allclose(two, one, rtol=0, atol=1e-5)
 
 
 def lora_merge(model_id, place):
     """LoRA trains on two ranks at ZeRO-3; the export merges it as peft does, and leaves the rest as it was."""
-    run = place / f"{short(model_id)}-lora"
+    run = place / f"{tiny.short(model_id)}-lora"
     curve = launching.curve(run)
     assert abs(curve[0] - 0.693147) < 1e-5 and abs(curve[-1] - curve[0]) > 1e-4
     (folder,) = (run / "checkpoints").iterdir()
     facts = checkpoints.describe(folder)
-    base = AutoModelForCausalLM.from_pretrained(place / short(model_id), dtype=torch.float32)
+    base = AutoModelForCausalLM.from_pretrained(place / tiny.short(model_id), dtype=torch.float32)
     before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
     adapted = add_lora(base, Options(**facts["options"]))
     stored = CheckpointWeights(folder / TAG, facts["stage"], facts["ranks"])
@@ -155,7 +144,7 @@ def lora_merge(model_id, place):
 
 def resume(model_id, place):
     """Stopped after step 3 and gone on from the checkpoint of step 2: the same curve, to the bit."""
-    straight, again = (place / f"{short(model_id)}-{kind}" for kind in ("straight", "resumed"))
+    straight, again = (place / f"{tiny.short(model_id)}-{kind}" for kind in ("straight", "resumed"))
     for key in ("loss", "grad_norm", "eval/loss"):
         assert launching.curve(again, key) == launching.curve(straight, key), key
     steps = [line["step"] for line in launching.metrics(again) if "loss" in line]
@@ -164,9 +153,9 @@ def resume(model_id, place):
 
 def export(model_id, place):
     """The merged folder has the hub's tensor names, and plain transformers finds the policy's log-probabilities."""
-    run = place / f"{short(model_id)}-straight"
+    run = place / f"{tiny.short(model_id)}-straight"
     names = set(merged(place, model_id, "straight"))
-    assert names == set(load_file(place / short(model_id) / "model.safetensors"))
+    assert names == set(load_file(place / tiny.short(model_id) / "model.safetensors"))
     assert PEER.get(model_id, "model.layers.1.mlp.down_proj.weight") in names
     model = oracle.load(run / "merged")
     by_id = pairs_of(place, model_id)
@@ -178,7 +167,7 @@ def export(model_id, place):
     reference = torch.tensor([[line["reference_chosen"], line["reference_rejected"]] for line in lines])
     assert (policy - reference).abs().max() > 0.05, "nothing was learnt: the comparison shows nothing"
     ours, theirs = (
-        AutoConfig.from_pretrained(folder).to_dict() for folder in (run / "merged", place / short(model_id))
+        AutoConfig.from_pretrained(folder).to_dict() for folder in (run / "merged", place / tiny.short(model_id))
     )
     drop = {"transformers_version", "_name_or_path"}
     assert {k: v for k, v in ours.items() if k not in drop} == {k: v for k, v in theirs.items() if k not in drop}
@@ -186,7 +175,7 @@ def export(model_id, place):
 
 def template(model_id, place):
     """A pair's response ends with the model's end of turn, once, and begins where the prompt's template ends."""
-    tokenizer = AutoTokenizer.from_pretrained(place / short(model_id))
+    tokenizer = AutoTokenizer.from_pretrained(place / tiny.short(model_id))
     prompt, chosen, rejected = next(iter(pairs_of(place, model_id).values()))
     end = templates.end_of_turn(model_id)
     for response in (chosen, rejected):
@@ -203,7 +192,7 @@ def template(model_id, place):
 CHECKS = [packed_scoring, two_ranks_zero3, lora_merge, resume, export, template]
 
 
-@pytest.mark.parametrize("model_id", tiny.TWELVE, ids=short)
+@pytest.mark.parametrize("model_id", tiny.TWELVE, ids=tiny.short)
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
 def test_twelve(model_id, check, place):
     check(model_id, place)
@@ -216,117 +205,3 @@ def test_readme_shows_this_table():
     rows += [f"| `{model_id}` |" + " ✓ |" * len(CHECKS) for model_id in tiny.TWELVE]
     for row in rows:
         assert row in readme, row
-
-
-# ------------------------------------------------------------------------------------------------------- the table
-
-
-@pytest.mark.parametrize("model_id", tiny.TWELVE, ids=short)
-def test_parameters_and_class(model_id):
-    """Counted on the meta device; the class and tier of the report; the tier's file is there."""
-    model = known_model(model_id)
-    counted = sum(p.numel() for p in model.skeleton.parameters())
-    assert counted == model.parameters == table()[model_id].parameters
-    for tier in (model.tier, model.lora_tier):
-        assert load_tier(tier)["zero_optimization"]["stage"] == int(tier[4])
-
-
-PECULIARITIES = {
-    "gpt2": dict(tie_word_embeddings=True),
-    "stabilityai/stablelm-2-1_6b-chat": dict(use_qkv_bias=True),
-    "microsoft/Phi-3-mini-4k-instruct": dict(sliding_window=9),
-    "meta-llama/Meta-Llama-3-8B-Instruct": dict(num_key_value_heads=2),
-    "mistralai/Mistral-7B-Instruct-v0.3": dict(num_key_value_heads=2, sliding_window=None),
-    "google/gemma-7b-it": dict(head_dim=32, hidden_size=64, num_attention_heads=4, tie_word_embeddings=True),
-    "Qwen/Qwen2-7B-Instruct": dict(num_key_value_heads=2),
-    "CohereForAI/c4ai-command-r-v01": dict(logit_scale=0.0625, tie_word_embeddings=True),
-    "mistralai/Mixtral-8x7B-Instruct-v0.1": dict(num_local_experts=4, num_experts_per_tok=2),
-}
-
-
-@pytest.mark.parametrize("model_id", PECULIARITIES, ids=short)
-def test_twins_keep_what_is_peculiar(model_id):
-    config = tiny.config(model_id)
-    for key, value in PECULIARITIES[model_id].items():
-        assert getattr(config, key) == value, key
-    if "stablelm" in model_id:
-        assert config.rope_parameters["partial_rotary_factor"] == 0.25
-
-
-def test_the_command_prints_the_table():
-    out = subprocess.run(
-        [sys.executable, "-m", "dpo_ds.models"], env=launching.environment(), capture_output=True, text=True, check=True
-    ).stdout
-    for model_id in tiny.TWELVE:
-        model = known_model(model_id)
-        (line,) = [line for line in out.splitlines() if f"`{model_id}`" in line]
-        assert f"{model.parameters:,}" in line and f"`{model.tier}`" in line and f"{model.context:,}" in line
-    assert known_model("CohereForAI/c4ai-command-r-v01").context == 131_072
-
-
-# ------------------------------------------------------------------------------------------------- other architectures
-
-EXACT = [
-    "nemotron",
-    "qwen3",
-    "gemma3_text",
-    "olmo2",
-    "granite",
-    "qwen3_moe",
-    "deepseek_v3",
-    "gpt_neox",
-    "starcoder2",
-    "cohere2",
-]
-NOT_EXACT = {
-    "minimax": "does not keep packed pairs apart",  # linear attention, though it calls itself able
-    "rwkv": "does not keep packed pairs apart: it has layers with a running state",
-    "qwen3_next": "does not keep packed pairs apart",
-    "roberta": "does not keep packed pairs apart",  # sees to both sides
-    "gpt_oss": "attention sinks",
-    "bloom": "cannot be shown",
-    "gpt_neo": "cannot be shown",
-    "mamba": "layers with a running state",
-    "jamba": "layers with a running state",
-    "falcon_h1": "layers with a running state",
-}
-
-
-def default_config(model_type: str):
-    return next(kind for kind in MODEL_FOR_CAUSAL_LM_MAPPING if kind.model_type == model_type)()
-
-
-@pytest.mark.parametrize("model_type", EXACT)
-def test_other_architectures_are_proven_exact(model_type):
-    require_exact("x", default_config(model_type))
-
-
-@pytest.mark.parametrize("model_type", NOT_EXACT)
-def test_what_cannot_be_packed_is_refused_by_name(model_type):
-    with pytest.raises(UserError, match=NOT_EXACT[model_type]) as error:
-        require_exact("some/model", default_config(model_type))
-    message = str(error.value)
-    assert "some/model" in message and "\n" not in message and "choose a model" in message
-
-
-def test_a_refusal_comes_before_anything_else(tmp_path):
-    """The user's command with a model of such an architecture: exit code 2, one line, no folder."""
-    folder = tmp_path / "bloom"
-    default_config("bloom").save_pretrained(folder)
-    config = json.loads((folder / "config.json").read_text()) | {"architectures": ["BloomForCausalLM"], "n_layer": 2}
-    (folder / "config.json").write_text(json.dumps(config))
-    done = launching.run(
-        1, "-m", "dpo_ds.train", "--model", folder, "--dataset", "sample", "--output_dir", tmp_path / "out", check=False
-    )
-    assert done.returncode == 2, done.stdout[-2000:]
-    (line,) = [line for line in done.stdout.splitlines() if "dpo_ds: error:" in line]
-    assert "Bloom" in line and "Traceback" not in done.stdout and not (tmp_path / "out").exists()
-
-
-def test_a_folder_of_the_same_name_is_the_users_own(tmp_path, monkeypatch):
-    """`gpt2` in the working folder is not the hub's gpt2."""
-    monkeypatch.chdir(tmp_path)
-    known_model.cache_clear()
-    tiny.make("llama", Path("gpt2"))
-    assert known_model("gpt2").config.model_type == "llama" == find_model("gpt2").config.model_type
-    known_model.cache_clear()

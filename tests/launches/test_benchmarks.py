@@ -18,7 +18,7 @@ def measured(script: str, out, *words: str) -> dict:
 
 
 def test_twins_and_the_head_are_checked_against_plain_forwards(tmp_path):
-    models = ["gpt2", "mistralai/Mixtral-8x7B-Instruct-v0.1"]  # all twelve: tests/test_models.py
+    models = ["gpt2", "mistralai/Mixtral-8x7B-Instruct-v0.1"]  # all twelve: test_models.py
     facts = measured("gpu_check", tmp_path, "--models", *models)
     for name in models:
         kinds = [(row["kernel"], row.get("dtype")) for row in facts["checks"] if row["model"] == name]

@@ -1,6 +1,6 @@
 """The package as a user gets it: a wheel, installed by pip into a fresh environment and used from elsewhere.
 
-Run `pytest tests/test_wheel.py --durations=0`. It installs torch and the rest anew, about 1.2 GB: it needs a
+Run `pytest tests/launches/test_wheel.py --durations=0`. It installs torch and the rest anew, about 1.2 GB: it needs a
 package registry, and two to three minutes, most of them pip's.
 """
 
@@ -18,7 +18,7 @@ from pathlib import Path
 import launching
 import pytest
 
-CHECKOUT = Path(__file__).resolve().parent.parent
+CHECKOUT = Path(__file__).resolve().parents[2]
 VERSION = re.search(r'__version__ = "(.+)"', (CHECKOUT / "dpo_ds/__init__.py").read_text()).group(1)
 
 # Nothing of the checkout, and bytecode written: the environment is installed without any.

@@ -61,3 +61,8 @@ def make(name: str, folder: Path, dtype=torch.float32) -> Path:
     tokenizer = AutoTokenizer.from_pretrained(model_folder()) if name in OTHERS else templates.tokenizer(name)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def short(model_id: str) -> str:
+    """A hub id without its owner: a folder's or a test's name."""
+    return model_id.rpartition("/")[2]

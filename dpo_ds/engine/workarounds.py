@@ -1,0 +1,157 @@
+"""Every workaround of a fault of DeepSpeed, torch or transformers: what, where, for which versions, and its test.
+
+A newcomer finds here why a strange line is there, and a release that mends a fault lets its line go: `needed` says so.
+Where a workaround can be guarded by version, its code asks `needed(name)`.
+"""
+
+from dataclasses import dataclass
+from importlib.metadata import version
+
+from packaging.version import Version
+
+
+@dataclass(frozen=True)
+class Workaround:
+    package: str
+    fault: str
+    where: str  # module:function of ours
+    test: str  # file::test that fails without it, or shows that it is still needed
+    seen_in: str  # the version in which the fault was seen
+    mended_in: str | None = None  # the first version without it, once there is one
+    upstream: str | None = None  # issue or pull request, where known
+
+
+WORKAROUNDS = {
+    "deepspeed-m": Workaround(
+        "deepspeed",
+        "The launcher spells `-m` `--module` and refuses `-m`.",
+        "dpo_ds.deepspeed_command:spell_out_module",
+        "launches/test_deepspeed_command.py::test_m_is_spelled_out",
+        "0.19.8",
+    ),
+    "left-lock": Workaround(
+        "torch",
+        "A process killed while it compiles an op leaves `lock` behind, and every later one waits without end.",
+        "dpo_ds.engine.ops:build_in_turns",
+        "launches/test_ops.py::test_a_mark_that_was_left_holds_nobody_up",
+        "2.13.0",
+    ),
+    "shared-memory-names": Workaround(
+        "deepspeed",
+        "Collectives on CPU never unlink their blocks in /dev/shm: 66 MiB for each rank of each run.",
+        "dpo_ds.engine.join:_unname_shared_memory",
+        "launches/test_commands.py::test_every_launcher_starts_the_same_run",
+        "0.19.8",
+    ),
+    "renamed-collectives": Workaround(
+        "deepspeed",
+        "Calls collectives by names that torch 2.13 has renamed, with a warning for each call.",
+        "dpo_ds.engine.join:quiet_start",
+        "launches/test_commands.py::test_every_launcher_starts_the_same_run",
+        "0.19.8",
+    ),
+    "pinned-powers-of-two": Workaround(
+        "torch",
+        "Page-locked blocks are rounded up to a power of two: 16.4 GiB take 32.",
+        "dpo_ds.ranks.process:exact_pinned_memory",
+        "unit/plan/test_plan.py::test_page_locked_memory_is_rounded_up_unless_torch_is_told_not_to",
+        "2.13.0",
+    ),
+    "varlen-arguments": Workaround(
+        "torch",
+        "varlen_attn has no window in 2.10, takes fewer key heads unasked in 2.11, and wants enable_gqa from 2.12.",
+        "dpo_ds.scoring.attention:_torch_varlen",
+        "unit/scoring/test_attention.py::test_torchs_own_kernel_is_known_by_the_arguments_that_it_takes",
+        "2.13.0",
+    ),
+    "frequencies-by-row": Workaround(
+        "transformers",
+        "LongRoPE and dynamic NTK take their frequencies from the longest position in the row.",
+        "dpo_ds.scoring.rotary:fix_frequencies",
+        "unit/scoring/test_attention.py::test_frequencies_are_those_of_max_length_whatever_shares_the_row",
+        "5.23.0",
+    ),
+    "bf16-first-step": Workaround(
+        "deepspeed",
+        "The bf16 optimizer at stage 0 allocates Adam's state by a step with zero gradients, and leaves it counted.",
+        "dpo_ds.engine.build:_forget_first_step",
+        "launches/test_engines.py::test_a_closed_engine_gives_its_memory_back",
+        "0.19.8",
+    ),
+    "no-check-in-fp32": Workaround(
+        "deepspeed",
+        "At stage 0 in fp32 a gradient that is not finite is applied.",
+        "dpo_ds.engine.engine:Engine.step",
+        "launches/test_gradients.py::test_a_step_without_finite_gradients_is_skipped_at_every_stage",
+        "0.19.8",
+    ),
+    "parameter-numbers": Workaround(
+        "deepspeed",
+        "Swap files are named by a counter of the process: a policy's differ after a resume.",
+        "dpo_ds.engine.build:policy_engine",
+        "launches/test_nvme.py::test_resume_is_bit_for_bit",
+        "0.19.8",
+    ),
+    "swapped-state": Workaround(
+        "deepspeed",
+        "Loading a checkpoint with the optimizer on NVMe leaves out moments, step count and small groups.",
+        "dpo_ds.engine.resume:_expect_swapped_state",
+        "launches/test_nvme.py::test_resume_is_bit_for_bit",
+        "0.19.8",
+    ),
+    "adam-powers": Workaround(
+        "deepspeed",
+        "CPUAdam multiplies beta into beta^n step by step, but computes a power after a resume: the last bit differs.",
+        "dpo_ds.engine.resume:_count_as_before",
+        "launches/test_resume.py::test_killed_and_resumed_is_the_straight_run",
+        "0.19.8",
+    ),
+    "locked-buffers": Workaround(
+        "deepspeed",
+        "Buffers through which parameters come from NVMe are locked in memory and never given back.",
+        "dpo_ds.engine.memory:free_swap_buffers",
+        "launches/test_nvme.py::test_resume_is_bit_for_bit",
+        "0.19.8",
+    ),
+    "left-swap-files": Workaround(
+        "deepspeed",
+        "Swap files stay behind, and an earlier engine's are copied into each checkpoint.",
+        "dpo_ds.engine.memory:clear_swap_folders",
+        "launches/test_nvme.py::test_resume_is_bit_for_bit",
+        "0.19.8",
+    ),
+    "engines-outlive": Workaround(
+        "deepspeed",
+        "ZeRO's hooks and groups form cycles with all they hold, and some outlive the engine.",
+        "dpo_ds.engine.engine:Engine.close",
+        "launches/test_engines.py::test_a_closed_engine_gives_its_memory_back",
+        "0.19.8",
+    ),
+    "broken-options": Workaround(
+        "deepspeed",
+        "Options that DeepSpeed takes and gets wrong: Twin-Flow's ratio, bf16 masters, prefetch from NVMe.",
+        "dpo_ds.engine.tiers:fill_tier",
+        "unit/engine/test_tiers.py::test_what_is_refused_says_why",
+        "0.19.8",
+    ),
+    "data-copies": Workaround(
+        "datasets",
+        "Copies of the rows in TMPDIR are not removed in a forked process.",
+        "dpo_ds.runs.prepare:_tokenise",
+        "unit/data/test_leftovers.py::test_a_start_leaves_nothing_in_tmpdir",
+        "5.2.0",
+    ),
+    "private-files": Workaround(
+        "safetensors",
+        "save_file makes files that only this user may read, whatever the umask.",
+        "dpo_ds.files:follow_umask",
+        "unit/data/test_leftovers.py::test_modes_follow_the_umask",
+        "0.8.0",
+    ),
+}
+
+
+def needed(name: str) -> bool:
+    """Whether the installed version still has the fault."""
+    workaround = WORKAROUNDS[name]
+    return workaround.mended_in is None or Version(version(workaround.package)) < Version(workaround.mended_in)

@@ -1,0 +1,131 @@
+"""Models by their config: the twelve, twins, other architectures by proof."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import launching
+import pytest
+import tiny
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from dpo_ds.engine.tiers import load_tier
+from dpo_ds.errors import UserError
+from dpo_ds.models.find import find_model, known_model, table
+from dpo_ds.scoring.twin import require_exact
+
+# ------------------------------------------------------------------------------------------------------- the table
+
+
+@pytest.mark.parametrize("model_id", tiny.TWELVE, ids=tiny.short)
+def test_parameters_and_class(model_id):
+    """Counted on the meta device; the class and tier of the report; the tier's file is there."""
+    model = known_model(model_id)
+    counted = sum(p.numel() for p in model.skeleton.parameters())
+    assert counted == model.parameters == table()[model_id].parameters
+    for tier in (model.tier, model.lora_tier):
+        assert load_tier(tier)["zero_optimization"]["stage"] == int(tier[4])
+
+
+PECULIARITIES = {
+    "gpt2": dict(tie_word_embeddings=True),
+    "stabilityai/stablelm-2-1_6b-chat": dict(use_qkv_bias=True),
+    "microsoft/Phi-3-mini-4k-instruct": dict(sliding_window=9),
+    "meta-llama/Meta-Llama-3-8B-Instruct": dict(num_key_value_heads=2),
+    "mistralai/Mistral-7B-Instruct-v0.3": dict(num_key_value_heads=2, sliding_window=None),
+    "google/gemma-7b-it": dict(head_dim=32, hidden_size=64, num_attention_heads=4, tie_word_embeddings=True),
+    "Qwen/Qwen2-7B-Instruct": dict(num_key_value_heads=2),
+    "CohereForAI/c4ai-command-r-v01": dict(logit_scale=0.0625, tie_word_embeddings=True),
+    "mistralai/Mixtral-8x7B-Instruct-v0.1": dict(num_local_experts=4, num_experts_per_tok=2),
+}
+
+
+@pytest.mark.parametrize("model_id", PECULIARITIES, ids=tiny.short)
+def test_twins_keep_what_is_peculiar(model_id):
+    config = tiny.config(model_id)
+    for key, value in PECULIARITIES[model_id].items():
+        assert getattr(config, key) == value, key
+    if "stablelm" in model_id:
+        assert config.rope_parameters["partial_rotary_factor"] == 0.25
+
+
+@pytest.mark.launch
+def test_the_command_prints_the_table():
+    out = subprocess.run(
+        [sys.executable, "-m", "dpo_ds.models"], env=launching.environment(), capture_output=True, text=True, check=True
+    ).stdout
+    for model_id in tiny.TWELVE:
+        model = known_model(model_id)
+        (line,) = [line for line in out.splitlines() if f"`{model_id}`" in line]
+        assert f"{model.parameters:,}" in line and f"`{model.tier}`" in line and f"{model.context:,}" in line
+    assert known_model("CohereForAI/c4ai-command-r-v01").context == 131_072
+
+
+# ------------------------------------------------------------------------------------------------- other architectures
+
+EXACT = [
+    "nemotron",
+    "qwen3",
+    "gemma3_text",
+    "olmo2",
+    "granite",
+    "qwen3_moe",
+    "deepseek_v3",
+    "gpt_neox",
+    "starcoder2",
+    "cohere2",
+]
+NOT_EXACT = {
+    "minimax": "does not keep packed pairs apart",  # linear attention, though it calls itself able
+    "rwkv": "does not keep packed pairs apart: it has layers with a running state",
+    "qwen3_next": "does not keep packed pairs apart",
+    "roberta": "does not keep packed pairs apart",  # sees to both sides
+    "gpt_oss": "attention sinks",
+    "bloom": "cannot be shown",
+    "gpt_neo": "cannot be shown",
+    "mamba": "layers with a running state",
+    "jamba": "layers with a running state",
+    "falcon_h1": "layers with a running state",
+}
+
+
+def default_config(model_type: str):
+    return next(kind for kind in MODEL_FOR_CAUSAL_LM_MAPPING if kind.model_type == model_type)()
+
+
+@pytest.mark.parametrize("model_type", EXACT)
+def test_other_architectures_are_proven_exact(model_type):
+    require_exact("x", default_config(model_type))
+
+
+@pytest.mark.parametrize("model_type", NOT_EXACT)
+def test_what_cannot_be_packed_is_refused_by_name(model_type):
+    with pytest.raises(UserError, match=NOT_EXACT[model_type]) as error:
+        require_exact("some/model", default_config(model_type))
+    message = str(error.value)
+    assert "some/model" in message and "\n" not in message and "choose a model" in message
+
+
+@pytest.mark.launch
+def test_a_refusal_comes_before_anything_else(tmp_path):
+    """The user's command with a model of such an architecture: exit code 2, one line, no folder."""
+    folder = tmp_path / "bloom"
+    default_config("bloom").save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text()) | {"architectures": ["BloomForCausalLM"], "n_layer": 2}
+    (folder / "config.json").write_text(json.dumps(config))
+    done = launching.run(
+        1, "-m", "dpo_ds.train", "--model", folder, "--dataset", "sample", "--output_dir", tmp_path / "out", check=False
+    )
+    assert done.returncode == 2, done.stdout[-2000:]
+    (line,) = [line for line in done.stdout.splitlines() if "dpo_ds: error:" in line]
+    assert "Bloom" in line and "Traceback" not in done.stdout and not (tmp_path / "out").exists()
+
+
+def test_a_folder_of_the_same_name_is_the_users_own(tmp_path, monkeypatch):
+    """`gpt2` in the working folder is not the hub's gpt2."""
+    monkeypatch.chdir(tmp_path)
+    known_model.cache_clear()
+    tiny.make("llama", Path("gpt2"))
+    assert known_model("gpt2").config.model_type == "llama" == find_model("gpt2").config.model_type
+    known_model.cache_clear()
