@@ -91,11 +91,11 @@ rect { fill: #f3f6fa; stroke: #7a8ca5 } .arrow { fill: none; stroke: #44597a; st
 
 
 def picture() -> str:
-    """The wings as boxes, top down, and their imports as arrows: to the next box straight, else by a lane at the right."""
+    """The wings as boxes, top down, and their imports as arrows: straight to the next box, else by a lane beside."""
     graph = imports()
     boxes, body, top = {}, [], 20
     for place in ORDER:
-        lines = textwrap.wrap(about(place), 92)
+        lines = textwrap.wrap(about(place), 86)
         uses = sorted(graph[place] - {BOTTOM}, key=ORDER.index)
         height = TITLE + LINE * (len(lines) + bool(uses)) + 8
         boxes[place] = (top, height)
@@ -149,7 +149,7 @@ def options_table() -> str:
             group = field.metadata.get("group")
             lines += ["", f"## {group[:1].upper()}{group[1:]}", ""] if group else [""]
             lines += ["| option | value | default | what it does |", "|---|---|---|---|"]
-        help_text = (field.metadata.get("help") or "").replace("%%", "%").replace("|", r"\|")
+        help_text = (field.metadata.get("help") or "").replace("%%", "%").replace("|", r"\|").replace("<", "&lt;")
         cells = [f"`--{field.name}`", _values(hints[field.name]), _default(field), help_text]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines).strip()
