@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import json
 import re
 import shlex
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 
 from dpo_ds import __version__
 from dpo_ds.config import Options, parse_options
+from dpo_ds.data.rows import normalise
 from dpo_ds.plan.choose import choose
 from dpo_ds.plan.machine import Machine
 
@@ -100,6 +102,15 @@ def test_commands_exist(page, command, monkeypatch):
     else:
         text = source.read_text(encoding="utf-8")
         assert all(f'"{word}"' in text for word in rest if word.startswith("--"))
+
+
+def test_rows_that_are_shown_are_understood():
+    rows = [json.loads(span) for span in code(ROOT / "docs" / "data.md") if span.startswith("{")]
+    assert len(rows) == 3
+    for row in rows:
+        pair = normalise(row)
+        assert pair["messages"] == [{"role": "user", "content": "Say hello."}], row
+        assert (pair["chosen"].strip(), pair["rejected"].strip()) == ("Hello!", "No."), row
 
 
 def test_readme_is_short():
