@@ -19,6 +19,8 @@ setup(
     description="Direct preference optimisation of language models, from GPT-2 to 70B, on DeepSpeed",
     long_description=README.read_text(encoding="utf-8") if README.exists() else "",
     long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
     python_requires=">=3.10",
     # The tiers lie at the checkout's top, where a user looks for them, and travel inside the package.
     packages=[*find_packages(include=["dpo_ds", "dpo_ds.*"]), "dpo_ds.ds_configs"],

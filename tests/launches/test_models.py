@@ -1,4 +1,4 @@
-"""The twelve models of the report, each as its tiny twin, through every check: the table that README.md shows.
+"""The twelve models of the report, each as its tiny twin, through every check: the table that docs/models.md shows.
 
 Real runs: one rank at stage 0, two ranks at ZeRO-3 (straight; stopped and gone on; LoRA), exported in small shards.
 """
@@ -198,10 +198,10 @@ def test_twelve(model_id, check, place):
     check(model_id, place)
 
 
-def test_readme_shows_this_table():
-    """No tick in the README without a test."""
-    readme = (launching.ROOT / "README.md").read_text()
+def test_the_page_shows_this_table():
+    """No tick in docs/models.md without a test."""
+    page = (launching.ROOT / "docs" / "models.md").read_text()
     rows = ["| model | " + " | ".join(check.__name__.replace("_", " ") for check in CHECKS) + " |"]
     rows += [f"| `{model_id}` |" + " ✓ |" * len(CHECKS) for model_id in tiny.TWELVE]
     for row in rows:
-        assert row in readme, row
+        assert row in page, row

@@ -114,7 +114,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Installed]:
 def copy_source(to: Path) -> None:
     """What packaging reads. pip builds in place and leaves build/, whose stale files enter the next wheel."""
     to.mkdir()
-    for name in ("setup.py", "pyproject.toml", "README.md"):
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         if (CHECKOUT / name).exists():
             shutil.copy(CHECKOUT / name, to)
     for name in ("dpo_ds", "ds_configs"):
