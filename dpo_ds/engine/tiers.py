@@ -5,34 +5,20 @@ see data/steps.py), and nothing in it contradicts the options.
 """
 
 import copy
-import difflib
 import hashlib
 import json
 from pathlib import Path
 
 from dpo_ds.config import Options
+from dpo_ds.engine.check_config import AUTO, check_file, check_filled, leaves, shown
 from dpo_ds.errors import UserError
 from dpo_ds.models.model import Model
 from dpo_ds.resources import tier_files
-
-AUTO = "auto"
-
 
 # DeepSpeed never sees a step's pairs: dpo_ds sets the boundaries itself.
 BATCH_SIZES_ARE_OURS = (
     ': remove it or make it "auto"; a step is --global_batch_pairs pairs, and --micro_batch_tokens says how much of it '
     "a GPU takes at a time"
-)
-
-
-# What a config may hold: DeepSpeed ignores other words at this level (within zero_optimization it checks them itself).
-KNOWN = frozenset(
-    "train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps gradient_clipping bf16 fp16 "
-    "data_types optimizer scheduler zero_optimization zero_allow_untested_optimizer zero_force_ds_cpu_optimizer aio "
-    "communication_data_type prescale_gradients gradient_predivide_factor steps_per_print wall_clock_breakdown "
-    "memory_breakdown dump_state disable_allgather disable_python_gc dataloader_drop_last log_level "
-    "activation_checkpointing comms_logger flops_profiler timers tensorboard wandb csv_monitor comet checkpoint "
-    "compile".split()
 )
 
 
@@ -58,13 +44,14 @@ def fill_tier(name: str, options: Options, model: Model, ranks: int, on_gpu: boo
     asks for what DeepSpeed is known to get wrong.
     """
     config = copy.deepcopy(load_tier(name))
-    _refuse_broken(name, config)
+    check_file(name, config)
+    _drop_what_is_off(config)
 
     def settle(section: dict, key: str, value, flag: str | None = None) -> None:
         """Fills an "auto" or missing key, and refuses another value than the option's (or, without one, than ours)."""
         if section.get(key, AUTO) not in (AUTO, value):
             remedy = f", but {flag} says {value}: make them agree" if flag else BATCH_SIZES_ARE_OURS
-            raise UserError(f"--ds_config {name} sets {key} to {section[key]}{remedy}")
+            raise UserError(f"--ds_config {name} sets {key} to {shown(section[key])}{remedy}")
         section[key] = value
 
     settle(config, "train_micro_batch_size_per_gpu", 1)
@@ -73,13 +60,15 @@ def fill_tier(name: str, options: Options, model: Model, ranks: int, on_gpu: boo
     settle(config, "gradient_clipping", options.max_grad_norm, "--max_grad_norm")
     settle(config.setdefault("bf16", {}), "enabled", options.precision == "bf16", f"--precision {options.precision}")
 
-    optimizer = config.setdefault("optimizer", {"type": "AdamW"})
+    optimizer = config.setdefault("optimizer", {})
+    optimizer.setdefault("type", "AdamW")  # without it DeepSpeed would make no optimizer
     params = optimizer.setdefault("params", {})
     settle(params, "lr", options.learning_rate, "--learning_rate")
     settle(params, "weight_decay", options.weight_decay, "--weight_decay")
     for key, default in (("betas", [0.9, 0.999]), ("eps", 1e-8)):
         if params.get(key, AUTO) == AUTO:
             params[key] = default
+    params["betas"] = [float(beta) for beta in params["betas"]]  # torch refuses 0 for 0.0
 
     zero = config.setdefault("zero_optimization", {"stage": 0})
     zero.setdefault("stage", 0)
@@ -89,29 +78,26 @@ def fill_tier(name: str, options: Options, model: Model, ranks: int, on_gpu: boo
     if zero["stage"] == 3:
         # An invalidated trace costs all prefetching: whoever runs into one should read of it.
         zero.setdefault("log_trace_cache_warnings", True)
-        _fill_leaf_modules(zero, model)
+        _fill_leaf_modules(name, zero, model)
     if "offload_optimizer" not in zero:
         params.setdefault("torch_adam", True)  # torch's own AdamW: DeepSpeed's FusedAdam has to be compiled first
-        if params["torch_adam"]:
+        if params["torch_adam"] and not (params.get("foreach") or params.get("differentiable")):
             params.setdefault("fused", True)  # one pass over the weights, without temporaries
-    left = [path for path, value in _leaves(config) if value == AUTO]
+    left = [path for path, value in leaves(config) if value == AUTO]
     if left:
         raise UserError(f'--ds_config {name}: no rule fills "auto" for {left[0]}; give it a value')
-    _require_deepspeeds(name, zero)
+    check_filled(name, config, ranks, on_gpu)
     return config
 
 
-def _require_deepspeeds(name: str, zero: dict) -> None:
-    """Raises UserError for what DeepSpeed would refuse in zero_optimization, with its own reason."""
-    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-    from pydantic import ValidationError
-
-    try:
-        DeepSpeedZeroConfig(**zero)
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(map(str, ("zero_optimization", *first["loc"])))
-        raise UserError(f"--ds_config {name}: {key} is {first['input']}: {first['msg']}") from None
+def _drop_what_is_off(config: dict) -> None:
+    """Removes sections that ask for nothing, so that a section that is there is on."""
+    config.pop("fp16", None)  # files for transformers carry it as "auto" or off
+    config.pop("scheduler", None)  # likewise, with nothing but "auto" in it
+    zero = config.get("zero_optimization", {})
+    for section in ("offload_optimizer", "offload_param"):
+        if section in zero and (zero[section] or {}).get("device", "none") == "none":
+            zero.pop(section)
 
 
 def _fill_sizes(zero: dict, model: Model) -> None:
@@ -134,15 +120,17 @@ def _fill_sizes(zero: dict, model: Model) -> None:
             zero[key] = value
 
 
-def _fill_leaf_modules(zero: dict, model: Model) -> None:
+def _fill_leaf_modules(name: str, zero: dict, model: Model) -> None:
     """Blocks of experts are gathered whole, whatever DeepSpeed's default list knows."""
-    leaf = zero.get("leaf_module", {})
+    leaf = dict(zero.get("leaf_module") or {})
+    if isinstance(leaf.get("classes"), str) and leaf["classes"] != AUTO:
+        leaf["classes"] = [leaf["classes"]]  # as DeepSpeed reads it
     if leaf.get("classes", AUTO) == AUTO and (model.moe_blocks or leaf):
         zero["leaf_module"] = {**leaf, "classes": model.moe_blocks}
     elif missing := set(model.moe_blocks) - set(leaf.get("classes", model.moe_blocks)):
         raise UserError(
-            f"--ds_config: leaf_module.classes lacks {missing.pop()}: ranks whose tokens go to different experts would "
-            'wait for each other for ever; add it, or make classes "auto"'
+            f"--ds_config {name}: leaf_module.classes lacks {missing.pop()}: ranks whose tokens go to different "
+            'experts would wait for each other for ever; add it, or make classes "auto"'
         )
 
 
@@ -192,61 +180,6 @@ def _fill_nvme(name: str, zero: dict, options: Options, largest_parameter: int, 
             # DeepSpeed empties the folder that it is given, whoever else may be using it.
             run = hashlib.sha256(str(Path(options.output_dir or "").resolve()).encode()).hexdigest()[:12]
             section["nvme_path"] = str(Path(path).expanduser() / f"dpo_ds-{run}" / "policy")
-
-
-def _leaves(config, path: str = ""):
-    if isinstance(config, dict):
-        for key, value in config.items():
-            yield from _leaves(value, f"{path}.{key}".lstrip("."))
-    else:
-        yield path, config
-
-
-def _refuse_broken(name: str, config: dict) -> None:
-    """What DeepSpeed 0.19 gets wrong, no longer knows, or what dpo_ds decides itself."""
-    from deepspeed.runtime.config import DeepSpeedConfigError, _reject_removed_config_keys
-    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-
-    zero = config.get("zero_optimization", {})
-    try:
-        _reject_removed_config_keys(config)
-    except DeepSpeedConfigError as error:
-        raise UserError(f"--ds_config {name}: {' '.join(str(error).split())}; remove it") from None
-    for key, field in DeepSpeedZeroConfig.model_fields.items():
-        extra = field.json_schema_extra or {}
-        if key in zero and extra.get("deprecated"):  # the plan would not see what it stands for
-            raise UserError(
-                f"--ds_config {name}: zero_optimization.{key} is DeepSpeed's former word for {extra['new_param']}: "
-                "write that instead"
-            )
-    if unknown := sorted(set(config) - KNOWN):
-        nearest = difflib.get_close_matches(unknown[0], KNOWN, n=1)
-        hint = f" (did you mean {nearest[0]}?)" if nearest else ""
-        raise UserError(
-            f"--ds_config {name} has a key that DeepSpeed or dpo_ds does not use: {unknown[0]}{hint}; remove it"
-        )
-    if config.get("fp16", {}).get("enabled") is True:
-        raise UserError(f"--ds_config {name} asks for fp16, which DPO runs here do not support: use bf16 or fp32")
-    config.pop("fp16", None)  # transformers-style files carry it as "auto" or off
-    if config.get("bf16", {}).get("bf16_master_weights_and_grads"):
-        raise UserError(
-            f"--ds_config {name}: bf16_master_weights_and_grads loses DPO's small updates to rounding; remove it"
-        )
-    if (zero.get("offload_optimizer") or {}).get("ratio", 1.0) < 1.0:
-        raise UserError(
-            f"--ds_config {name}: offload_optimizer.ratio below 1 does not follow the learning rate schedule in "
-            "DeepSpeed; remove it"
-        )
-    if config.get("optimizer", {}).get("type", "AdamW") not in ("AdamW", "Adam"):
-        raise UserError(f"--ds_config {name}: the optimizer must be AdamW, not {config['optimizer']['type']}")
-    scheduler = config.pop("scheduler", None)
-    if scheduler and any(value != AUTO for _, value in _leaves(scheduler.get("params", {}))):
-        raise UserError(
-            f"--ds_config {name} has a scheduler: remove it; --lr_scheduler and --warmup_ratio set the learning rate"
-        )
-    for section in ("offload_optimizer", "offload_param"):
-        if (zero.get(section) or {}).get("device") == "none":
-            zero.pop(section)
 
 
 def reference_config(config: dict) -> dict:
