@@ -2,11 +2,11 @@
 
     docs/package.svg           the wings and what they import, from the import statements
     docs/options.md            every option, from dpo_ds.config.Options
-    docs/models.md             the twelve models and their checks, from tests/test_models.py
+    docs/models.md             the twelve models and their checks, from tests/launches/test_models.py
     launch/recipes/README.md   the plan of each recipe's model, from dpo_ds.plan (a minute)
 
 A page's own text stays: only what lies between the two marks is written. tests/unit/test_docs.py makes the first three
-again and compares, tests/test_plan.py the last.
+again and compares, tests/unit/plan/test_plan.py the last.
 """
 
 import ast
@@ -171,8 +171,8 @@ def _default(field: dataclasses.Field) -> str:
 
 
 def models_table() -> str:
-    """A tick for every model and check of tests/test_models.py, and each check's docstring."""
-    (file,) = (ROOT / "tests").rglob("test_models.py")
+    """A tick for every model and check of tests/launches/test_models.py, and each check's docstring."""
+    file = ROOT / "tests" / "launches" / "test_models.py"
     tree = ast.parse(file.read_text(encoding="utf-8"))
     functions = {node.name: ast.get_docstring(node) for node in tree.body if isinstance(node, ast.FunctionDef)}
     (checks,) = (

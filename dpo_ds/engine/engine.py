@@ -1,6 +1,7 @@
 """A DeepSpeed engine as the rest of the package sees it: scores packed batches, learns from them, hands weights out."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import deepspeed
@@ -66,12 +67,10 @@ class Engine:
         optimizer = self.deepspeed.optimizer
         if isinstance(optimizer, torch.optim.Optimizer):  # stage 0 in fp32: DeepSpeed keeps no norm, and checks nothing
             norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
-            # What DeepSpeed's own optimizers tell it: a step that is skipped does not move the learning rate either.
+            # DeepSpeed's own optimizers tell it so: a step that is skipped does not move the learning rate either.
             optimizer.overflow = not bool(torch.isfinite(norm))
-            if optimizer.overflow:
-                for parameter in self.model.parameters():
-                    parameter.grad = None
-        self.deepspeed.step()
+        with _skipped(optimizer) if norm is not None and optimizer.overflow else contextlib.nullcontext():
+            self.deepspeed.step()
         norm = self.deepspeed.get_global_grad_norm() if norm is None else norm
         return torch.as_tensor(norm, dtype=torch.float32), self.deepspeed.was_step_applied()
 
@@ -127,3 +126,14 @@ class Engine:
         del engine, optimizer, parameters
         clear_swap_folders(self.swap_folders)
         release_memory()
+
+
+@contextlib.contextmanager
+def _skipped(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Within it, the optimizer's step does nothing."""
+    step = optimizer.step
+    optimizer.step = lambda *_, **__: None
+    try:
+        yield
+    finally:
+        optimizer.step = step

@@ -22,7 +22,7 @@ EMBEDDED = "tiny-gpt2"
 class Row:
     """A model of the table: what its page on the hub says, without the hub."""
 
-    parameters: int  # counted on the meta device, tests/test_models.py counts again
+    parameters: int  # counted on the meta device, tests/launches/test_models.py counts again
     config: object
 
 

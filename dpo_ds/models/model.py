@@ -15,7 +15,7 @@ class SizeClass:
 
 
 # Learning rates: 5e-7 is Zephyr's for 7 B (arXiv 2310.16944, section 4); smaller models take more, larger ones less.
-# The first row is ours, for models that learn from a thousand pairs while one watches (tests/test_embedded.py).
+# The first row is ours: models that learn from a thousand pairs while one watches (tests/launches/test_embedded.py).
 SIZE_CLASSES = (
     SizeClass("toy", 2e7, "zero0_debug", 2e-4),
     SizeClass("debug", 5e8, "zero0_debug", 5e-6),

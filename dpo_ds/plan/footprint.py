@@ -1,8 +1,8 @@
 """What one choice of tier, micro-batch and recomputation holds where, in bytes.
 
 What DeepSpeed (0.19.8) holds where was read in its sources and is compared with what real runs hold and peak at, on CPU
-(tests/test_plan.py); activations are counted on the model's own code (activations.py). Nothing has been compared with a
-GPU yet.
+(tests/launches/test_plan_measured.py). Activations are counted on the model's own code (activations.py). Nothing has
+been compared with a GPU yet.
 """
 
 import functools

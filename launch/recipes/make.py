@@ -1,7 +1,7 @@
 """Writes the recipes beside it: python launch/recipes/make.py
 
 One for each of the twelve models, all weights and LoRA. What a recipe's head says is the plan's (dpo_ds/plan/), for
-the machine below; tests/test_recipes.py makes them again and compares.
+the machine below; tests/unit/test_recipes.py makes them again and compares.
 """
 
 from pathlib import Path

@@ -3,6 +3,7 @@
 FILE is JSON: a list of {"argv": [...]}, each prepared and trained as `python -m dpo_ds.train` does, and perhaps with
     "shard_bytes": n                      exported in shards of that size
     "stop_after": n                       ended there as if it had been killed; the next with its folder resumes it
+    "nan_gradient_at": n                  the gradients of that step are NaN, its loss is not
     "uneven_routing": true                rank r's tokens go to Mixtral's experts 2r and 2r + 1
     "experts_implementation": "eager"     not the one that transformers would take
 Beside each run's folder, NAME.calls.json counts the collectives that dpo_ds itself called within its steps, and how
@@ -21,6 +22,7 @@ from transformers import PreTrainedModel
 from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
 
 import dpo_ds
+from dpo_ds import trainer
 from dpo_ds.config import parse_options
 from dpo_ds.engine import join
 from dpo_ds.ranks import console
@@ -62,6 +64,32 @@ class Calls(Watcher):
                 return plain(*args, **kwargs)
 
             setattr(place, name, counted)
+
+
+class NotFinite(torch.autograd.Function):
+    """Losses as they are, their gradients not finite."""
+
+    @staticmethod
+    def forward(ctx, losses):
+        return losses.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * torch.nan
+
+
+class SpoilGradients(Watcher):
+    """Of one step."""
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def step_begins(self, step: int) -> None:
+        spoilt = lambda *args: NotFinite.apply(PLAIN_LOSS(*args))  # noqa: E731
+        trainer.dpo_loss = spoilt if step == self.step else PLAIN_LOSS
+
+
+PLAIN_LOSS = trainer.dpo_loss
 
 
 class Stopped(Exception):
@@ -111,7 +139,8 @@ def main() -> None:
         export.SHARD_BYTES = scenario.get("shard_bytes", SHARD_BYTES)
         routed.clear()
         run = prepare(parse_options(scenario["argv"]), here)
-        watchers = [calls, *([StopAfter(scenario["stop_after"])] if "stop_after" in scenario else [])]
+        spoil = [SpoilGradients(scenario["nan_gradient_at"])] if "nan_gradient_at" in scenario else []
+        watchers = [calls, *spoil, *([StopAfter(scenario["stop_after"])] if "stop_after" in scenario else [])]
         route_unevenly(here.rank if "uneven_routing" in scenario else None)
         experts = scenario.get("experts_implementation")
         PreTrainedModel.get_correct_experts_implementation = (
