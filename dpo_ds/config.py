@@ -171,6 +171,10 @@ class Options:
         int | None, Help("Prompts to show answers to, before and after; by default 3 for models below 1 B, else 0.")
     ] = None
 
+    step_patience: Annotated[
+        float, Help("Minutes that a rank waits for the others within a step; then the run stops.")
+    ] = 30.0
+
     def replace(self, **changes: Any) -> "Options":
         return dataclasses.replace(self, **changes)
 
@@ -178,6 +182,7 @@ class Options:
 # Fields that say where or how to run, not what to compute: two runs that differ only here are the same run.
 NOT_IDENTITY = frozenset(
     {"output_dir", "cache_dir", "resume", "export", "generations", "save_every", "eval_every", "attention"}
+    | {"step_patience"}
     | {"plan", "gpus", "gpu_memory", "host_memory", "nvme", "nvme_path"}
 )
 
@@ -306,7 +311,16 @@ def check(options: Options) -> None:
     """Raises UserError for values that no model, data or machine could make right."""
     if not options.model:
         raise UserError("--model is needed: a hub id, a local folder, or tiny-gpt2")
-    for name in ("beta", "epochs", "global_batch_pairs", "max_steps", "lora_r", "lora_alpha", "micro_batch_tokens"):
+    for name in (
+        "beta",
+        "epochs",
+        "global_batch_pairs",
+        "max_steps",
+        "lora_r",
+        "lora_alpha",
+        "micro_batch_tokens",
+        "step_patience",
+    ):
         _require(options, name, lambda x: x > 0, "more than 0")
     for name in (
         "learning_rate",

@@ -10,6 +10,7 @@ import torch
 
 from dpo_ds.ahead import ahead
 from dpo_ds.data.steps import MicroBatch, deal
+from dpo_ds.engine import join
 from dpo_ds.engine.engine import Engine
 from dpo_ds.errors import RunStopped
 from dpo_ds.losses.dpo import dpo_loss
@@ -93,7 +94,8 @@ class Trainer:
         last = self.evaluate(0) if done == 0 else {}
         dealt = ahead(self.pack, self.micro_batches(done))
         for number in range(done, steps):
-            last |= self.step(number, dealt)
+            with join.patience(self.options.step_patience):
+                last |= self.step(number, dealt)
             last |= self.after_step(number + 1)
             self.tell("step_settled", number + 1)
         return last | (self.evaluate(done) if done == steps else {})

@@ -7,10 +7,13 @@ import io
 import os
 import socket
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
+import torch
+
 from dpo_ds.engine import ops
-from dpo_ds.errors import UserError
+from dpo_ds.errors import RunStopped, UserError
 from dpo_ds.ranks import collectives, process, world
 
 # Tokenising a large set or reading a large checkpoint on one rank keeps the others waiting for long.
@@ -20,8 +23,6 @@ PATIENCE = datetime.timedelta(hours=6)
 def quiet_start() -> None:
     """What must be said before DeepSpeed is imported and CUDA allocates; and warnings only from the libraries, whose
     own account of what they do would drown ours."""
-    import torch
-
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     elif process.exact_pinned_memory():
@@ -43,8 +44,6 @@ def join() -> world.World:
 
     Raises UserError where a node has fewer GPUs than ranks.
     """
-    import torch
-
     here = world.from_environment()
     if torch.cuda.is_available() and here.local_rank >= torch.cuda.device_count():
         raise UserError(f"this node has {torch.cuda.device_count()} GPU(s) and more ranks: lower --num_gpus to that")
@@ -72,6 +71,33 @@ def join() -> world.World:
     all_cores = process.take_cores()
     _unname_shared_memory(here)
     return dataclasses.replace(here, all_cores=all_cores)
+
+
+@contextlib.contextmanager
+def patience(minutes: float) -> Iterator[None]:
+    """Within it, a collective that waits longer than that for another rank is an error: RunStopped.
+
+    Afterwards ranks wait for each other as long as loading and saving may take.
+    """
+    _wait_at_most(datetime.timedelta(minutes=minutes))
+    try:
+        yield
+    except (RuntimeError, torch.distributed.DistError) as error:  # gloo's and nccl's own words
+        if "timed out" not in str(error).lower() and "timeout" not in str(error).lower():
+            raise
+        raise RunStopped(
+            f"another rank did not answer for {minutes:g} minutes within a step: it hangs or its node is gone; start "
+            "again to go on from the last checkpoint (--step_patience sets the minutes)"
+        ) from error
+    finally:
+        _wait_at_most(PATIENCE)
+
+
+def _wait_at_most(time: datetime.timedelta) -> None:
+    """Sets what every process group allows a collective from here on."""
+    for group in list(torch.distributed.distributed_c10d._world.pg_map):
+        if group is not torch.distributed.GroupMember.NON_GROUP_MEMBER:
+            torch.distributed.distributed_c10d._set_pg_timeout(time, group)
 
 
 def _unname_shared_memory(here: world.World) -> None:

@@ -43,6 +43,13 @@ WORKAROUNDS = {
         "launches/test_commands.py::test_every_launcher_starts_the_same_run",
         "0.19.8",
     ),
+    "one-timeout": Workaround(
+        "torch",
+        "A process group has one timeout for all: changing it needs a private function.",
+        "dpo_ds.engine.join:patience",
+        "launches/test_patience.py::test_a_rank_that_hangs_is_noticed",
+        "2.13.0",
+    ),
     "renamed-collectives": Workaround(
         "deepspeed",
         "Calls collectives by names that torch 2.13 has renamed, with a warning for each call.",
