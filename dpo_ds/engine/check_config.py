@@ -30,7 +30,7 @@ KNOWN = frozenset(
 SECTIONS = (
     "bf16", "fp16", "data_types", "optimizer", "optimizer.params", "scheduler", "zero_optimization", "aio",
     "activation_checkpointing", "comms_logger", "flops_profiler", "timers", "timers.throughput", "tensorboard", "wandb",
-    "csv_monitor", "comet", "checkpoint", "checkpoint.writer", "checkpoint.parallel_write", "compile",
+    "csv_monitor", "comet", "checkpoint", "checkpoint.parallel_write", "compile",
 )  # fmt: skip
 
 # Keys whose default in DeepSpeed says nothing of their type. Each may be null, too.
@@ -42,7 +42,6 @@ TYPES = {
     "flops_profiler.output_file": str,
     "checkpoint.load_universal": bool,
     "checkpoint.use_node_local_storage": bool,
-    "checkpoint.writer.data_parallel": str,
     "data_types.grad_accum_dtype": str,
     "data_types.param_dtype": str,
     "data_types.buffer_dtype": str,
@@ -60,21 +59,18 @@ ABOVE_ZERO = (
     "steps_per_print", "gradient_predivide_factor", "zero_optimization.sub_group_size",
     "zero_optimization.allgather_bucket_size", "zero_optimization.offload_param.buffer_count",
     "zero_optimization.offload_optimizer.buffer_count", "aio.block_size", "aio.queue_depth", "aio.intra_op_parallelism",
-    "checkpoint.writer.io_buffer_size", "checkpoint.writer.io_multiplier",
 )  # fmt: skip
 
 # zero_optimization's switches whose kernels exist for CUDA only.
-NEED_CUDA = (
-    "zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients",
-    "offload_optimizer.super_offload",
-)  # fmt: skip
+QUANTISED = ("zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients")
+NEED_CUDA = (*QUANTISED, "offload_optimizer.super_offload")
 
 
 def check_file(name: str, config: dict) -> None:
     """Raises UserError for what cannot be right whatever the options say. `config` is the file as it stands."""
     for key in SECTIONS:
         section = at(config, key, {})
-        if not isinstance(section, dict) and not (section is None and key == "checkpoint.writer"):
+        if not isinstance(section, dict):
             raise _wrong(name, key, section, 'it must be an object, as in {"key": value}; correct it or remove it')
     _refuse_unknown_keys(name, config)
     _refuse_broken(name, config)
@@ -117,7 +113,6 @@ def check_filled(name: str, config: dict, ranks: int, on_gpu: bool) -> None:
     group = min(zero.get("zero_hpz_partition_size", 1), ranks)
     if group > 1 and ranks % group:
         raise _wrong(name, "zero_optimization.zero_hpz_partition_size", group, f"it must divide the {ranks} ranks")
-
     _check_by_deepspeed(name, config)
 
 
@@ -174,14 +169,18 @@ def _refuse_unknown_keys(name: str, config: dict) -> None:
     from deepspeed.runtime.config import _reject_removed_config_keys
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
-    _judged(name, "", lambda: _reject_removed_config_keys(config))
+    _judged(name, "", lambda: _reject_removed_config_keys(config), "remove it")
     for key, field in DeepSpeedZeroConfig.model_fields.items():
+        if at(config, f"zero_optimization.{key}") is None:
+            continue
         extra = field.json_schema_extra or {}
-        if extra.get("deprecated") and at(config, f"zero_optimization.{key}") is not None:
-            raise UserError(  # the plan would not see what it stands for
+        if extra.get("deprecated"):  # the plan would not see what it stands for
+            raise UserError(
                 f"--ds_config {name}: zero_optimization.{key} is DeepSpeed's former word for {extra['new_param']}: "
                 "write that instead"
             )
+        if field.alias not in (None, key):  # DeepSpeed takes it, but the plan and transformers do not look for it
+            raise UserError(f"--ds_config {name}: write {field.alias} instead of zero_optimization.{key}")
     if unknown := sorted(set(config) - KNOWN):
         raise UserError(
             f"--ds_config {name} has a key that neither DeepSpeed nor dpo_ds uses: {unknown[0]}"
@@ -210,6 +209,14 @@ def _refuse_broken(name: str, config: dict) -> None:
             f"--ds_config {name}: zero_optimization.compute_grad_norm is false, but dpo_ds clips by the gradient norm "
             "and reports it; remove it"
         )
+    zenflow = at(config, "zero_optimization.zenflow")
+    if zenflow is not None:  # on a CPU, stage 2 gave NaN in its second step, and stage 3 a traceback
+        why = "it is another algorithm, and runs of dpo_ds fail with it; remove it"
+        raise _wrong(name, "zero_optimization.zenflow", zenflow, why)
+    writer = at(config, "checkpoint.writer")
+    if writer is not None:
+        why = "DeepSpeed 0.19 fails to set its own writers up in most runs; remove it, and torch writes the checkpoints"
+        raise _wrong(name, "checkpoint.writer", writer, why)
     optimizer = at(config, "optimizer.type", "AdamW")
     if optimizer not in ("AdamW", "Adam"):
         raise UserError(f"--ds_config {name}: optimizer.type must be AdamW, not {shown(optimizer)}")
@@ -222,8 +229,11 @@ def _refuse_broken(name: str, config: dict) -> None:
 DEEPSPEED_REFUSES = (ValueError, AssertionError, TypeError, AttributeError, KeyError, RuntimeError)
 
 
-def _judged(name: str, section: str, call: Callable):
-    """What DeepSpeed's or torch's own code returns. Where that code refuses, its reason becomes the one line."""
+def _judged(name: str, section: str, call: Callable, remedy: str = "correct it or remove it"):
+    """What DeepSpeed's or torch's own code returns. Where that code refuses, its reason becomes the one line.
+
+    `call` must run nothing but their code: an error of ours would be told as the user's.
+    """
     from deepspeed.runtime.config import DeepSpeedConfigError
     from pydantic import ValidationError
 
@@ -235,13 +245,13 @@ def _judged(name: str, section: str, call: Callable):
         if first["type"] == "extra_forbidden":
             raise _wrong(name, key, first["input"], "DeepSpeed has no such key; remove it") from None
         why = first["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
-        why = why.replace("Input should", "it should") if first["type"] != "model_type" else "it must be an object"
+        why = "it must be an object" if first["type"] == "model_type" else why.replace("Input ", "it ", 1)
         if not first["loc"]:  # a rule about several keys
             raise UserError(f"--ds_config {name}: {key}: {why}; correct it") from None
-        raise _wrong(name, key, first["input"], f"{why}; correct it or remove it") from None
+        raise _wrong(name, key, first["input"], f"{why}; {remedy}") from None
     except (DeepSpeedConfigError, *DEEPSPEED_REFUSES) as error:
         where = f"{section}: " if section else ""
-        raise UserError(f"--ds_config {name}: {where}{one_line(error).rstrip('. ')}; correct it or remove it") from None
+        raise UserError(f"--ds_config {name}: {where}{one_line(error).rstrip('. ')}; {remedy}") from None
 
 
 def _check_by_models(name: str, config: dict) -> None:
@@ -288,7 +298,7 @@ def _refuse_conversions(name: str, section: str, given: dict, found) -> None:
 def _check_types(name: str, config: dict) -> None:
     """The keys for which DeepSpeed has no models: their types are those of its defaults."""
     from deepspeed.runtime.config import DeepSpeedConfig
-    from deepspeed.runtime.model_checkpointing.config import get_checkpoint_config, get_checkpoint_writer_config
+    from deepspeed.runtime.model_checkpointing.config import get_checkpoint_config
     from deepspeed.runtime.swap_tensor.aio_config import AIO_DEFAULT_DICT
 
     empty = DeepSpeedConfig({"train_micro_batch_size_per_gpu": 1})
@@ -298,7 +308,6 @@ def _check_types(name: str, config: dict) -> None:
         "activation_checkpointing.": vars(empty.activation_checkpointing_config),
         "flops_profiler.": vars(empty.flops_profiler_config),
         "checkpoint.": get_checkpoint_config({"checkpoint": {}}),
-        "checkpoint.writer.": get_checkpoint_writer_config({"writer": {}}),
     }
     types = {
         section + key: type(value)
@@ -332,8 +341,7 @@ def _check_optimizer(name: str, config: dict, on_gpu: bool) -> None:
     engine = SimpleNamespace(  # what the engine's method asks of its engine
         zero_use_cpu_optimizer=lambda: "offload_optimizer" in zero,
         bf16_optimizer_states=lambda: False,
-        zenflow=zero.get("zenflow") is not None,
-        overlap_step=False,
+        zenflow=False,
     )
     adam, added = DeepSpeedEngine.get_optimizer_configuration(engine, params, decoupled)  # takes its own words out
     takes = dict(list(inspect.signature(adam).parameters.items())[1:])  # the first is the weights
@@ -352,7 +360,6 @@ def _check_optimizer(name: str, config: dict, on_gpu: bool) -> None:
         return  # building it would compile it
     if on_gpu:
         params.pop("capturable", None)  # CUDA's: the trial below is on the CPU
-
     on = [key for key, value in params.items() if value is True]
 
     def trial() -> None:

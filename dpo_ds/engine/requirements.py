@@ -5,14 +5,16 @@ import resource
 import shutil
 from pathlib import Path
 
+from dpo_ds.engine.check_config import QUANTISED
 from dpo_ds.errors import UserError
 
 CAP_IPC_LOCK = 14  # capabilities(7): memory may be locked beyond the limit
 
 
 def require_compiler(name: str, config: dict, on_gpu: bool) -> None:
-    """Raises UserError where DeepSpeed would compile an optimizer, late in the run's start, and has no compiler."""
-    if "offload_optimizer" in config["zero_optimization"]:
+    """Raises UserError where DeepSpeed would compile its code, late in the run's start, and has no compiler."""
+    zero = config["zero_optimization"]
+    if "offload_optimizer" in zero:
         compiler = os.environ.get("CXX", "c++")
         if shutil.which(compiler) is None:
             raise UserError(
@@ -20,13 +22,20 @@ def require_compiler(name: str, config: dict, on_gpu: bool) -> None:
                 "which is not installed: install g++, or choose a tier without offload"
             )
     elif on_gpu and not config["optimizer"]["params"]["torch_adam"]:
-        from torch.utils.cpp_extension import CUDA_HOME
+        _require_nvcc(name, "torch_adam to false", "FusedAdam", "torch_adam")
+    for key in QUANTISED:
+        if on_gpu and zero.get(key):
+            _require_nvcc(name, f"{key} to true", "quantizers", key)
 
-        if CUDA_HOME is None:
-            raise UserError(
-                f"--ds_config {name} sets torch_adam to false, and DeepSpeed compiles its FusedAdam with nvcc, which "
-                "is not installed: remove torch_adam, or install the CUDA toolkit"
-            )
+
+def _require_nvcc(name: str, setting: str, code: str, key: str) -> None:
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    if CUDA_HOME is None:
+        raise UserError(
+            f"--ds_config {name} sets {setting}, and DeepSpeed compiles its {code} with nvcc, which is not installed: "
+            f"remove {key}, or install the CUDA toolkit"
+        )
 
 
 def require_nvme(folders: list[Path]) -> None:

@@ -116,6 +116,27 @@ CASES = {
     "no such stage": (lambda p: {"ds_config": tier(p, "7", {"zero_optimization": {"stage": 7}})}, "stage is 7"),
     "a key that ZeRO does not have": (
         lambda p: {"ds_config": tier(p, "k", {"zero_optimization": {"stage": 2, "bucket": 1}})}, "bucket"),
+    "zero as a switch": (lambda p: {"ds_config": tier(p, "zt", {"zero_optimization": True})},
+                         "zt.json: zero_optimization is true: it must be an object"),
+    "bf16 as a switch": (lambda p: {"ds_config": tier(p, "bt", {"bf16": True})}, "bf16 is true"),
+    "offload in a word": (lambda p: {"ds_config": tier(p, "ow", {"zero_optimization": {"offload_param": "cpu"}})},
+                          "zero_optimization.offload_param is"),
+    "one beta": (lambda p: {"ds_config": tier(p, "b1", {"optimizer": {"type": "AdamW", "params": {"betas": [0.9]}}})},
+                 "optimizer.params.betas is [0.9]"),
+    "a parameter that Adam does not take": (
+        lambda p: {"ds_config": tier(p, "pa", {"optimizer": {"type": "AdamW", "params": {"momentum": 0.9}}})},
+        "optimizer.params.momentum is 0.9"),
+    "no such dtype": (lambda p: {"ds_config": tier(p, "dt", {"data_types": {"grad_accum_dtype": "fp33"}})},
+                      "data_types.grad_accum_dtype"),
+    "printing every 0 steps": (lambda p: {"ds_config": tier(p, "sp", {"steps_per_print": 0})}, "steps_per_print is 0"),
+    "quantised weights on a CPU": (
+        lambda p: {"ds_config": tier(p, "qw", {"zero_optimization": {"stage": 3, "zero_quantized_weights": True}})},
+        "needs a CUDA GPU"),
+    "no sub-groups": (
+        lambda p: {"ds_config": tier(p, "sg", {"zero_optimization": {"stage": 3, "sub_group_size": 0}})},
+        "sub_group_size is 0: it must be above 0"),
+    "no such writer": (lambda p: {"ds_config": tier(p, "wr", {"checkpoint": {"writer": {"type": "nope"}}})},
+                       "checkpoint.writer is"),
     "damaged weights": (lambda p: {"model": copied(p, "damaged", damaged_weights)}, "is damaged"),
     "weights of the old kind": (lambda p: {"model": copied(p, "old", old_weights)}, "only pytorch_model.bin"),
     "all pairs held out": (lambda p: {"eval_pairs": 501}, "more than half of the 1000 pairs"),

@@ -9,6 +9,7 @@ import pytest
 from deepspeed.runtime.config import DeepSpeedConfig
 
 from dpo_ds.config import parse_options
+from dpo_ds.engine.requirements import require_compiler
 from dpo_ds.engine.tiers import AUTO, fill_tier, load_tier, reference_config, swap_folders
 from dpo_ds.errors import UserError
 from dpo_ds.models.find import known_model, table
@@ -166,6 +167,8 @@ MISTAKES = [
     (zero(stage=3, leaf_module=5), "zero_optimization: leaf_module configuration must be a mapping"),
     (zero(stage=3, leaf_module={"classes": 5}), "zero_optimization.leaf_module.classes is 5"),
     (zero(stage=3, zero_hpz_partition_size=3), "zero_optimization.zero_hpz_partition_size is 3"),
+    (zero(stage=2, offload_optimizer=OFFLOAD, zenflow={}), "zero_optimization.zenflow is {}"),
+    (zero(stage=3, prefetch_bucket_size="5"), "write stage3_prefetch_bucket_size instead of"),
     (zero(stage=1, legacy_stage1=True), "zero_optimization.legacy_stage1"),
     (zero(stage=2, compute_grad_norm=False), "zero_optimization.compute_grad_norm"),
     (zero(stage=3, zero_quantized_weights=True), "zero_optimization.zero_quantized_weights is true"),
@@ -223,8 +226,8 @@ MISTAKES = [
     ({"comms_logger": {"prof_ops": "all"}}, 'comms_logger.prof_ops is "all"'),
     ({"compile": {"deepcompile": "x"}}, 'compile.deepcompile is "x"'),
     ({"csv_monitor": {"enabled": True, "output_path": 5}}, "csv_monitor.output_path is 5"),
-    ({"checkpoint": {"writer": {"type": "nope"}}}, "checkpoint: writer contains invalid value NOPE for type"),
-    ({"checkpoint": {"writer": {"type": 5}}}, "checkpoint.writer.type is 5"),
+    ({"checkpoint": {"writer": {"type": "nope"}}}, 'checkpoint.writer is {"type": "nope"}'),
+    ({"checkpoint": {"writer": {"type": "python"}}}, 'checkpoint.writer is {"type": "python"}'),
     ({"checkpoint": {"tag_validation": "perhaps"}}, "tag_validation"),
     ({"checkpoint": {"parallel_write": {"pipeline_stage": "maybe"}}}, "pipeline_stage"),
 ]  # fmt: skip
@@ -289,3 +292,14 @@ def test_each_run_has_its_own_swap_folder():
         policy = fill_tier("zero3_nvme_large", chosen, model, ranks=2, on_gpu=True)
         folders += swap_folders(policy) + swap_folders(reference_config(policy))
     assert len(set(folders)) == 4 and all(str(folder).startswith("/nvme/dpo_ds-") for folder in folders)
+
+
+@pytest.mark.parametrize(
+    "config, key",
+    [(params(torch_adam=False), "torch_adam"), (zero(stage=3, zero_quantized_weights=True), "zero_quantized_weights")],
+)
+def test_what_is_compiled_for_a_gpu_needs_nvcc(config, key, tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.utils.cpp_extension.CUDA_HOME", None)
+    filled = fill(config, tmp_path, on_gpu=True, precision="bf16")
+    with pytest.raises(UserError, match=f"nvcc, which is not installed: remove {key}"):
+        require_compiler("ds_config.json", filled, on_gpu=True)
