@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dpo_ds.engine.shards import TAG
 from dpo_ds.errors import UserError
-from dpo_ds.runs.folders import checkpoints
+from dpo_ds.runs.folders import describe
 
 SHARD = 40_000  # bytes: several shards even of a tiny model
 
@@ -126,7 +126,7 @@ def test_lora_is_merged_as_peft_merges_it(case, place):
     from dpo_ds.models.lora import add_lora
 
     (folder,) = (place / case / "checkpoints").iterdir()
-    facts = checkpoints.describe(folder)
+    facts = describe(folder)
     base = AutoModelForCausalLM.from_pretrained(place / CASES[case][1], dtype=torch.float32)
     model = add_lora(base, Options(**facts["options"]))
     stored = CheckpointWeights(folder / TAG, facts["stage"], facts["ranks"])

@@ -23,7 +23,7 @@ from dpo_ds.data.pairs import PairSet
 from dpo_ds.embedded import sample_file
 from dpo_ds.engine.shards import TAG, CheckpointWeights
 from dpo_ds.models.lora import add_lora
-from dpo_ds.runs.folders import checkpoints
+from dpo_ds.runs.folders import describe
 from dpo_ds.scoring.attention import SDPA, implementation
 from dpo_ds.scoring.packed import pack
 from dpo_ds.scoring.scorer import PairScorer
@@ -125,7 +125,7 @@ def lora_merge(model_id, place):
     curve = launching.curve(run)
     assert abs(curve[0] - 0.693147) < 1e-5 and abs(curve[-1] - curve[0]) > 1e-4
     (folder,) = (run / "checkpoints").iterdir()
-    facts = checkpoints.describe(folder)
+    facts = describe(folder)
     base = AutoModelForCausalLM.from_pretrained(place / tiny.short(model_id), dtype=torch.float32)
     before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
     adapted = add_lora(base, Options(**facts["options"]))
