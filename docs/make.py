@@ -165,7 +165,7 @@ def _values(hint) -> str:
 
 def _default(field: dataclasses.Field) -> str:
     value = field.default
-    if value is None:
+    if value in (None, ""):
         return "–"
     return f"`{str(value).lower() if isinstance(value, bool) else value}`"
 

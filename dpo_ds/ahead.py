@@ -2,17 +2,18 @@
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
-Item, Ready = TypeVar("Item"), TypeVar("Ready")
+Item = TypeVar("Item")
+Ready = TypeVar("Ready")
 
 
 def ahead(prepare: Callable[[Item], Ready], items: Iterable[Item], many: int = 2) -> Iterator[Ready]:
     """prepare(item) of each, in order, `many` of them begun before they are asked for. What `prepare` raises is raised
     where its result is taken."""
     with ThreadPoolExecutor(max_workers=1) as thread:
-        begun: deque = deque()
+        begun: deque[Future[Ready]] = deque()
         for item in items:
             begun.append(thread.submit(prepare, item))
             if len(begun) > many:

@@ -15,11 +15,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import NoneType
-from typing import Annotated, Any, Literal, NoReturn, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 import yaml
 
 from dpo_ds.errors import UserError
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+Precision = Literal["auto", "bf16", "fp32"]
 
 
 @dataclass(frozen=True)
@@ -35,8 +40,8 @@ class Options:
     """Every option of a run. `None` means: follows from the model and the machine (the option's help says how)."""
 
     model: Annotated[
-        str | None, Help("Model to align: hub id, local folder, or tiny-gpt2 (built in).", heading="what to train")
-    ] = None
+        str, Help("Model to align: hub id, local folder, or tiny-gpt2 (built in).", heading="what to train")
+    ] = ""
     dataset: Annotated[
         str, Help("Preference pairs: hub id, folder, .jsonl/.jsonl.gz/.json/.csv/.parquet file, or sample (built in).")
     ] = "HuggingFaceH4/ultrafeedback_binarized"
@@ -56,9 +61,7 @@ class Options:
     ds_config: Annotated[
         str, Help("DeepSpeed config: auto, a tier of ds_configs/, or a JSON file.", heading="the machine")
     ] = "auto"
-    precision: Annotated[
-        Literal["auto", "bf16", "fp32"], Help("bf16 keeps fp32 master weights. auto: bf16 on a GPU, fp32 on CPU.")
-    ] = "auto"
+    precision: Annotated[Precision, Help("bf16 keeps fp32 master weights. auto: bf16 on a GPU, fp32 on CPU.")] = "auto"
     attention: Annotated[
         Literal["auto", "flash_attention_3", "flash_attention_2", "varlen", "sdpa"],
         Help("Attention's kernel. auto: the fastest that GPU and model have; varlen is torch's own."),
@@ -175,8 +178,48 @@ class Options:
         float, Help("Minutes that a rank waits for the others within a step; then the run stops.")
     ] = 30.0
 
-    def replace(self, **changes: Any) -> "Options":
+    def replace(self, **changes: Any) -> "Self":
         return dataclasses.replace(self, **changes)
+
+    def planned(self, **changes: Any) -> "Planned":
+        return Planned(**{**vars(self), **changes})
+
+    def decided(self, **changes: Any) -> "Decided":
+        return Decided(**{**vars(self), **changes})
+
+
+# The same fields in the same order, some with a narrower type. kw_only lets those stand here without a default.
+@dataclass(frozen=True, kw_only=True)
+class Planned(Options):
+    """A plan's options: what follows from the model and the machine is filled in."""
+
+    precision: Literal["bf16", "fp32"]
+    gradient_checkpointing: Literal["on", "off"]
+    micro_batch_tokens: int
+    learning_rate: float
+    max_length: int
+
+    def __post_init__(self) -> None:
+        _require_filled(self, Planned)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decided(Planned):
+    """A run's options: nothing is left to decide. What may still be None has no value in this run."""
+
+    output_dir: str
+    eval_every: int
+    generations: int
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require_filled(self, Decided)
+
+
+def _require_filled(options: Options, kind: type[Options]) -> None:
+    """Raises AssertionError if a field that `kind` narrows still has its default, which stands for "not decided"."""
+    for name in kind.__annotations__:
+        assert getattr(options, name) != FIELDS[name].default, f"{kind.__name__} options need a value for {name}"
 
 
 # Fields that say where or how to run, not what to compute: two runs that differ only here are the same run.
@@ -243,7 +286,7 @@ def _parser(command: str) -> _Parser:
     groups = {heading: parser.add_argument_group(heading) for heading in headings}
     for name, field in FIELDS.items():
         flags = ["--" + name, *("--" + alias for alias, of in ALIASES.items() if of == name)]
-        text = help_of(name) + (f" (default: {field.default})" if field.default is not None else "")
+        text = help_of(name) + (f" (default: {field.default})" if field.default not in (None, "") else "")
         text = text.replace("%", "%%")  # argparse would read a lone % as a format
         groups[group_of(name)].add_argument(*flags, default=field.default, help=text, **_reading(name))
     return parser

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from transformers import PreTrainedTokenizerBase
 from transformers.core_model_loading import revert_weight_conversion
 
 from dpo_ds import __version__
@@ -26,6 +27,7 @@ from dpo_ds.errors import UserError, files_of
 from dpo_ds.files import follow_umask, write_whole
 from dpo_ds.models.files import load_tokenizer
 from dpo_ds.models.find import find_model
+from dpo_ds.models.lora import LanguageModel, plain_model
 from dpo_ds.models.model import torch_dtype
 from dpo_ds.ranks import collectives, console, world
 from dpo_ds.runs.folders import describe
@@ -33,8 +35,8 @@ from dpo_ds.runs.prepare import Run
 
 SHARD_BYTES = 5_000_000_000  # transformers' own default is of this size
 
-# (names in the training model, whether this rank wants them) -> the whole tensors, or None where they are not wanted
-Fetch = Callable[[list[str], bool], dict[str, torch.Tensor] | None]
+# (names in the training model, whether this rank wants them) -> the whole tensors, or none where they are not wanted
+Fetch = Callable[[list[str], bool], dict[str, torch.Tensor]]
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ class Tensor:
         return (weight.float() + (update.t() if transposed else update)).to(weight.dtype)
 
 
-def layers(model, itemsize: int) -> Iterator[list[Tensor]]:
+def layers(model: LanguageModel, itemsize: int) -> Iterator[list[Tensor]]:
     """The tensors to export, a transformer layer at a time; those outside of layers one by one.
 
     `model` is a causal LM or peft's wrapper of one, live (partitioned or not) or on the meta device.
@@ -78,7 +80,7 @@ def layers(model, itemsize: int) -> Iterator[list[Tensor]]:
     yield group
 
 
-def _tensors(model, itemsize: int) -> Iterator[Tensor]:
+def _tensors(model: LanguageModel, itemsize: int) -> Iterator[Tensor]:
     adapters = {}
     wrapped = hasattr(model, "get_base_model")
     for name, module in model.named_modules() if wrapped else ():
@@ -102,7 +104,7 @@ def _tensors(model, itemsize: int) -> Iterator[Tensor]:
         yield Tensor(name, source, size, adapters.get(source))
 
 
-def write_weights(model, fetch: Fetch, folder: Path, itemsize: int, rank: int, ranks: int) -> None:
+def write_weights(model: LanguageModel, fetch: Fetch, folder: Path, itemsize: int, rank: int, ranks: int) -> None:
     """Writes model-0000k-of-0000n.safetensors and index. Every rank calls it; shard k is rank k's, modulo ranks."""
     plan: list[list[list[Tensor]]] = [[]]  # shards of layers
     filled = 0
@@ -113,7 +115,7 @@ def write_weights(model, fetch: Fetch, folder: Path, itemsize: int, rank: int, r
             filled = 0
         plan[-1].append(layer)
         filled += size
-    plain = model.get_base_model() if hasattr(model, "get_base_model") else model
+    plain = plain_model(model)
     for number, shard in enumerate(plan):
         mine = number % ranks == rank
         tensors: dict[str, torch.Tensor] = {}
@@ -142,7 +144,8 @@ def _write_index(folder: Path, count: int) -> None:
         return
     from safetensors import safe_open
 
-    weight_map, total = {}, 0
+    weight_map: dict[str, str] = {}
+    total = 0
     for number in range(count):
         name = _shard_name(number, count)
         with safe_open(folder / name, framework="pt") as file:
@@ -152,7 +155,9 @@ def _write_index(folder: Path, count: int) -> None:
     write_whole(folder / "model.safetensors.index.json", json.dumps(index, indent=1))
 
 
-def write_folder(model, fetch: Fetch, folder: Path, tokenizer, dtype: torch.dtype, card: str) -> None:
+def write_folder(
+    model: LanguageModel, fetch: Fetch, folder: Path, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype, card: str
+) -> None:
     """The whole Hugging Face folder: written beside and renamed, so that it is there whole or not at all."""
     here = world.from_environment()
     partial = folder.with_name(folder.name + ".partial")
@@ -162,7 +167,7 @@ def write_folder(model, fetch: Fetch, folder: Path, tokenizer, dtype: torch.dtyp
     collectives.wait_for_all()
     write_weights(model, fetch, partial, dtype.itemsize, here.rank, here.size)
     if here.speaks:
-        plain = model.get_base_model() if hasattr(model, "get_base_model") else model
+        plain = plain_model(model)
         plain.config.dtype = dtype
         plain.config.architectures = [type(plain).__name__]
         plain.config.save_pretrained(partial)

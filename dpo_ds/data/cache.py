@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import datasets
 import numpy as np
@@ -19,6 +20,9 @@ from dpo_ds.data.rows import prompt_hash
 from dpo_ds.errors import files_of
 from dpo_ds.files import scratch_folder
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 FORMAT = 2  # of the folder below and of all that decides its content; raise it when either changes
 
 
@@ -27,7 +31,7 @@ SMALL = 20_000  # rows: below it, starting processes costs more than it saves
 
 def tokenize_pairs(
     rows: datasets.Dataset,
-    tokenizer,
+    tokenizer: "PreTrainedTokenizerBase",
     tokenizing: Tokenizing,
     cache_folder: Path,
     report: Report,
@@ -54,7 +58,7 @@ def tokenize_pairs(
     return folder
 
 
-def _key(rows: datasets.Dataset, tokenizer, tokenizing: Tokenizing) -> str:
+def _key(rows: datasets.Dataset, tokenizer: "PreTrainedTokenizerBase", tokenizing: Tokenizing) -> str:
     """sha256 of everything that decides the tokens: rows, tokenizer, options."""
     digest = hashlib.sha256()
     facts = {

@@ -5,10 +5,14 @@ rejected both begin with them. What had to be moved, cut or left out for that is
 """
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import jinja2
 
 from dpo_ds.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 # Kinds in the report. The first three change a pair, the others leave it out.
 MOVED = "the response's first tokens melt into the prompt's: the boundary was moved back"
@@ -42,7 +46,7 @@ class Tokenizing:
 class Encoder:
     """Rows to token ids for one tokenizer. Raises UserError if it has no EOS, or a template that takes no dialogue."""
 
-    def __init__(self, tokenizer, tokenizing: Tokenizing):
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", tokenizing: Tokenizing):
         if tokenizer.eos_token_id is None:
             raise UserError(
                 f"the tokenizer of {tokenizer.name_or_path} has no EOS token to end responses with: set one"
@@ -73,7 +77,9 @@ class Encoder:
         return lead, suffix, suffix[: min(ends)] if ends else ""
 
     def _render(self, messages: list[dict], open_turn: bool) -> str:
-        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=open_turn)
+        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=open_turn)
+        assert isinstance(text, str)  # it returns tokens where it is asked for them
+        return text
 
     def encode(self, rows: dict[str, list]) -> list[dict]:
         """A batch of checked rows -> for each: prompt, chosen, rejected (lists of ids), left_out, changed (kinds)."""

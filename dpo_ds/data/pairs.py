@@ -5,12 +5,12 @@ Needs numpy alone: `datasets` would take 90 MiB of every rank's memory.
 
 import hashlib
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from dpo_ds.errors import UserError
 
@@ -71,10 +71,10 @@ class PairSet:
         """sha256 over the pairs' ids, in order: the content of this set, whatever folder it is in."""
         return hashlib.sha256(np.ascontiguousarray(self.pair_ids).tobytes()).hexdigest()
 
-    def subset(self, indices: Sequence[int]) -> "PairSet":
-        indices = np.asarray(indices, dtype=np.int64)
+    def subset(self, indices: ArrayLike) -> "PairSet":
+        chosen = np.asarray(indices, dtype=np.int64)
         per_pair = (self.lengths, self.starts, self.rows, self.pair_ids, self.prompt_hashes)
-        return PairSet(self.tokens, *(array[indices] for array in per_pair))
+        return PairSet(self.tokens, *(array[chosen] for array in per_pair))
 
 
 def read_manifest(folder: Path) -> dict:

@@ -146,10 +146,10 @@ def _from_texts(prompt, chosen: str, rejected: str) -> dict:
         prompts = [text[: _last_answer(text)] for text in (chosen, rejected)]
         if prompts[0] != prompts[1]:
             raise _LeftOut(DIFFER)
-        start, messages = len(prompts[0]), parse_dialogue(prompts[0])
-        if not messages:  # no answer, or nothing before it
+        start, dialogue = len(prompts[0]), parse_dialogue(prompts[0])
+        if not dialogue:  # no answer, or nothing before it
             raise _LeftOut(NO_PROMPT)
-        return _pair(prompts[0], messages, chosen[start:], rejected[start:])
+        return _pair(prompts[0], dialogue, chosen[start:], rejected[start:])
     common = os.path.commonprefix([chosen, rejected])  # noqa: RUF071  (character by character is what is wanted)
     shared = re.sub(r"\s*\S*\Z", "", common)  # back to the end of a whole word
     if not shared:

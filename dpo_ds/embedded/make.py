@@ -12,6 +12,7 @@ import gzip
 import io
 import itertools
 import json
+from collections.abc import Iterator
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -43,7 +44,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=END, eos_token=END, model_max_length=CONTEXT)
 
 
-def batches(tokenizer, seed: int):
+def batches(tokenizer: PreTrainedTokenizerFast, seed: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Token ids and labels without end, [STORIES, longest] each: a story a row, which ends with EOS; padded."""
     source = stories(seed)
     end = tokenizer.eos_token_id
@@ -53,7 +54,7 @@ def batches(tokenizer, seed: int):
         yield ids, labels
 
 
-def train_model(tokenizer) -> GPT2LMHeadModel:
+def train_model(tokenizer: PreTrainedTokenizerFast) -> GPT2LMHeadModel:
     torch.manual_seed(TRAINING_SEED)
     config = GPT2Config(
         vocab_size=VOCABULARY,
@@ -82,14 +83,14 @@ def train_model(tokenizer) -> GPT2LMHeadModel:
     return model.eval()
 
 
-def held_out_loss(model: GPT2LMHeadModel, tokenizer) -> float:
+def held_out_loss(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast) -> float:
     """Nats a token on stories of another seed."""
     ids, labels = next(batches(tokenizer, HELD_OUT_SEED))
     with torch.no_grad():
         return model(input_ids=ids, labels=labels).loss.item()
 
 
-def make_sample(tokenizer) -> bytes:
+def make_sample(tokenizer: PreTrainedTokenizerFast) -> bytes:
     """The gzipped lines; without a time or name in the archive, so that they are the same every time."""
     pairs = preferences(PAIRS_SEED, PAIRS, length=lambda text: len(tokenizer(text)["input_ids"]))
     out = io.BytesIO()

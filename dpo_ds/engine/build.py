@@ -7,18 +7,19 @@ rank. Dropout is off: policy and reference must be one function of the tokens.
 import contextlib
 import io
 from pathlib import Path
+from typing import Any
 
 import deepspeed
 import torch
-from transformers import AutoModelForCausalLM, get_scheduler
+from transformers import AutoModelForCausalLM, PreTrainedModel, get_scheduler
 from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
-from dpo_ds.config import Options
+from dpo_ds.config import Planned
 from dpo_ds.engine.engine import Engine
 from dpo_ds.engine.memory import clear_swap_folders
 from dpo_ds.engine.tiers import reference_config, swap_folders
 from dpo_ds.errors import RunStopped
-from dpo_ds.models.lora import add_lora
+from dpo_ds.models.lora import LanguageModel, add_lora
 from dpo_ds.models.model import torch_dtype
 from dpo_ds.ranks import world
 from dpo_ds.scoring import attention
@@ -28,15 +29,14 @@ from dpo_ds.scoring.scorer import PairScorer
 FIRST_PARAMETER_ID = 1_000_000  # far above a reference's, which may be alive beside the policy
 
 
-def policy_engine(folder: Path, config: dict, options: Options, kernel: str, total_steps: int) -> Engine:
+def policy_engine(folder: Path, config: dict, options: Planned, kernel: str, total_steps: int) -> Engine:
     """The model to train: all its weights, or LoRA adapters on frozen ones. `kernel` is attention's."""
     clear_swap_folders(swap_folders(config))
     # Swap files are named by these numbers: a policy's must be the same after a resume, whether or not a reference's
     # engine came before it.
     deepspeed.zero.Init.param_id = FIRST_PARAMETER_ID
-    model = _load(folder, config, options, kernel)
-    if options.lora:
-        model = add_lora(model, options)
+    plain = _load(folder, config, options, kernel)
+    model: LanguageModel = add_lora(plain, options) if options.lora else plain
     if options.gradient_checkpointing == "on":
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.train()
@@ -74,7 +74,7 @@ def _forget_first_step(optimizer) -> None:
         group.pop("step", None)  # FusedAdam counts here
 
 
-def reference_engine(folder: Path, config: dict, options: Options, kernel: str) -> Engine:
+def reference_engine(folder: Path, config: dict, options: Planned, kernel: str) -> Engine:
     """The frozen model that DPO measures against, without an optimizer. `config` is the policy's."""
     config = reference_config(config)
     clear_swap_folders(swap_folders(config))
@@ -83,12 +83,12 @@ def reference_engine(folder: Path, config: dict, options: Options, kernel: str) 
     return Engine(_initialize(model=PairScorer(model), config=config), config)
 
 
-def _load(folder: Path, config: dict, options: Options, kernel: str):
+def _load(folder: Path, config: dict, options: Planned, kernel: str) -> PreTrainedModel:
     # transformers looks for this object while it loads, and partitions under stage 3; it holds only a weak reference.
     alive = HfDeepSpeedConfig(config)
     if config["zero_optimization"]["stage"] != 3:
         unset_hf_deepspeed_config()
-    model, found = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         folder,
         dtype=torch_dtype(options.precision),
         attn_implementation=attention.implementation(kernel),
@@ -97,6 +97,7 @@ def _load(folder: Path, config: dict, options: Options, kernel: str):
         output_loading_info=True,
         ignore_mismatched_sizes=True,
     )
+    model, found = loaded  # transformers declares the model alone
     del alive
     unset_hf_deepspeed_config()
     unfit = sorted(found["missing_keys"]) + sorted(name for name, *_ in found["mismatched_keys"])

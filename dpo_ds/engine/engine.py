@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, Protocol
 
 import deepspeed
 import torch
@@ -10,13 +11,21 @@ import torch
 from dpo_ds.engine.memory import clear_swap_folders, free_swap_buffers, release_memory
 from dpo_ds.engine.resume import load_checkpoint, save_checkpoint
 from dpo_ds.engine.tiers import swap_folders
+from dpo_ds.models.lora import LanguageModel
 from dpo_ds.scoring.packed import PackedBatch
+
+
+class _Optimizer(Protocol):
+    """What DeepSpeed reads and calls of an optimizer. One of torch's has no `overflow` until Engine.step sets it."""
+
+    overflow: bool
+    step: Callable[..., object]
 
 
 class Engine:
     """A DeepSpeed engine that scores packed batches and, if it is a policy's, learns from them."""
 
-    def __init__(self, engine, config: dict | None = None):
+    def __init__(self, engine: deepspeed.DeepSpeedEngine, config: dict | None = None):
         self.deepspeed = engine
         self.swap_folders = swap_folders(config or {})
 
@@ -25,8 +34,7 @@ class Engine:
         return torch.device(self.deepspeed.device)
 
     @property
-    def model(self):
-        """The transformers model, or peft's wrapper of it."""
+    def model(self) -> LanguageModel:
         return self.deepspeed.module.model
 
     def __call__(self, batch: PackedBatch) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -46,7 +54,8 @@ class Engine:
     def score_base(self, batch: PackedBatch) -> torch.Tensor:
         """logps [B, 2] of LoRA's base weights: the adapters are scaled to 0, which keeps ZeRO-3's trace (unlike
         disable_adapter, which invalidates it at every switch)."""
-        layers = [(module, dict(module.scaling)) for module in self.model.modules() if hasattr(module, "lora_A")]
+        modules: Iterator[Any] = self.model.modules()
+        layers = [(module, dict(module.scaling)) for module in modules if hasattr(module, "lora_A")]
         for module, scaling in layers:
             module.scaling = dict.fromkeys(scaling, 0.0)
         try:
@@ -64,12 +73,13 @@ class Engine:
         """Applies the step's gradients. Returns their norm before clipping, fp32 on some device, and whether the step
         was applied: not if a gradient is not finite."""
         norm = None
-        optimizer = self.deepspeed.optimizer
-        if isinstance(optimizer, torch.optim.Optimizer):  # stage 0 in fp32: DeepSpeed keeps no norm, and checks nothing
+        optimizer: _Optimizer = self.deepspeed.optimizer
+        plain = isinstance(optimizer, torch.optim.Optimizer)
+        if plain:  # stage 0 in fp32: DeepSpeed keeps no norm, and checks nothing
             norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
-            # DeepSpeed's own optimizers tell it so: a step that is skipped does not move the learning rate either.
+            # DeepSpeed's own optimizers report it so as well: a skipped step does not move the learning rate either.
             optimizer.overflow = not bool(torch.isfinite(norm))
-        with _skipped(optimizer) if norm is not None and optimizer.overflow else contextlib.nullcontext():
+        with _skipped(optimizer) if plain and optimizer.overflow else contextlib.nullcontext():
             self.deepspeed.step()
         norm = self.deepspeed.get_global_grad_norm() if norm is None else norm
         return torch.as_tensor(norm, dtype=torch.float32), self.deepspeed.was_step_applied()
@@ -87,12 +97,12 @@ class Engine:
         """Puts the engine where it was when `save` wrote there: weights, optimizer, schedule."""
         load_checkpoint(self.deepspeed, folder, rank)
 
-    def weights(self) -> Callable[[list[str], bool], dict[str, torch.Tensor] | None]:
+    def weights(self) -> Callable[[list[str], bool], dict[str, torch.Tensor]]:
         """A function from names of parameters and buffers, and whether this rank wants them, to whole tensors on the
-        host (None where they are not wanted). All ranks call it alike."""
+        host (none where they are not wanted). All ranks call it alike."""
         tensors = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
 
-        def fetch(names: list[str], wanted: bool) -> dict[str, torch.Tensor] | None:
+        def fetch(names: list[str], wanted: bool) -> dict[str, torch.Tensor]:
             whole = {}
             for name in names:  # one by one: offload to NVMe has a fixed number of buffers
                 tensor = tensors[name]
@@ -100,7 +110,7 @@ class Engine:
                 with deepspeed.zero.GatheredParameters(gathered, enabled=self.stage == 3):
                     if wanted:
                         whole[name] = tensor.detach().cpu().clone()
-            return whole if wanted else None
+            return whole
 
         return fetch
 
@@ -129,7 +139,7 @@ class Engine:
 
 
 @contextlib.contextmanager
-def _skipped(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+def _skipped(optimizer: _Optimizer) -> Iterator[None]:
     """Within it, the optimizer's step does nothing."""
     step = optimizer.step
     optimizer.step = lambda *_, **__: None

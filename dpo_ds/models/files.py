@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError, safe_open
 
@@ -9,13 +10,16 @@ from dpo_ds.errors import UserError, one_line
 from dpo_ds.models.find import _not_found
 from dpo_ds.models.model import Model
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json")
 
 
 OTHER_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "*.py")
 
 
-def load_tokenizer(model: Model):
+def load_tokenizer(model: Model) -> "PreTrainedTokenizerBase":
     """The model's tokenizer. Raises UserError if there is none, or it has no EOS token to end responses with."""
     from transformers import AutoTokenizer
 

@@ -8,12 +8,16 @@ import functools
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from dpo_ds import hub
 from dpo_ds.embedded import model_folder
 from dpo_ds.errors import UserError
 from dpo_ds.models.model import Model
 from dpo_ds.resources import MODEL_SHAPES
+
+if TYPE_CHECKING:  # a command that refuses its options must not wait for this import
+    from transformers import PreTrainedConfig
 
 EMBEDDED = "tiny-gpt2"
 
@@ -23,7 +27,7 @@ class Row:
     """A model of the table: what its page on the hub says, without the hub."""
 
     parameters: int  # counted on the meta device, tests/launches/test_models.py counts again
-    config: object
+    config: "PreTrainedConfig"
 
 
 @functools.cache
@@ -87,7 +91,7 @@ def _not_found(name: str, source: str, error: Exception) -> str:
     return f"--model {name} is no folder here and cannot be read from the hub: {remedy}"
 
 
-def _require_causal(name: str, config, trust_remote_code: bool) -> None:
+def _require_causal(name: str, config: "PreTrainedConfig", trust_remote_code: bool) -> None:
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
@@ -96,7 +100,7 @@ def _require_causal(name: str, config, trust_remote_code: bool) -> None:
         raise UserError(f"--model {name} is a {config.model_type} model, not a causal language model; name one that is")
     if getattr(config, "is_encoder_decoder", False):
         raise UserError(f"--model {name} is an encoder-decoder; DPO here needs a decoder-only causal language model")
-    architecture = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    architecture: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]  # a class, though transformers declares a pair
     saved_as = getattr(config, "architectures", None) or [architecture.__name__]
     if architecture.__name__ not in saved_as:
         raise UserError(

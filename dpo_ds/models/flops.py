@@ -35,7 +35,7 @@ class Flops:
         skeleton = model.skeleton
         head = skeleton.get_output_embeddings()
         self.head = head.weight.numel()
-        adapted = lora_targets(skeleton, options.lora_targets) if options.lora else frozenset()
+        adapted = lora_targets(skeleton, options.lora_targets) if options.lora else []
         top_k = getattr(text, "num_experts_per_tok", None) or 1
         self.body = self.adapters = 0
         for name, module in skeleton.named_modules():

@@ -1,9 +1,17 @@
 """LoRA (arXiv 2106.09685) through peft: which adapters a run trains."""
 
+from typing import TYPE_CHECKING, Any, TypeAlias
+
 import torch
 
 from dpo_ds.config import Options
 from dpo_ds.errors import UserError
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+LanguageModel: TypeAlias = "PreTrainedModel | PeftModel"  # without adapters or with them
 
 ALL = "all-linear"
 
@@ -11,14 +19,14 @@ ALL = "all-linear"
 HEAD = "lm_head"
 
 
-def linear_modules(model) -> set[str]:
+def linear_modules(model: torch.nn.Module) -> set[str]:
     """Names (their last part) of the model's linear modules, without the output head, as peft's all-linear has it."""
     kinds = ("Linear", "Conv1D")  # GPT-2 has the latter
     names = {name.rpartition(".")[2] for name, module in model.named_modules() if type(module).__name__ in kinds}
     return names - {HEAD}
 
 
-def targets(model, wanted: str) -> list[str]:
+def targets(model: "PreTrainedModel", wanted: str) -> list[str]:
     """The names of the modules that get adapters. A mixture's experts are fused parameters, no modules: they get none.
 
     Raises UserError if a wanted name is no linear module of the model, or an output head that is the embedding too.
@@ -46,7 +54,13 @@ def is_target(name: str, names: list[str]) -> bool:
     return any(name == target or name.endswith(f".{target}") for target in names)
 
 
-def add_lora(model, options: Options):
+def plain_model(model: LanguageModel) -> "PreTrainedModel":
+    """The transformers model itself: what peft's wrapper holds, where there is one."""
+    found: Any = model
+    return found.get_base_model() if hasattr(found, "get_base_model") else found
+
+
+def add_lora(model: "PreTrainedModel", options: Options) -> "PeftModel":
     """Wraps a causal LM with adapters; its own weights are frozen. The adapters begin as the identity (B = 0).
 
     Raises UserError as `targets` does.
@@ -56,7 +70,7 @@ def add_lora(model, options: Options):
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=options.lora_r,
-        lora_alpha=options.lora_alpha,
+        lora_alpha=options.lora_alpha,  # type: ignore[arg-type]  # peft only divides it by r
         lora_dropout=options.lora_dropout,
         target_modules=targets(model, options.lora_targets),
         fan_in_fan_out=any(type(module).__name__ == "Conv1D" for module in model.modules()),  # GPT-2

@@ -2,6 +2,11 @@
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # a command that refuses its options must not wait for these imports
+    import torch
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -26,14 +31,14 @@ SIZE_CLASSES = (
 )
 
 
-def torch_dtype(precision: str):
+def torch_dtype(precision: str) -> "torch.dtype":
     """torch's dtype for --precision bf16 or fp32."""
     import torch
 
     return {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
 
 
-def _path(module) -> str:
+def _path(module: "torch.nn.Module") -> str:
     return f"{type(module).__module__}.{type(module).__qualname__}"
 
 
@@ -43,12 +48,12 @@ class Model:
 
     name: str  # as the user gave it
     source: str  # what from_pretrained takes: a folder, or the hub id
-    config: object
+    config: "PreTrainedConfig"
     trust_remote_code: bool = False
     known_parameters: int | None = None  # of the twelve: counted before
 
     @cached_property
-    def skeleton(self):
+    def skeleton(self) -> "PreTrainedModel":
         """The model without weights, on the meta device."""
         import torch
         from transformers import AutoModelForCausalLM

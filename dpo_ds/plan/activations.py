@@ -14,13 +14,13 @@ import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from dpo_ds.config import Options
 from dpo_ds.models.lora import add_lora
 from dpo_ds.scoring import attention
 from dpo_ds.scoring.head import LogitBudget
-from dpo_ds.scoring.packed import PackedBatch, pack
+from dpo_ds.scoring.packed import PackedBatch, Pair, pack
 from dpo_ds.scoring.rotary import fix_frequencies
 from dpo_ds.scoring.scorer import PairScorer
 
@@ -70,7 +70,14 @@ class Activations:
 class Counter:
     """Counts activations of one model with one set of options; skeletons of a few layers are built once."""
 
-    def __init__(self, config, options: Options, dtype: torch.dtype, experts: bool, keep_gradients: bool = False):
+    def __init__(
+        self,
+        config: PreTrainedConfig,
+        options: Options,
+        dtype: torch.dtype,
+        experts: bool,
+        keep_gradients: bool = False,
+    ):
         text = config.get_text_config()
         self.layers = text.num_hidden_layers
         self.kinds = list(dict.fromkeys(getattr(text, "layer_types", None) or [])) or [None]
@@ -82,7 +89,7 @@ class Counter:
             dtype, self.scale = torch.bfloat16, 2
         self.scorers = [self._scorer(config, count, dtype) for count in self.counts]
 
-    def _scorer(self, config, layers: int, dtype: torch.dtype) -> PairScorer:
+    def _scorer(self, config: PreTrainedConfig, layers: int, dtype: torch.dtype) -> PairScorer:
         config = copy.deepcopy(config)
         text = config.get_text_config()
         text.num_hidden_layers = layers
@@ -124,10 +131,11 @@ def _drop_gradient(parameter: torch.nn.Parameter) -> None:
 
 
 def _batch(tokens: int, pair_tokens: int) -> PackedBatch:
-    pairs = []
+    pairs: list[Pair] = []
     while tokens > 2:
         size = min(tokens, pair_tokens)
-        pairs.append([np.zeros(n, dtype=np.int32) for n in _lengths(size)])
+        prompt, chosen, rejected = (np.zeros(n, dtype=np.int32) for n in _lengths(size))
+        pairs.append((prompt, chosen, rejected))
         tokens -= size
     return pack(pairs).to("meta")
 

@@ -6,8 +6,9 @@ What a choice holds where is in footprint.py; what to say where nothing fits is 
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
-from dpo_ds.config import Options
+from dpo_ds.config import Options, Precision
 from dpo_ds.engine.tiers import fill_tier
 from dpo_ds.errors import UserError
 from dpo_ds.models.find import known_model
@@ -24,7 +25,7 @@ def decide(options: Options, model: Model, on_gpu: bool) -> Options:
 
     Raises UserError for what the model cannot do.
     """
-    changes = {}
+    changes: dict[str, Any] = {}
     if options.precision == "auto":
         changes["precision"] = "bf16" if on_gpu else "fp32"
     if options.learning_rate is None:
@@ -65,7 +66,9 @@ def candidates(options: Options, model: Model, machine: Machine) -> list[str]:
 
 
 @functools.lru_cache(maxsize=4)
-def _shape(model: str, trust_remote_code: bool, precision: str, lora: bool, lora_r: int, lora_targets: str) -> Shape:
+def _shape(
+    model: str, trust_remote_code: bool, precision: Precision, lora: bool, lora_r: int, lora_targets: str
+) -> Shape:
     options = Options(model=model, precision=precision, lora=lora, lora_r=lora_r, lora_targets=lora_targets)
     return Shape(known_model(model, trust_remote_code), options)
 
@@ -94,8 +97,8 @@ def fill(shape: Shape, options: Options, machine: Machine) -> Plan:
     config = fill_tier(options.ds_config, somewhere, shape.model, machine.ranks, machine.gpu_memory is not None)
 
     def plan(tokens: int, checkpointing: str) -> Plan:
-        decided = options.replace(micro_batch_tokens=tokens, gradient_checkpointing=checkpointing)
-        return Plan(shape.model, decided, machine, shape.trained, tuple(Footprint(shape, decided, config, machine)))
+        planned = options.planned(micro_batch_tokens=tokens, gradient_checkpointing=checkpointing)
+        return Plan(shape.model, planned, machine, shape.trained, tuple(Footprint(shape, planned, config, machine)))
 
     pair = longest_pair(options)
     if options.micro_batch_tokens is not None:

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from dpo_ds.config import Options
+from dpo_ds.config import Options, Planned
 from dpo_ds.models.lora import is_target
 from dpo_ds.models.lora import targets as lora_targets
 from dpo_ds.models.model import Model, torch_dtype
@@ -85,12 +85,9 @@ class Shape:
 
 
 class Footprint:
-    """A model's shape under a filled DeepSpeed config, on a machine: iterate over its parts.
+    """A model's shape under a filled DeepSpeed config, on a machine: iterate over its parts."""
 
-    `options`' micro_batch_tokens and gradient_checkpointing must be decided.
-    """
-
-    def __init__(self, shape: Shape, options: Options, config: dict, machine: Machine):
+    def __init__(self, shape: Shape, options: Planned, config: dict, machine: Machine):
         self.shape, self.options, self.config, self.machine = shape, options, config, machine
         self.zero = config["zero_optimization"]
         self.stage, self.ranks = self.zero["stage"], machine.ranks
@@ -220,5 +217,6 @@ class Footprint:
 
 
 def longest_pair(options: Options) -> int:
-    """The most tokens that a packed pair can have."""
+    """The most tokens that a packed pair can have, once choose.decide has filled max_length."""
+    assert options.max_length is not None
     return 2 * options.max_length - 1

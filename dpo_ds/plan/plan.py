@@ -3,7 +3,7 @@
 import dataclasses
 from dataclasses import dataclass
 
-from dpo_ds.config import Options
+from dpo_ds.config import Planned
 from dpo_ds.models.model import Model
 from dpo_ds.plan.footprint import WHEN, Part
 from dpo_ds.plan.machine import Machine, gib
@@ -17,7 +17,7 @@ class Plan:
     """What one choice of tier, micro-batch and recomputation takes."""
 
     model: Model
-    options: Options  # ds_config, micro_batch_tokens, gradient_checkpointing are decided
+    options: Planned
     machine: Machine
     trained: int
     parts: tuple[Part, ...]

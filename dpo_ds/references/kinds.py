@@ -1,6 +1,5 @@
 """Where DPO's reference log-probabilities come from: a table, a live engine, LoRA's base weights, or nowhere."""
 
-from collections.abc import Callable
 from typing import Protocol
 
 import numpy as np
@@ -12,7 +11,7 @@ from dpo_ds.engine.engine import Engine
 from dpo_ds.references.table import reference_tables
 from dpo_ds.runs.prepare import Run
 from dpo_ds.scoring.packed import PackedBatch, move
-from dpo_ds.scoring.sweep import score_all
+from dpo_ds.scoring.sweep import Score, score_all
 
 
 class Reference(Protocol):
@@ -84,9 +83,10 @@ class Live:
 class Base:
     """The base weights under a policy's LoRA adapters."""
 
+    policy: Engine  # set by attach
+
     def __init__(self, run: Run):
         self.run = run
-        self.policy: Engine | None = None
 
     def attach(self, policy: Engine) -> None:
         self.policy = policy
@@ -98,7 +98,7 @@ class Base:
         return _score_held_out(self.run, self.policy.score_base)
 
     def close(self) -> None:
-        self.policy = None
+        pass
 
 
 class NoReference:
@@ -120,6 +120,6 @@ class NoReference:
         pass
 
 
-def _score_held_out(run: Run, score: Callable[[PackedBatch], torch.Tensor]) -> np.ndarray:
+def _score_held_out(run: Run, score: Score) -> np.ndarray:
     everything = np.arange(len(run.eval_pairs))
     return score_all(score, run.eval_pairs, everything, run.options.micro_batch_tokens, "reference: held-out pairs")

@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import torch
 from filelock import FileLock
 
 from dpo_ds.data.pairs import PairSet
@@ -21,7 +22,8 @@ from dpo_ds.models.files import weight_files
 from dpo_ds.ranks import console, world
 from dpo_ds.ranks.collectives import array_from_rank_0
 from dpo_ds.runs.prepare import Run
-from dpo_ds.scoring.sweep import score_all
+from dpo_ds.scoring.packed import PackedBatch
+from dpo_ds.scoring.sweep import Score, score_all
 
 FORMAT = 1
 
@@ -60,8 +62,8 @@ class Table:
         self.manifest.unlink(missing_ok=True)
         return np.full((self.rows, 2), np.nan, dtype=np.float32)
 
-    def open_to_fill(self) -> np.ndarray:
-        """A memory map of the rows."""
+    def open_to_fill(self) -> np.memmap:
+        """The rows."""
         if not self.path.is_file():
             fresh = self.path.with_suffix(".tmp.npy")
             np.save(fresh, self.read())
@@ -89,7 +91,7 @@ def reference_tables(run: Run, everything: bool = False) -> list[np.ndarray]:
     ]
     engine: list[Engine] = []  # built when the first pair wants scoring
 
-    def score(batch):
+    def score(batch: PackedBatch) -> torch.Tensor:
         if not engine:
             engine.append(reference_engine(run.weights, run.ds_config, run.options, run.attention))
         return engine[0].score(batch)
@@ -106,7 +108,7 @@ def _weights_facts(run: Run) -> dict:
 
 
 def _reference_table(
-    run: Run, weights: dict | None, score, title: str, pairs: PairSet, needed: np.ndarray
+    run: Run, weights: dict | None, score: Score, title: str, pairs: PairSet, needed: np.ndarray
 ) -> np.ndarray:
     if len(pairs) == 0:
         return np.zeros((0, 2), dtype=np.float32)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from dpo_ds.data.pairs import PairSet
 from dpo_ds.files import write_whole
@@ -46,7 +46,7 @@ class Answers:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         model = AutoModelForCausalLM.from_pretrained(
             folder, dtype="auto", trust_remote_code=self.trust_remote_code, use_safetensors=True
-        ).to(device)
+        ).to(device)  # type: ignore[arg-type]  # transformers wraps `to` in a way that hides its self
         texts = []
         for prompt in prompts:
             ids = torch.tensor([prompt], device=device)
@@ -60,7 +60,7 @@ class Answers:
                     pad_token_id=self.tokenizer.eos_token_id,
                     eos_token_id=sorted(_ends(self.tokenizer, model)),
                 )
-            texts.append(" ".join(self.tokenizer.decode(out[0, len(prompt) :], skip_special_tokens=True).split()))
+            texts.append(" ".join(_text(self.tokenizer, out[0, len(prompt) :].tolist()).split()))
         del model
         gc.collect()
         return texts
@@ -72,7 +72,7 @@ def show_generations(file: Path, answers: Answers, prompts: list[list[int]], bef
     old_answers, new_answers = answers.of(before, prompts), answers.of(after, prompts)
     text = ["# Before and after", ""]
     for prompt, old, new in zip(prompts, old_answers, new_answers, strict=True):
-        shown = answers.tokenizer.decode(prompt, skip_special_tokens=True).strip()
+        shown = _text(answers.tokenizer, prompt).strip()
         text += [f"**Prompt** {shown}", "", f"**Before** {old}", "", f"**After** {new}", "", "---", ""]
         console.say(f"prompt: {_end_of(shown)}\n  before: {old[:SHOWN]}\n  after:  {new[:SHOWN]}")
     write_whole(file, "\n".join(text))
@@ -84,7 +84,13 @@ def _end_of(prompt: str) -> str:
     return line if len(line) <= SHOWN else f"… {line[-SHOWN:]}"
 
 
-def _ends(tokenizer, model) -> set[int]:
+def _text(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+    text = tokenizer.decode(ids, skip_special_tokens=True)
+    assert isinstance(text, str)  # a list of texts is for a list of lists
+    return text
+
+
+def _ends(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> set[int]:
     """EOS, and whatever the model's own generation config stops at (an end-of-turn token)."""
     ends = model.generation_config.eos_token_id
     return {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends] if ends is not None else [])}

@@ -21,7 +21,7 @@ class Progress(Watcher):
     def __init__(self, folder: Path):
         self.path = folder / "metrics.jsonl"
         self.on_terminal = sys.stderr.isatty()
-        self.bar: tqdm | None = None
+        self.bar = tqdm(disable=True)  # until the number of steps is known
         self.last_line = time.monotonic()
 
     def starting(self, steps_done: int, steps: int) -> None:
@@ -56,8 +56,7 @@ class Progress(Watcher):
             console.say(line)
 
     def ended(self) -> None:
-        if self.bar is not None:
-            self.bar.close()
+        self.bar.close()
 
     def _write(self, metrics: dict) -> None:
         """JSON has no NaN or infinity: such a value is null."""

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from dpo_ds.config import Options
+from dpo_ds.config import Decided, Options, Planned
 from dpo_ds.data.pairs import PairSet, held_out
 from dpo_ds.data.steps import Schedule, too_small
 from dpo_ds.engine.requirements import require_compiler, require_nvme
@@ -33,9 +33,9 @@ from dpo_ds.scoring.twin import choose_kernel, require_exact
 
 @dataclass(frozen=True)
 class Run:
-    """A run that can start: `options` has nothing left to decide."""
+    """A run that can start."""
 
-    options: Options
+    options: Decided
     model: Model
     weights: Path  # the folder from which the policy and the reference are loaded
     tokenizer: PreTrainedTokenizerBase
@@ -58,36 +58,39 @@ def prepare(options: Options, here: World, plan: Plan | None = None) -> Run:
     `here` is what engine.join returned. `plan`: rank 0's, where it has been made already.
     """
     # The plan comes before any download; rank 0's machine stands for all.
-    asked = options
-    options = _name_things(on_rank_0(lambda: (plan or for_run(asked)).options))
-    model = find_model(options.model, options.trust_remote_code)
-    on_rank_0(lambda: require_exact(options.model, model.config, options.trust_remote_code))
-    kernel = on_rank_0(lambda: _kernel(options, model))
+    planned = on_rank_0(lambda: (plan or for_run(options)).options)
+    folder = _folder_of(planned)
+    model = find_model(planned.model, planned.trust_remote_code)
+    on_rank_0(lambda: require_exact(planned.model, model.config, planned.trust_remote_code))
+    kernel = on_rank_0(lambda: _kernel(planned, model))
     tokenizer = load_tokenizer(model)
-    ds_config = fill_tier(options.ds_config, options, model, here.size, torch.cuda.is_available())
-    require_compiler(options.ds_config, ds_config, torch.cuda.is_available())
+    ds_config = fill_tier(planned.ds_config, planned, model, here.size, torch.cuda.is_available())
+    require_compiler(planned.ds_config, ds_config, torch.cuda.is_available())
     if used := swap_folders(ds_config):
         one_after_another(lambda: require_nvme(used))
-    folders.check_folder(Path(options.output_dir), options)  # before any work goes into data
-    train_pairs, eval_pairs = one_after_another(lambda: load_pairs(options, tokenizer, here))
+    folders.check_folder(folder, planned)  # before any work goes into data
+    train_pairs, eval_pairs = one_after_another(lambda: load_pairs(planned, tokenizer, here))
     longest = max(int(pairs.packed_lengths.max()) for pairs in (train_pairs, eval_pairs) if len(pairs))
-    if options.micro_batch_tokens < longest:
-        raise UserError(too_small(options.micro_batch_tokens, longest))
-    if asked.micro_batch_tokens is None and not torch.cuda.is_available():
+    if planned.micro_batch_tokens < longest:
+        raise UserError(too_small(planned.micro_batch_tokens, longest))
+    if options.micro_batch_tokens is None and not torch.cuda.is_available():
         # The plan has room for the longest pair that --max_length lets through; now the longest there is is known.
-        options = options.replace(micro_batch_tokens=min(options.micro_batch_tokens, tokens_on_cpu(longest)))
+        planned = planned.replace(micro_batch_tokens=min(planned.micro_batch_tokens, tokens_on_cpu(longest)))
     schedule = Schedule.of(
-        len(train_pairs), options.global_batch_pairs, options.epochs, options.max_steps, options.seed
+        len(train_pairs), planned.global_batch_pairs, planned.epochs, planned.max_steps, planned.seed
     )
-    if options.eval_every is None:
-        options = options.replace(eval_every=max(1, schedule.steps // 10))
+    decided = planned.decided(
+        output_dir=planned.output_dir or str(folder),
+        eval_every=planned.eval_every if planned.eval_every is not None else max(1, schedule.steps // 10),
+        generations=planned.generations if planned.generations is not None else _generations(planned),
+    )
     with console.working("fetching the weights"):
         weights = one_after_another(lambda: fetch_weights(model))
-    identity = folders.identity(options, train_pairs.digest, eval_pairs.digest)
+    identity = folders.identity(decided, train_pairs.digest, eval_pairs.digest)
     # Last, because it makes the folder this run's: a run that cannot start leaves nothing behind.
-    found = folders.open_folder(Path(options.output_dir), options, identity, here.size)
+    found = folders.open_folder(folder, decided, identity, here.size)
     return Run(
-        options=options,
+        options=decided,
         model=model,
         weights=weights,
         tokenizer=tokenizer,
@@ -110,19 +113,19 @@ def _kernel(options: Options, model: Model) -> str:
     return kernel
 
 
-def _name_things(options: Options) -> Options:
-    changes = {}
-    if options.output_dir is None:
-        changes["output_dir"] = str(
-            Path("runs", f"{Path(options.model).name}-{Path(options.dataset).name.split('.')[0]}")
-        )
-    if options.generations is None:
-        small = known_model(options.model, options.trust_remote_code).parameters < 1e9
-        changes["generations"] = 3 if small else 0
-    return options.replace(**changes)
+def _folder_of(options: Options) -> Path:
+    """The run's folder, by default one named after model and data."""
+    if options.output_dir is not None:
+        return Path(options.output_dir)
+    return Path("runs", f"{Path(options.model).name}-{Path(options.dataset).name.split('.')[0]}")
 
 
-def load_pairs(options: Options, tokenizer: PreTrainedTokenizerBase, here: World) -> tuple[PairSet, PairSet]:
+def _generations(options: Options) -> int:
+    """How many answers to show by default: small models give them in seconds."""
+    return 3 if known_model(options.model, options.trust_remote_code).parameters < 1e9 else 0
+
+
+def load_pairs(options: Planned, tokenizer: PreTrainedTokenizerBase, here: World) -> tuple[PairSet, PairSet]:
     """The tokenised training and evaluation pairs. Says what was left out or changed."""
     sources = [(options.dataset, options.dataset_split, "train")]
     if options.eval_dataset is not None:
@@ -136,9 +139,9 @@ def load_pairs(options: Options, tokenizer: PreTrainedTokenizerBase, here: World
     for (source, *_), (_, lines) in zip(sources, found, strict=True):
         for line in lines:
             console.say(f"{source}: {line}")
-    train, *evaluation = (PairSet.open(folder) for folder, _ in found)
-    if evaluation:
-        (evaluation,) = evaluation
+    train, *others = (PairSet.open(folder) for folder, _ in found)
+    if others:
+        (evaluation,) = others
         most = len(evaluation) if options.eval_pairs is None else options.eval_pairs
         return train, evaluation.subset(range(min(most, len(evaluation))))
     if options.eval_pairs == 0 or len(train) < 2:
@@ -154,7 +157,7 @@ def load_pairs(options: Options, tokenizer: PreTrainedTokenizerBase, here: World
 
 
 def _tokenise(
-    options: Options, tokenizer: PreTrainedTokenizerBase, sources: list[tuple[str, str, str]]
+    options: Planned, tokenizer: PreTrainedTokenizerBase, sources: list[tuple[str, str, str]]
 ) -> list[tuple[Path, list[str]]]:
     """Each source's folder and report, in a process of its own."""
     with scratch_folder(Path(tempfile.gettempdir()), "dpo_ds-data") as folder:
@@ -162,7 +165,9 @@ def _tokenise(
         return [_tokenised(options, tokenizer, *source) for source in sources]
 
 
-def _tokenised(options: Options, tokenizer, source: str, split: str, role: str) -> tuple[Path, list[str]]:
+def _tokenised(
+    options: Planned, tokenizer: PreTrainedTokenizerBase, source: str, split: str, role: str
+) -> tuple[Path, list[str]]:
     """The folder of a source's tokenised pairs, and what its report says."""
     from dpo_ds.data.cache import tokenize_pairs
     from dpo_ds.data.encoder import Tokenizing

@@ -15,10 +15,11 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 
 from dpo_ds.errors import UserError
 from dpo_ds.scoring.packed import Layout, is_segments, layout_of
@@ -96,6 +97,7 @@ def _torch_varlen(query, key, value, layout: Layout, scale, window, softcap):
     assert not softcap, "usable() gives such models another kernel"
     # torch 2.11 takes fewer key heads than query heads without being told; from 2.12 on it wants enable_gqa.
     shared = query.shape[1] != key.shape[1] and "enable_gqa" in inspect.signature(varlen_attn).parameters
+    more: dict[str, Any] = {"enable_gqa": True} if shared else {}
     return varlen_attn(
         query,
         key,
@@ -105,7 +107,7 @@ def _torch_varlen(query, key, value, layout: Layout, scale, window, softcap):
         layout.longest_key,
         scale=scale,
         window_size=(-1 if window is None else window - 1, 0),
-        **({"enable_gqa": True} if shared else {}),
+        **more,
     )
 
 
@@ -221,7 +223,7 @@ for _name, _call in [*((name, kernel.call) for name, kernel in KERNELS.items()),
     AttentionInterface.register(implementation(_name), functools.partial(packed_attention, _call))
 
 
-def require_packed(model) -> None:
+def require_packed(model: PreTrainedModel) -> None:
     """Raises AssertionError if a model was loaded with an attention that does not understand segments."""
     found = model.config._attn_implementation
     known = [implementation(name) for name in (*KERNELS, SIZES_ONLY)]
@@ -233,7 +235,7 @@ def capability() -> tuple[int, int] | None:
     return torch.cuda.get_device_capability() if torch.cuda.is_available() else None
 
 
-def usable(wanted: str, config, dtype: torch.dtype, capability: tuple[int, int] | None) -> list[str]:
+def usable(wanted: str, config: PreTrainedConfig, dtype: torch.dtype, capability: tuple[int, int] | None) -> list[str]:
     """The kernels for a model of `config`, by what is known of them, the fastest first; or the wanted one alone.
 
     Raises UserError, with what to do, if the wanted one cannot serve.
@@ -247,7 +249,9 @@ def usable(wanted: str, config, dtype: torch.dtype, capability: tuple[int, int] 
     return [wanted]
 
 
-def _obstacle(name: str, config, dtype: torch.dtype, capability: tuple[int, int] | None) -> str | None:
+def _obstacle(
+    name: str, config: PreTrainedConfig, dtype: torch.dtype, capability: tuple[int, int] | None
+) -> str | None:
     """Why a kernel cannot serve, or None."""
     kernel = KERNELS[name]
     if kernel.module is None:
@@ -276,7 +280,7 @@ def _obstacle(name: str, config, dtype: torch.dtype, capability: tuple[int, int]
     return None
 
 
-def head_dim_of(text_config) -> int:
+def head_dim_of(text_config: PreTrainedConfig) -> int:
     return getattr(text_config, "head_dim", None) or text_config.hidden_size // text_config.num_attention_heads
 
 

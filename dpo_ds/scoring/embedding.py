@@ -9,6 +9,7 @@ Shapes: V vocabulary, H hidden size.
 import types
 
 import torch
+from transformers import PreTrainedModel
 
 
 class TiedGradient:
@@ -22,7 +23,7 @@ class TiedGradient:
         return gradient
 
 
-def replace_embedding(model) -> torch.nn.Embedding | None:
+def replace_embedding(model: PreTrainedModel) -> torch.nn.Embedding | None:
     """Gives the model's embedding `forward(ids, tied)`, where the head has its weight: its backward then adds its rows
     to the gradient in `tied`. Returns None and changes nothing if the two share no weight, or it is no plain lookup."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()

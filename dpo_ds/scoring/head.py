@@ -13,9 +13,12 @@ Shapes: N response tokens, H hidden size, V vocabulary, v columns of a tile, r t
 """
 
 import types
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from dpo_ds.scoring.embedding import TiedGradient
 
@@ -59,7 +62,7 @@ class HeadInputs:
     tied: TiedGradient | None = None  # where backward leaves the weight's gradient, for the embedding that shares it
 
 
-def replace_head(model) -> None:
+def replace_head(model: PreTrainedModel) -> None:
     """Gives the model's lm_head `forward(hidden_NH, targets_N, budget, tied) -> logps_N` (fp32); without targets it is
     as before."""
     head, config = model.get_output_embeddings(), model.config.get_text_config()
@@ -81,7 +84,7 @@ def replace_head(model) -> None:
         _replace_adapter(head)
 
 
-def _replace_adapter(head) -> None:
+def _replace_adapter(head: Any) -> None:
     """The same for peft's wrapper of a head with an adapter."""
     plain_wrapper = head.forward
     (name,) = head.lora_A
@@ -147,22 +150,16 @@ class _FusedLogps(torch.autograd.Function):
     def backward(ctx, grad_N):
         hidden, weight, bias, low, up, targets, log_norm_N = ctx.saved_tensors
         want_hidden, want_weight, want_bias, want_low, want_up = ctx.needs_input_grad[:5]
-        tiles = _Tiles(hidden, weight, bias, low, up, *ctx.constants, kept=ctx.kept)
+        scale, softcap, budget = ctx.constants
+        tiles = _Tiles(hidden, weight, bias, low, up, scale, softcap, budget, ctx.kept)
         ctx.kept = {}  # used up: another backward computes them again
-        scale, *_ = ctx.constants
-        grad_hidden, grad_low = (
-            torch.zeros(x.shape, dtype=torch.float32, device=x.device) if want else None
-            for x, want in ((hidden, want_hidden), (low, want_low))
-        )
-        grad_weight, grad_bias, grad_up = (
-            torch.empty_like(x) if want else None
-            for x, want in ((weight, want_weight), (bias, want_bias), (up, want_up))
-        )
         # A row's share of the loss goes to the small sides of the products, not over every tile.
         share_N1 = -scale * grad_N[:, None]
-        hidden_shared, low_shared = (
-            (x * share_N1).to(x.dtype) if want else None for x, want in ((hidden, want_weight), (low, want_up))
-        )
+        to_hidden = _SummedGradient(hidden, weight) if want_hidden else None
+        to_low = _SummedGradient(low, up) if want_low else None
+        to_weight = _TiledGradient(weight, hidden, share_N1) if want_weight else None
+        to_up = _TiledGradient(up, low, share_N1) if want_up else None
+        grad_bias = torch.empty_like(bias) if want_bias else None
         for columns in tiles:
             # -d log p(target) / d logits = softmax(logits) - onehot(target)
             grad, slope = tiles.shares(columns, log_norm_N[:, None])
@@ -170,43 +167,77 @@ class _FusedLogps(torch.autograd.Function):
             grad.scatter_add_(1, place, -inside[:, None].float())
             if slope is not None:
                 grad.mul_(slope)
-            if want_bias:
+            if grad_bias is not None:
                 grad_bias[columns] = (share_N1.t() @ grad)[0].to(bias.dtype)
             grad = grad.to(hidden.dtype)
-            if want_weight:
-                _mm(grad.t(), hidden_shared, out=grad_weight[columns])
-            if want_up:
-                _mm(grad.t(), low_shared, out=grad_up[columns])
-            if want_hidden:
-                _add_mm_fp32(grad_hidden, grad, weight[columns])
-            if want_low:
-                _add_mm_fp32(grad_low, grad, up[columns])
-        if want_hidden:
-            grad_hidden = grad_hidden.mul_(share_N1).to(hidden.dtype)
-        if want_low:
-            grad_low = grad_low.mul_(share_N1).to(low.dtype)
+            for side in (to_weight, to_up, to_hidden, to_low):
+                if side is not None:
+                    side.add(grad, columns)
+        grad_hidden = to_hidden.take(share_N1) if to_hidden else None
+        grad_low = to_low.take(share_N1) if to_low else None
+        grad_weight = to_weight.gradient if to_weight else None
+        grad_up = to_up.gradient if to_up else None
         if ctx.tied is not None:
             ctx.tied.gradient = grad_weight
         return (grad_hidden, grad_weight, grad_bias, grad_low, grad_up, *[None] * 5)
+
+
+# The logits are sums of products rows @ columns.T: hidden @ weight.T, and an adapter's low @ up.T.
+
+
+class _SummedGradient:
+    """Of hidden or low, whose every number meets all columns: summed over the tiles, in fp32."""
+
+    def __init__(self, rows: torch.Tensor, columns: torch.Tensor):
+        self.dtype, self.columns = rows.dtype, columns
+        self.total = torch.zeros(rows.shape, dtype=torch.float32, device=rows.device)
+
+    def add(self, grad: torch.Tensor, columns: slice) -> None:
+        _add_mm_fp32(self.total, grad, self.columns[columns])
+
+    def take(self, share_N1: torch.Tensor) -> torch.Tensor:
+        return self.total.mul_(share_N1).to(self.dtype)
+
+
+class _TiledGradient:
+    """Of weight or up, whose every number meets a single column: each tile writes its own part."""
+
+    def __init__(self, columns: torch.Tensor, rows: torch.Tensor, share_N1: torch.Tensor):
+        self.gradient = torch.empty_like(columns)
+        self.shared = (rows * share_N1).to(rows.dtype)
+
+    def add(self, grad: torch.Tensor, columns: slice) -> None:
+        _mm(grad.t(), self.shared, out=self.gradient[columns])
 
 
 class _Tiles:
     """Tiles of logits [N, v], fp32, one after another: iterate over their columns. All in the same memory, but for
     those that are kept: softmax over the tile, and the tile's log sum of exponents, [N, 1]."""
 
-    def __init__(self, hidden, weight, bias, low, up, scale, softcap, budget, kept=None):
+    def __init__(
+        self,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        low: torch.Tensor | None,
+        up: torch.Tensor | None,
+        scale: float,
+        softcap: float | None,
+        budget: LogitBudget,
+        kept: dict[int, tuple[torch.Tensor, torch.Tensor]] | None = None,
+    ):
         self.weight, self.bias, self.scale, self.softcap = weight, bias, scale, softcap
-        self.low, self.up = low, up
+        self.adapter = None if low is None or up is None else (low, up)
         # On CPU products of bf16 would be rounded to bf16: they are made of fp32 copies.
         self.hidden = hidden.float() if hidden.device.type == "cpu" else hidden
         self.rows, self.vocabulary = len(hidden), len(weight)
         self.width = min(self.vocabulary, max(FEWEST_COLUMNS, budget.tile // max(1, self.rows)))
         # With a soft cap, backward wants the logits themselves.
         self.most_kept = 0 if softcap else budget.kept // max(1, self.rows * self.width)
-        self.kept: dict[int, tuple[torch.Tensor, torch.Tensor]] = {} if kept is None else kept
+        self.kept = {} if kept is None else kept
         self.memory: torch.Tensor | None = None
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[slice]:
         # Where memory is counted, one tile takes as much as all that share its memory.
         total = self.width * (1 + self.most_kept) if self.hidden.is_meta else self.vocabulary
         for start in range(0, min(total, self.vocabulary), self.width):
@@ -239,8 +270,9 @@ class _Tiles:
         width = columns.stop - columns.start  # the last tile may be narrower
         products = self.memory[: self.rows * width].view(self.rows, width)
         _mm_fp32(self.hidden, self.weight[columns].t(), products, start)
-        if self.low is not None:
-            _add_mm_fp32(products, self.low, self.up[columns].t())
+        if self.adapter is not None:
+            low, up = self.adapter
+            _add_mm_fp32(products, low, up[columns].t())
         return products
 
     def _bend(self, logits: torch.Tensor) -> torch.Tensor:
@@ -259,8 +291,9 @@ class _Tiles:
     def _some_logits_of(self, targets: torch.Tensor, rows: slice) -> torch.Tensor:
         targets = targets[rows]
         logits = (self.hidden[rows].float() * self.weight[targets].float()).sum(-1)
-        if self.low is not None:
-            logits += (self.low[rows].float() * self.up[targets].float()).sum(-1)
+        if self.adapter is not None:
+            low, up = self.adapter
+            logits += (low[rows].float() * up[targets].float()).sum(-1)
         if self.bias is not None:
             logits += self.bias[targets]
         return logits

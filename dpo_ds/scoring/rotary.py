@@ -5,13 +5,16 @@ NTK stretches them with its length. In transformers the largest position of the 
 scores would depend on which pairs share its row. Here every sequence takes what one of max_length tokens takes.
 """
 
+from typing import Any
+
 import torch
 
 FIXED = "default"  # a kind that transformers leaves alone in forward
 
 
-def fix_frequencies(model, max_length: int) -> None:
+def fix_frequencies(model: torch.nn.Module, max_length: int) -> None:
     """Gives the model's rotary embeddings the frequencies of a sequence of max_length tokens, for good."""
+    module: Any  # its attributes are no tensors here
     for module in model.modules():
         kinds = getattr(module, "rope_type", None)
         if isinstance(kinds, str) and _changes(kinds):
@@ -27,7 +30,7 @@ def _changes(kind: str) -> bool:
     return kind == "longrope" or "dynamic" in kind
 
 
-def _compute(module, max_length: int, **layer: str) -> None:
+def _compute(module: torch.nn.Module, max_length: int, **layer: str) -> None:
     """Lets transformers compute them: its forward does so for the positions that it is given."""
     device = next(module.buffers()).device
     if device.type == "meta":  # sizes are all that counts there

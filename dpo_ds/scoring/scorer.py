@@ -6,6 +6,7 @@ response rows only.
 
 import torch
 
+from dpo_ds.models.lora import LanguageModel, plain_model
 from dpo_ds.scoring import attention
 from dpo_ds.scoring.embedding import TiedGradient, replace_embedding
 from dpo_ds.scoring.head import LogitBudget, replace_head
@@ -20,12 +21,12 @@ class PairScorer(torch.nn.Module):
     logits the head may hold; by the device if None.
     """
 
-    def __init__(self, model, balance: bool = False, budget: LogitBudget | None = None):
+    def __init__(self, model: LanguageModel, balance: bool = False, budget: LogitBudget | None = None):
         super().__init__()
         self.model, self.balance, self.budget = model, balance, budget
         # peft's wrapper holds the language model at base_model.model; LoRA layers are inside of it. Within a list, so
         # that torch does not count it as a second child.
-        self.causal_lm = [model.get_base_model() if hasattr(model, "get_base_model") else model]
+        self.causal_lm = [plain_model(model)]
         attention.require_packed(self.causal_lm[0])
         self.tied_embedding = [replace_embedding(self.causal_lm[0])]
         replace_head(self.causal_lm[0])

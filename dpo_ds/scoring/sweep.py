@@ -1,5 +1,7 @@
 """Scoring many pairs without a gradient: dealt to ranks, in chunks, with a progress bar."""
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from tqdm import tqdm
@@ -9,14 +11,16 @@ from dpo_ds.data.pairs import PairSet
 from dpo_ds.data.steps import deal
 from dpo_ds.errors import RunStopped
 from dpo_ds.ranks import collectives, world
-from dpo_ds.scoring.packed import pack
+from dpo_ds.scoring.packed import PackedBatch, pack
 
 # Pairs scored between two writes to disk, for each rank: what a kill can cost.
 CHUNK = 256
 
+Score = Callable[[PackedBatch], torch.Tensor]  # to logps [B, 2]
 
-def score_pairs(score, pairs: PairSet, indices: np.ndarray, micro_batch_tokens: int) -> np.ndarray:
-    """logps float32 [len(indices), 2], on every rank. `score` maps a packed batch to logps [B, 2]."""
+
+def score_pairs(score: Score, pairs: PairSet, indices: np.ndarray, micro_batch_tokens: int) -> np.ndarray:
+    """logps float32 [len(indices), 2], on every rank."""
     here = world.from_environment()
     place = {int(i): n for n, i in enumerate(indices)}
     logps = torch.zeros(len(indices), 2)
@@ -33,7 +37,14 @@ def _collective_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def score_all(score, pairs: PairSet, indices: np.ndarray, micro_batch_tokens: int, title: str, keep=None) -> np.ndarray:
+def score_all(
+    score: Score,
+    pairs: PairSet,
+    indices: np.ndarray,
+    micro_batch_tokens: int,
+    title: str,
+    keep: Callable[[np.ndarray, np.ndarray], None] | None = None,
+) -> np.ndarray:
     """Like score_pairs, in chunks with a progress bar; `keep(indices, logps)` is called for each chunk.
 
     Raises RunStopped if a log-probability is not finite, naming the pairs.

@@ -11,7 +11,7 @@ import functools
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from dpo_ds.errors import UserError
 from dpo_ds.scoring import attention
@@ -60,7 +60,7 @@ def _sizes(head_dim: int) -> dict[str, int]:
     }
 
 
-def twin(config, vocabulary: int = VOCABULARY, head_dim: int = HEAD_DIM):
+def twin(config: PreTrainedConfig, vocabulary: int = VOCABULARY, head_dim: int = HEAD_DIM) -> PreTrainedConfig:
     """A config of the same class with every peculiarity (windows, shared key heads, wide heads, kinds of layers, tied
     or scaled embeddings, experts) and tiny sizes."""
     small = copy.deepcopy(config)
@@ -98,7 +98,7 @@ def twin(config, vocabulary: int = VOCABULARY, head_dim: int = HEAD_DIM):
     return small
 
 
-def _shrink_rope(text, head_dim: int) -> None:
+def _shrink_rope(text: PreTrainedConfig, head_dim: int) -> None:
     """Rotary positions of which the twin's pairs pass the original context, where the model has such a thing."""
     rope = getattr(text, "rope_parameters", None) or {}
     for parameters in rope.values() if all(isinstance(value, dict) for value in rope.values()) else [rope]:
@@ -111,7 +111,7 @@ def _shrink_rope(text, head_dim: int) -> None:
             text.max_position_embeddings = ORIGINAL_CONTEXT
 
 
-def randomise(model) -> None:
+def randomise(model: torch.nn.Module) -> None:
     """Weights larger than the usual first ones, so that attention and position matter."""
     torch.manual_seed(0)
     for parameter in model.parameters():
@@ -119,7 +119,7 @@ def randomise(model) -> None:
             torch.nn.init.normal_(parameter, std=0.12)
 
 
-def require_exact(name: str, config, trust_remote_code: bool = False) -> None:
+def require_exact(name: str, config: PreTrainedConfig, trust_remote_code: bool = False) -> None:
     """Scores two pairs on the config's twin, packed and by plain forwards.
 
     Raises UserError with the reason if the architecture cannot be packed, cannot be shown to be, or comes out wrong.
@@ -148,11 +148,15 @@ def require_exact(name: str, config, trust_remote_code: bool = False) -> None:
 @functools.cache
 def _pairs() -> list[Pair]:
     generator = np.random.default_rng(0)
-    return [tuple(generator.integers(1, VOCABULARY, n).astype(np.int32) for n in lengths) for lengths in LENGTHS]
+
+    def tokens(count: int) -> np.ndarray:
+        return generator.integers(1, VOCABULARY, count).astype(np.int32)
+
+    return [(tokens(prompt), tokens(chosen), tokens(rejected)) for prompt, chosen, rejected in LENGTHS]
 
 
 @torch.no_grad()
-def _difference(config, trust_remote_code: bool) -> float:
+def _difference(config: PreTrainedConfig, trust_remote_code: bool) -> float:
     """The largest difference of a response's log-probability, packed from plain."""
     model = _build(twin(config), trust_remote_code)
     plain = torch.stack([torch.stack([_plain(model, prompt, r) for r in responses]) for prompt, *responses in _pairs()])
@@ -160,7 +164,7 @@ def _difference(config, trust_remote_code: bool) -> float:
     return float((PairScorer(model)(pack(_pairs())) - plain).abs().max())
 
 
-def _build(config, trust_remote_code: bool):
+def _build(config: PreTrainedConfig, trust_remote_code: bool):
     with torch.random.fork_rng(devices=[]):
         model = AutoModelForCausalLM.from_config(
             config, dtype=torch.float32, attn_implementation="eager", trust_remote_code=trust_remote_code
@@ -170,7 +174,7 @@ def _build(config, trust_remote_code: bool):
     return model
 
 
-def _plain(model, prompt: np.ndarray, response: np.ndarray) -> torch.Tensor:
+def _plain(model: PreTrainedModel, prompt: np.ndarray, response: np.ndarray) -> torch.Tensor:
     """log p(response | prompt) by one forward over both and the whole matrix of logits."""
     ids = torch.from_numpy(np.concatenate([prompt, response]).astype(np.int64))[None]
     rows = model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1].float().log_softmax(-1)
@@ -181,13 +185,13 @@ def _plain(model, prompt: np.ndarray, response: np.ndarray) -> torch.Tensor:
 
 
 def choose_kernel(
-    wanted: str, config, dtype: torch.dtype, device: torch.device, trust_remote_code: bool = False
+    wanted: str, config: PreTrainedConfig, dtype: torch.dtype, device: torch.device, trust_remote_code: bool = False
 ) -> tuple[str, list[str]]:
     """The fastest kernel that scores the model's twin rightly on this device, and why each faster one does not.
 
     Raises UserError if the wanted one cannot serve.
     """
-    failed = []
+    failed: list[str] = []
     capability = attention.capability() if device.type == "cuda" else None
     for name in attention.usable(wanted, config, dtype, capability):
         problem = None if name == attention.SDPA else _kernel_problem(name, config, dtype, device, trust_remote_code)
@@ -197,7 +201,9 @@ def choose_kernel(
     raise UserError(f"--attention {wanted}: on this machine the {failed[-1]}; use --attention auto")
 
 
-def _kernel_problem(name: str, config, dtype: torch.dtype, device: torch.device, trust_remote_code: bool) -> str | None:
+def _kernel_problem(
+    name: str, config: PreTrainedConfig, dtype: torch.dtype, device: torch.device, trust_remote_code: bool
+) -> str | None:
     """What is wrong with a kernel, seen on a twin with the model's own head dimension; None if nothing is."""
     small = twin(config, head_dim=attention.head_dim_of(config.get_text_config()))
     if getattr(small.get_text_config(), "num_experts_per_tok", None):
@@ -217,7 +223,9 @@ def _kernel_problem(name: str, config, dtype: torch.dtype, device: torch.device,
     return None
 
 
-def _scored(config, kernel: str, dtype: torch.dtype, device: torch.device, trust_remote_code: bool):
+def _scored(
+    config: PreTrainedConfig, kernel: str, dtype: torch.dtype, device: torch.device, trust_remote_code: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The twin's logps [B, 2] and the gradient of its embedding [V, H], both fp32."""
     model = _build(config, trust_remote_code).to(device, dtype)
     model.set_attn_implementation(attention.implementation(kernel))

@@ -160,7 +160,7 @@ def test_help_shows_every_option_once_under_its_heading():
     assert not re.search(r"--[a-z]+-", out), "no spellings with dashes"
     flat = " ".join(out.split())
     for name, field in FIELDS.items():
-        default = "" if field.default is None else f" (default: {field.default})"
+        default = "" if field.default in (None, "") else f" (default: {field.default})"
         assert help_of(name) + default in flat
 
 
