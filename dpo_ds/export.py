@@ -115,16 +115,16 @@ def write_weights(model, fetch: Fetch, folder: Path, itemsize: int, rank: int, r
         filled += size
     plain = model.get_base_model() if hasattr(model, "get_base_model") else model
     for number, shard in enumerate(plan):
-        mine = number % ranks == rank
+        own = number % ranks == rank
         tensors: dict[str, torch.Tensor] = {}
         for layer in shard:
-            fetched = fetch([source for tensor in layer for source in tensor.sources], mine)
-            if mine:
+            fetched = fetch([source for tensor in layer for source in tensor.sources], own)
+            if own:
                 merged = {tensor.name: tensor.merge(fetched) for tensor in layer}
                 hub = revert_weight_conversion(plain, merged)  # the hub's names: fused experts split again
                 # Split experts are views of one block, which safetensors refuses to store.
                 tensors |= {name: tensor.contiguous().clone() for name, tensor in hub.items()}
-        if mine:
+        if own:
             file = folder / _shard_name(number, len(plan))
             save_file(tensors, file, metadata={"format": "pt"})
             follow_umask(file)
@@ -207,7 +207,7 @@ def export_checkpoint(source: Path, folder: Path) -> Path:
     dtype = torch_dtype(options.precision)
     weights = CheckpointWeights(source / TAG, facts["stage"], facts["ranks"])
 
-    def fetch(names: list[str], mine: bool) -> dict[str, torch.Tensor]:
+    def fetch(names: list[str], wanted: bool) -> dict[str, torch.Tensor]:
         tensors = {name: weights[f"model.{name}"] for name in names}
         return {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()}
 

@@ -40,7 +40,7 @@ def make_plan(options: Options) -> "Plan | None":
     join.quiet_start()
     plan = for_run(options)
     if options.plan != "off":
-        console.say(plan.table())
+        console.say(plan.as_markdown())
     return plan
 
 

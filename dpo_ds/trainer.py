@@ -21,7 +21,7 @@ from dpo_ds.reports.watcher import Watcher
 from dpo_ds.runs import checkpoint
 from dpo_ds.runs.prepare import Run
 from dpo_ds.scoring.packed import PackedBatch, pack
-from dpo_ds.scoring.sweep import score_all
+from dpo_ds.scoring.sweep import score_set
 
 MOST_SKIPPED = 10  # steps in a row without an update
 # How far a pair's margin may be from its reference's, in nats (root mean square), when both are the same model: a row's
@@ -79,13 +79,13 @@ class Trainer:
         try:
             return Outcome(self._train(), self.held_out_policy, self.held_out_reference)
         finally:
-            self.tell("ended")
+            self.notify("ended")
 
     def _train(self) -> dict:
         torch.manual_seed(self.options.seed + self.here.rank)  # only LoRA's dropout draws from it
         done = checkpoint.load(self.policy, self.run.resume_from) if self.run.resume_from else 0
         steps = self.run.schedule.steps
-        self.tell("starting", done, steps)
+        self.notify("starting", done, steps)
         with console.working("the first forward and backward"):
             self.warm_up(done)
         if len(self.run.eval_pairs):
@@ -95,10 +95,10 @@ class Trainer:
         for number in range(done, steps):
             last |= self.step(number, dealt)
             last |= self.after_step(number + 1)
-            self.tell("step_settled", number + 1)
+            self.notify("step_settled", number + 1)
         return last | (self.evaluate(done) if done == steps else {})
 
-    def tell(self, what: str, *facts) -> None:
+    def notify(self, what: str, *facts) -> None:
         for watcher in self.watchers:
             getattr(watcher, what)(*facts)
 
@@ -137,13 +137,13 @@ class Trainer:
     def step(self, number: int, upcoming: Iterator[Dealt]) -> dict:
         """One optimizer step: every pair of it once, over all ranks. Returns its metrics."""
         started = time.perf_counter()
-        self.tell("step_begins", number + 1)
+        self.notify("step_begins", number + 1)
         indices = self.run.schedule.step(number)
         sums = torch.zeros(len(self.metrics), device=self.policy.device)
         for dealt in upcoming:
             assert dealt.step == number
             sums += self.learn(dealt, len(indices))
-            self.tell("learned", dealt.batch)
+            self.notify("learned", dealt.batch)
             if dealt.last:
                 break
         learning_rate = self.policy.learning_rate
@@ -166,7 +166,7 @@ class Trainer:
             "TFLOP/s a rank": round(flops / 1e12, 4),
             **({"mfu": round(flops / self.peak, 4)} if self.peak else {}),
         }
-        self.tell("step_ended", metrics)
+        self.notify("step_ended", metrics)
         return metrics
 
     def learn(self, dealt: Dealt, step_pairs: int) -> torch.Tensor:
@@ -211,11 +211,11 @@ class Trainer:
         if len(pairs) == 0:
             return {}
         everything = np.arange(len(pairs))
-        table = score_all(self.policy.score, pairs, everything, self.options.micro_batch_tokens, "held-out pairs")
-        self.held_out_policy = table
-        policy, reference = torch.from_numpy(table), torch.from_numpy(self.held_out_reference)
+        logps = score_set(self.policy.score, pairs, everything, self.options.micro_batch_tokens, "held-out pairs")
+        self.held_out_policy = logps
+        policy, reference = torch.from_numpy(logps), torch.from_numpy(self.held_out_reference)
         losses = dpo_loss(policy[:, 0] - policy[:, 1], reference[:, 0] - reference[:, 1], self.options.beta)
         means = preference_metrics(policy, reference, losses, self.options.beta).double().mean(0).tolist()
         metrics = {"step": steps_done, **{f"eval/{key}": value for key, value in zip(METRICS, means, strict=True)}}
-        self.tell("evaluated", metrics)
+        self.notify("evaluated", metrics)
         return metrics

@@ -69,10 +69,10 @@ def _key(rows: datasets.Dataset, tokenizer, tokenizing: Tokenizing) -> str:
         (backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)).encode()
     )
     for batch in rows.with_format("arrow").iter(batch_size=10_000):
-        table = batch.combine_chunks().replace_schema_metadata(None)
+        chunk = batch.combine_chunks().replace_schema_metadata(None)
         sink = pa.BufferOutputStream()
-        with pa.ipc.new_stream(sink, table.schema) as writer:
-            writer.write_table(table)
+        with pa.ipc.new_stream(sink, chunk.schema) as writer:
+            writer.write_table(chunk)
         digest.update(sink.getvalue())
     return digest.hexdigest()
 

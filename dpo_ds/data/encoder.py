@@ -79,10 +79,10 @@ class Encoder:
         """A batch of checked rows -> for each: prompt, chosen, rejected (lists of ids), left_out, changed (kinds)."""
         texts, notes = [], []
         for n in range(len(rows["row"])):
-            one = {key: column[n] for key, column in rows.items()}
+            row = {key: column[n] for key, column in rows.items()}
             note: dict = {"left_out": "", "changed": []}
             notes.append(note)
-            texts += self._templated_texts(one, note) if self.templated else self._plain_texts(one)
+            texts += self._templated_texts(row, note) if self.templated else self._plain_texts(row)
         ids = self._ids(texts)
         results = []
         for n, note in enumerate(notes):
@@ -159,14 +159,14 @@ class Encoder:
         return prompt, chosen, rejected
 
     def _truncate(self, prompt: list[int], chosen: list[int], rejected: list[int], note: dict):
-        room = self.options.max_length
+        limit = self.options.max_length
         P, C, R = len(prompt), len(chosen), len(rejected)
         if self.options.truncation == "keep_start":
-            prompt = prompt[:room]
-            keep = room - len(prompt)
+            prompt = prompt[:limit]
+            keep = limit - len(prompt)
         else:
-            keep = room - 1  # of a response: a prompt token must be left to predict it from
-            whole = max(1, room - min(max(C, R), keep))
+            keep = limit - 1  # of a response: a prompt token must be left to predict it from
+            whole = max(1, limit - min(max(C, R), keep))
             if P > whole:
                 # A model that expects BOS first reads nonsense without it.
                 head = prompt[:1] if prompt[0] == self.tokenizer.bos_token_id and whole > 1 else []

@@ -1,6 +1,6 @@
-"""Tokenised pairs as training reads them: arrays in a folder that data/tokens.py has written, and which are held out.
+"""Tokenised pairs as training reads them: arrays in a folder that data/cache.py has written; and the held-out split.
 
-Needs numpy alone: `datasets` would take 90 MiB of every rank's memory.
+This file imports only numpy: `datasets` would take 90 MiB of every rank's memory.
 """
 
 import hashlib

@@ -110,8 +110,11 @@ def _level(bins: list[list[int]], lengths: np.ndarray, limit: int) -> None:
         for other in range(len(bins)):
             if other == heavy:
                 continue
-            mine, theirs = lengths[bins[heavy]], np.append(lengths[bins[other]], 0)  # 0: nothing comes back
-            moved = mine[:, None] - theirs[None]
+            given_lengths, taken_lengths = (
+                lengths[bins[heavy]],
+                np.append(lengths[bins[other]], 0),
+            )  # 0: nothing comes back
+            moved = given_lengths[:, None] - taken_lengths[None]
             heavier = np.maximum(loads[heavy] - moved, loads[other] + moved)
             place = np.unravel_index(heavier.argmin(), heavier.shape)
             if heavier[place] < min(loads[heavy], limit + 1, best[0] if best else math.inf):

@@ -45,7 +45,7 @@ def build_in_turns(speaks: bool) -> None:
             if any(folder.glob("*.so")):
                 return plain(self, verbose)
             if speaks:
-                _tell(f"DeepSpeed's {self.name} is compiled for this machine, once: up to some minutes ({folder})")
+                _say(f"DeepSpeed's {self.name} is compiled for this machine, once: up to some minutes ({folder})")
             with console.working(f"compiling DeepSpeed's {self.name}"):
                 return plain(self, verbose)
 
@@ -76,7 +76,7 @@ def _turn(folder: Path, speaks: bool) -> Iterator[None]:
                 break
             except Timeout:
                 if speaks:
-                    _tell_of_wait(folder, started)
+                    _say_waiting(folder, started)
     except (OSError, NotImplementedError):
         pass
     try:
@@ -97,16 +97,16 @@ def _await_others(folder: Path, speaks: bool) -> None:
                 mark.unlink(missing_ok=True)
                 return
         if speaks and time.monotonic() - started > next_word:
-            _tell_of_wait(folder, started)
+            _say_waiting(folder, started)
             next_word += NEXT_WORD
         time.sleep(0.5)
 
 
-def _tell_of_wait(folder: Path, started: float) -> None:
-    _tell(f"another process builds in {folder}: waiting for it, {time.monotonic() - started:.0f} s so far")
+def _say_waiting(folder: Path, started: float) -> None:
+    _say(f"another process builds in {folder}: waiting for it, {time.monotonic() - started:.0f} s so far")
 
 
-def _tell(message: str) -> None:
+def _say(message: str) -> None:
     """On stderr: what DeepSpeed prints on stdout while it starts is not shown."""
     print(f"dpo_ds: {message}", file=sys.stderr, flush=True)
 

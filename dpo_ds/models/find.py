@@ -27,7 +27,7 @@ class Row:
 
 
 @functools.cache
-def table() -> dict[str, Row]:
+def known_models() -> dict[str, Row]:
     """The twelve models by hub id."""
     from transformers import AutoConfig
 
@@ -38,8 +38,8 @@ def table() -> dict[str, Row]:
 @functools.cache
 def known_model(name: str, trust_remote_code: bool = False) -> Model:
     """The model's shape: of the twelve from the package, without a network; of any other as `find_model` reads it."""
-    if name in table() and not Path(name).exists():
-        row = table()[name]
+    if name in known_models() and not Path(name).exists():
+        row = known_models()[name]
         return Model(name, name, row.config, known_parameters=row.parameters)
     return find_model(name, trust_remote_code)
 

@@ -12,7 +12,7 @@ import json
 from dpo_ds.config import Options, parse_options
 from dpo_ds.engine import join
 from dpo_ds.errors import UserError
-from dpo_ds.models.find import table
+from dpo_ds.models.find import known_models
 from dpo_ds.plan.choose import choose
 from dpo_ds.plan.machine import GIB, NODE_GPUS, Machine, gib
 from dpo_ds.plan.plan import Plan
@@ -26,7 +26,7 @@ def everything() -> str:
         "| model | | " + " | ".join(f"{gpu} GiB, {host} TB" for gpu in (80, 40) for host in (1, 2)) + " |",
         "|---|---|" + "---|" * 4,
     ]
-    for name in table():
+    for name in known_models():
         for lora in (False, True):
             cells = []
             for gpu in (80, 40):
@@ -56,7 +56,7 @@ def main(argv: list[str]) -> None:
         return
     options = parse_options(rest, "plan")
     plan = choose(options, Machine.of(options))
-    print(json.dumps(plan.facts(), indent=1) if own.json else plan.table())
+    print(json.dumps(plan.facts(), indent=1) if own.json else plan.as_markdown())
     if not plan.fits:
         raise UserError(refusal(plan, options))
 

@@ -123,8 +123,8 @@ def _largest(plan: Callable[[int], Plan], least: int, most: int) -> Plan:
         return top if top.fits or most == least else bottom
     # What is needed grows in a straight line, or nearly so.
     part = min(
-        (room - bottom.need(where)) / (top.need(where) - bottom.need(where))
-        for where, room in top.room.items()
+        (available - bottom.need(where)) / (top.need(where) - bottom.need(where))
+        for where, available in top.available.items()
         if top.need(where) > bottom.need(where)
     )
     steps = int(part * (most - least) / 1024)

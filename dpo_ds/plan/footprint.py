@@ -99,8 +99,10 @@ class Footprint:
         self.weights_at = (self.zero.get("offload_param") or {}).get("device", "gpu") if self.stage == 3 else "gpu"
         # What a rank holds of all parameters, and what it updates of the trained ones.
         self.share = math.ceil(shape.all / self.ranks) if self.stage == 3 else shape.all
-        self.mine = math.ceil(shape.trained / self.ranks) if self.stage else shape.trained
-        self.group = min(self.mine, int(self.zero.get("sub_group_size", 10**9)))  # updated at a time with ZeRO-3
+        self.trained_share = math.ceil(shape.trained / self.ranks) if self.stage else shape.trained
+        self.group = min(
+            self.trained_share, int(self.zero.get("sub_group_size", 10**9))
+        )  # updated at a time with ZeRO-3
         # ZeRO and bf16 train fp32 copies ("masters") of the weights.
         self.state = ADAM + (MASTER if self.stage or options.precision == "bf16" else 0)
         # A single rank with its partition on the device uses it as it is.
@@ -129,28 +131,30 @@ class Footprint:
         return 2 ** math.ceil(math.log2(size)) if rounded and size > 1 else int(size)
 
     def weights(self) -> Iterator[Part]:
-        mine = self.item * self.share
-        size = self.pinned(mine) if self.weights_at == "cpu" else mine
+        own = self.item * self.share
+        size = self.pinned(own) if self.weights_at == "cpu" else own
         yield self.part(self.weights_at, f"weights ({self.options.precision})", size)
         if self.weights_at == "nvme":
             swap = self.zero["offload_param"]
             size = self.item * swap.get("buffer_count", 5) * swap["buffer_size"]
             yield self.part("host", "buffers of the weights", size)
         if self.options.reference == "live":
-            yield self.part(self.weights_at, "the reference's weights", mine)
+            yield self.part(self.weights_at, "the reference's weights", own)
 
     def optimizer(self) -> Iterator[Part]:
         masters = " and fp32 weights" if self.state > ADAM else ""
-        yield self.part("gpu", f"Adam's moments{masters}", self.state * self.mine)
+        yield self.part("gpu", f"Adam's moments{masters}", self.state * self.trained_share)
 
     def offloaded_optimizer(self) -> Iterator[Part]:
         if self.optimizer_at == "nvme":
-            yield self.part("nvme", "Adam's moments, fp32 weights and gradients", (self.state + FP32) * self.mine)
+            yield self.part(
+                "nvme", "Adam's moments, fp32 weights and gradients", (self.state + FP32) * self.trained_share
+            )
             # A group at a time comes to the host: moments, weights and gradients.
             yield self.part("host", "the group being updated", self.pinned((self.state + FP32) * self.group))
             return
-        groups = [self.group] * (self.mine // self.group)
-        groups += [self.mine % self.group] if self.mine % self.group else []
+        groups = [self.group] * (self.trained_share // self.group)
+        groups += [self.trained_share % self.group] if self.trained_share % self.group else []
         a_number_each = sum(self.pinned(FP32 * size) for size in groups)
         yield self.part("host", "Adam's moments and fp32 weights", self.state // FP32 * a_number_each)
         yield self.part("host", "fp32 gradients", a_number_each)
@@ -159,17 +163,17 @@ class Footprint:
         """Gradients as they wait for the step, and what the step itself takes."""
         on_gpu = self.optimizer_at == "gpu"
         if self.stage == 0:
-            yield self.part("gpu", "gradients", FP32 * self.mine, "compute and step")
+            yield self.part("gpu", "gradients", FP32 * self.trained_share, "compute and step")
         elif self.stage == 1:
             yield self.part("gpu", "gradients", self.item * self.shape.trained, "compute and step")
         else:
             sums = self.config.get("data_types", {}).get("grad_accum_dtype")
-            size = (FP32 if sums == "fp32" else self.item) * self.mine
+            size = (FP32 if sums == "fp32" else self.item) * self.trained_share
             when = "always" if self.stage == 3 or not on_gpu else "compute and step"
             where, size = ("gpu", size) if on_gpu else ("host", self.pinned(size))
             yield self.part(where, "gradients, accumulated", size, when)
         if on_gpu and self.stage:
-            group = self.group if self.stage == 3 else self.mine
+            group = self.group if self.stage == 3 else self.trained_share
             yield self.part("gpu", "fp32 gradients of the update", FP32 * group, "step")
         adam = self.config["optimizer"]["params"]
         if adam.get("torch_adam") and not adam.get("fused"):

@@ -41,7 +41,7 @@ def refusal(plan: Plan, options: Options) -> str:
 
 def _needs(plan: Plan) -> str:
     names = {"gpu": "GiB a GPU", "host": "GiB of host memory", "nvme": "GiB of NVMe"}
-    return ", ".join(f"{gib(plan.need(where))} {names[where]}" for where in plan.room if plan.need(where))
+    return ", ".join(f"{gib(plan.need(where))} {names[where]}" for where in plan.available if plan.need(where))
 
 
 def remedies(options: Options, machine: Machine) -> Iterator[tuple[str, Plan]]:

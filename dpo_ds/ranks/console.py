@@ -31,14 +31,14 @@ def working(on: str) -> Iterator[None]:
     """Work that may take long: from QUIET_SECONDS on, rank 0 says from time to time that it goes on."""
     started, done = time.monotonic(), threading.Event()
 
-    def tell() -> None:
+    def report() -> None:
         wait = QUIET_SECONDS
         while not done.wait(wait):
             say(f"{on}: {time.monotonic() - started:.0f} s so far")
             wait = 2 * QUIET_SECONDS
 
     if world.from_environment().speaks:
-        threading.Thread(target=tell, daemon=True).start()
+        threading.Thread(target=report, daemon=True).start()
     try:
         yield
     finally:

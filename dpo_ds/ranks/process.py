@@ -38,8 +38,8 @@ def let_rank_0_plan(at_most: float = 60) -> None:
 def _listening(port: int) -> bool:
     """Whether some process of this machine listens there: looked up, because a rank that connected and left would be
     taken for one that has joined."""
-    tables = [Path("/proc/net/tcp"), Path("/proc/net/tcp6")]
-    lines = [line.split() for table in tables if table.is_file() for line in table.read_text().splitlines()[1:]]
+    files = [Path("/proc/net/tcp"), Path("/proc/net/tcp6")]
+    lines = [line.split() for file in files if file.is_file() for line in file.read_text().splitlines()[1:]]
     return any(local.endswith(f":{port:04X}") and state == "0A" for _, local, _, state, *_ in lines)
 
 

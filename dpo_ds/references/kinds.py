@@ -12,7 +12,7 @@ from dpo_ds.engine.engine import Engine
 from dpo_ds.references.table import reference_tables
 from dpo_ds.runs.prepare import Run
 from dpo_ds.scoring.packed import PackedBatch, move
-from dpo_ds.scoring.sweep import score_all
+from dpo_ds.scoring.sweep import score_set
 
 
 class Reference(Protocol):
@@ -122,4 +122,4 @@ class NoReference:
 
 def _score_held_out(run: Run, score: Callable[[PackedBatch], torch.Tensor]) -> np.ndarray:
     everything = np.arange(len(run.eval_pairs))
-    return score_all(score, run.eval_pairs, everything, run.options.micro_batch_tokens, "reference: held-out pairs")
+    return score_set(score, run.eval_pairs, everything, run.options.micro_batch_tokens, "reference: held-out pairs")

@@ -21,7 +21,7 @@ from dpo_ds.models.files import weight_files
 from dpo_ds.ranks import console, world
 from dpo_ds.ranks.collectives import array_from_rank_0
 from dpo_ds.runs.prepare import Run
-from dpo_ds.scoring.sweep import score_all
+from dpo_ds.scoring.sweep import score_set
 
 FORMAT = 1
 
@@ -94,7 +94,7 @@ def reference_tables(run: Run, everything: bool = False) -> list[np.ndarray]:
             engine.append(reference_engine(run.weights, run.ds_config, run.options, run.attention))
         return engine[0].score(batch)
 
-    results = [_reference_table(run, weights, score, *one) for one in sets]
+    results = [_reference_table(run, weights, score, *named_set) for named_set in sets]
     if engine:
         engine[0].close()
     return results
@@ -129,7 +129,7 @@ def _reference_table(
                 rows[indices] = scored
                 rows.flush()
 
-        logps[left] = score_all(score, pairs, left, run.options.micro_batch_tokens, title, keep)
+        logps[left] = score_set(score, pairs, left, run.options.micro_batch_tokens, title, keep)
         if table:
             table.close()
     return logps

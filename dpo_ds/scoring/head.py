@@ -69,12 +69,12 @@ def replace_head(model) -> None:
     linear = getattr(head, "base_layer", head)  # peft's wrapper holds the head itself there
     plain_linear = linear.forward
 
-    def forward(self, hidden, targets=None, budget=None, tied=None, low=None, lora_B=None):
+    def forward(self, hidden, targets=None, budget=None, tied=None, low=None, up_layer=None):
         if targets is None:
             return plain_linear(hidden)
         inputs = HeadInputs(hidden, self.weight, targets, getattr(self, "bias", None), scale, softcap, budget, tied)
-        # With an adapter, the product is made inside of lora_B's own call, so that ZeRO-3 has gathered both weights.
-        return fused_logps(inputs) if low is None else lora_B(low, inputs)
+        # With an adapter, the product is made inside the up layer's own call, so that ZeRO-3 has gathered both weights.
+        return fused_logps(inputs) if low is None else up_layer(low, inputs)
 
     linear.forward = types.MethodType(forward, linear)
     if linear is not head:
@@ -85,20 +85,20 @@ def _replace_adapter(head) -> None:
     """The same for peft's wrapper of a head with an adapter."""
     plain_wrapper = head.forward
     (name,) = head.lora_A
-    lora_A, lora_B, dropout = head.lora_A[name], head.lora_B[name], head.lora_dropout[name]
-    plain_B = lora_B.forward
+    down_layer, up_layer, dropout = head.lora_A[name], head.lora_B[name], head.lora_dropout[name]
+    plain_up = up_layer.forward
 
     def forward(self, hidden, targets=None, budget=None, tied=None):
         if targets is None:
             return plain_wrapper(hidden)
-        low = self.scaling[name] * lora_A(dropout(hidden))
-        return self.base_layer(hidden, targets, budget, tied, low, lora_B)
+        low = self.scaling[name] * down_layer(dropout(hidden))
+        return self.base_layer(hidden, targets, budget, tied, low, up_layer)
 
-    def forward_B(self, low, inputs=None):
-        return plain_B(low) if inputs is None else fused_logps(inputs, low, self.weight)
+    def forward_up(self, low, inputs=None):
+        return plain_up(low) if inputs is None else fused_logps(inputs, low, self.weight)
 
     head.forward = types.MethodType(forward, head)
-    lora_B.forward = types.MethodType(forward_B, lora_B)
+    up_layer.forward = types.MethodType(forward_up, up_layer)
 
 
 def fused_logps(inputs: HeadInputs, low: torch.Tensor | None = None, up: torch.Tensor | None = None) -> torch.Tensor:

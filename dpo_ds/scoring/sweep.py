@@ -20,10 +20,10 @@ def score_pairs(score, pairs: PairSet, indices: np.ndarray, micro_batch_tokens: 
     here = world.from_environment()
     place = {int(i): n for n, i in enumerate(indices)}
     logps = torch.zeros(len(indices), 2)
-    mine = deal(indices, pairs.packed_lengths, here.size, micro_batch_tokens)[here.rank]
-    batches = ahead(lambda micro_batch: pack([pairs.pair(i) for i in micro_batch.indices]), mine)
+    own = deal(indices, pairs.packed_lengths, here.size, micro_batch_tokens)[here.rank]
+    batches = ahead(lambda micro_batch: pack([pairs.pair(i) for i in micro_batch.indices]), own)
     scored = [score(batch) for batch in batches]  # on the device: nothing waits for it before the last is under way
-    for micro_batch, rows in zip(mine, scored, strict=True):
+    for micro_batch, rows in zip(own, scored, strict=True):
         if micro_batch.weight:
             logps[[place[i] for i in micro_batch.indices]] = rows.cpu()
     return collectives.sum_over_ranks(logps.to(_collective_device())).cpu().numpy()
@@ -33,7 +33,7 @@ def _collective_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def score_all(score, pairs: PairSet, indices: np.ndarray, micro_batch_tokens: int, title: str, keep=None) -> np.ndarray:
+def score_set(score, pairs: PairSet, indices: np.ndarray, micro_batch_tokens: int, title: str, keep=None) -> np.ndarray:
     """Like score_pairs, in chunks with a progress bar; `keep(indices, logps)` is called for each chunk.
 
     Raises RunStopped if a log-probability is not finite, naming the pairs.

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from dpo_ds.config import Options
 from dpo_ds.engine import join
-from dpo_ds.models.find import table
+from dpo_ds.models.find import known_models
 from dpo_ds.plan.choose import choose
 from dpo_ds.plan.machine import GIB, Machine
 
@@ -72,14 +72,14 @@ def text(model: str, lora: bool) -> str:
     head = [
         f"# deepspeed --num_gpus {MACHINE.ranks} -m dpo_ds.train --config launch/recipes/{name(model, lora)}",
         "#",
-        *(f"# {line}".rstrip() for line in chosen.table().splitlines()),
+        *(f"# {line}".rstrip() for line in chosen.as_markdown().splitlines()),
     ]
     return "\n".join(head) + "\n\n" + "".join(f"# {WHY[key]}\n{key}: {value}\n" for key, value in values.items())
 
 
 def main() -> None:
     join.quiet_start()
-    for model in table():
+    for model in known_models():
         for lora in (False, True):
             Path(__file__).with_name(name(model, lora)).write_text(text(model, lora), encoding="utf-8")
 

@@ -11,7 +11,7 @@ from deepspeed.runtime.config import DeepSpeedConfig
 from dpo_ds.config import parse_options
 from dpo_ds.engine.tiers import AUTO, fill_tier, load_tier, reference_config, swap_folders
 from dpo_ds.errors import UserError
-from dpo_ds.models.find import known_model, table
+from dpo_ds.models.find import known_model, known_models
 from dpo_ds.resources import tier_files
 
 TIERS = sorted(tier_files())
@@ -36,7 +36,7 @@ def test_the_tiers_are_those_of_the_report():
 
 @pytest.mark.parametrize("tier", TIERS)
 def test_deepspeed_takes_each_tier_as_it_is_filled(tier):
-    for model_id in table():
+    for model_id in known_models():
         filled = fill_tier(tier, options("--nvme_path", "/nvme"), known_model(model_id), ranks=1, on_gpu=True)
         assert AUTO not in [value for _, value in leaves(filled)]
         found = DeepSpeedConfig(filled)

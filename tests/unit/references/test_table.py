@@ -25,7 +25,7 @@ from dpo_ds.references.table import Table, reference_tables
 from dpo_ds.runs.prepare import Run, prepare
 from dpo_ds.score import main
 from dpo_ds.scoring import sweep
-from dpo_ds.scoring.sweep import score_all, score_pairs
+from dpo_ds.scoring.sweep import score_pairs, score_set
 
 PAIRS, HELD_OUT, CHUNK = 22, 6, 4
 
@@ -377,5 +377,5 @@ def test_a_log_probability_that_is_not_finite_stops_and_names_the_pair(pairs):
         return torch.where(logps == bad, torch.nan, logps)
 
     with pytest.raises(RunStopped, match=f"log-probabilities of 1 pairs are not finite: {pairs.pair_id(9)}"):
-        score_all(not_finite, pairs, np.arange(16), 250, "title", lambda chunk, _: kept.extend(chunk))
+        score_set(not_finite, pairs, np.arange(16), 250, "title", lambda chunk, _: kept.extend(chunk))
     assert kept == list(range(8))
