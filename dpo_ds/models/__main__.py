@@ -1,4 +1,4 @@
-"""The twelve models that this package was made for, as a table.
+"""Prints the table of the twelve tested models.
 
 python -m dpo_ds.models
 """
@@ -9,7 +9,7 @@ from dpo_ds.ranks import console
 
 
 def print_table() -> None:
-    """The twelve, as Markdown."""
+    """The twelve models as a Markdown table."""
     print("| model | class | tier | tier with --lora | parameters | context |\n|---|---|---|---|---|---|")
     for name in known_models():
         model = known_model(name)

@@ -1,4 +1,4 @@
-"""A plan: one choice of tier, micro-batch and recomputation, what it takes of the machine, and whether that fits."""
+"""A plan: one choice of tier, micro-batch and recomputation, the memory that it needs, and whether that fits."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -8,13 +8,13 @@ from dpo_ds.models.model import Model
 from dpo_ds.plan.footprint import WHEN, Part
 from dpo_ds.plan.machine import Machine, gib
 
-# Of a GPU's memory, the rest is lost to the driver and to fragmentation; an estimate.
+# Fraction of a GPU's memory; the rest is lost to the driver and to fragmentation. An estimate.
 USABLE = 0.95
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What one choice of tier, micro-batch and recomputation takes."""
+    """One choice of tier, micro-batch and recomputation, with the memory that it needs."""
 
     model: Model
     options: Options  # ds_config, micro_batch_tokens, gradient_checkpointing are decided
@@ -23,7 +23,7 @@ class Plan:
     parts: tuple[Part, ...]
 
     def need(self, where: str) -> int:
-        """Bytes at the worst moment."""
+        """The most bytes that are needed there at any time."""
         here = [part for part in self.parts if part.where == where]
         always, both, compute, step = (sum(part.bytes for part in here if part.when == when) for when in WHEN)
         return always + both + max(compute, step)
@@ -40,7 +40,7 @@ class Plan:
 
     @property
     def excess(self) -> float:
-        """How many times over the scarcest room is asked for."""
+        """The largest ratio of what is needed to what is available. Above 1, the plan does not fit."""
         return max(
             (self.need(where) / available for where, available in self.available.items() if available), default=0.0
         )
@@ -77,7 +77,7 @@ class Plan:
         return "\n".join(lines)
 
     def facts(self) -> dict:
-        """For --json."""
+        """The plan for --json. Its keys are part of the command's interface."""
         return {
             "model": self.model.name,
             "parameters": self.model.parameters,

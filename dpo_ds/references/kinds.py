@@ -1,4 +1,4 @@
-"""Where DPO's reference log-probabilities come from: a table, a live engine, LoRA's base weights, or nowhere."""
+"""The kinds of reference: a precomputed table, a live engine, LoRA's base weights, or none."""
 
 from collections.abc import Callable
 from typing import Protocol
@@ -16,19 +16,20 @@ from dpo_ds.scoring.sweep import score_set
 
 
 class Reference(Protocol):
-    """What the trainer asks of a reference. Made before the policy is, so that a table's engine is gone by then."""
+    """What the trainer needs from a reference. It is made before the policy, so that the engine that fills a table is
+    gone by then."""
 
     def attach(self, policy: Engine) -> None:
-        """The policy is built; called once, before anything else."""
+        """Takes the policy's engine. Called once, before the other methods."""
 
     def logps(self, micro_batch: MicroBatch, batch: PackedBatch) -> torch.Tensor:
-        """[B, 2] of a micro-batch of training pairs, on the policy's device."""
+        """logps [B, 2] of a micro-batch of training pairs, on the policy's device."""
 
     def held_out_logps(self) -> np.ndarray:
-        """float32 [pairs, 2] of all held-out pairs. Under ZeRO-3 the policy must be warm."""
+        """logps of all held-out pairs, float32 [pairs, 2]. Under ZeRO-3 the policy must have run `backward` once."""
 
     def close(self) -> None:
-        """Gives back what it holds."""
+        """Frees what the reference holds."""
 
 
 def reference_of(run: Run) -> Reference:
@@ -42,7 +43,7 @@ def reference_of(run: Run) -> Reference:
 
 
 class Precomputed:
-    """Rows of the reference table."""
+    """Reads the logps from the reference table."""
 
     def __init__(self, training: np.ndarray, held_out: np.ndarray):
         self.training, self.held_out = training, held_out
@@ -62,7 +63,7 @@ class Precomputed:
 
 
 class Live:
-    """A second engine, frozen, beside the policy's."""
+    """Scores with a second, frozen engine beside the policy's."""
 
     def __init__(self, run: Run):
         self.run = run
@@ -82,7 +83,7 @@ class Live:
 
 
 class Base:
-    """The base weights under a policy's LoRA adapters."""
+    """Scores with the base weights under the policy's LoRA adapters."""
 
     def __init__(self, run: Run):
         self.run = run
@@ -102,7 +103,7 @@ class Base:
 
 
 class NoReference:
-    """Log-probabilities of 0: the loss sees the policy's alone."""
+    """Log-probabilities of 0: the loss depends on the policy alone."""
 
     def __init__(self, run: Run):
         self.pairs = len(run.eval_pairs)

@@ -1,4 +1,4 @@
-"""Scoring many pairs without a gradient: dealt to ranks, in chunks, with a progress bar."""
+"""Scores many pairs without a gradient on all ranks: one chunk (score_pairs), or a whole set (score_set)."""
 
 import numpy as np
 import torch
@@ -11,18 +11,19 @@ from dpo_ds.errors import RunStopped
 from dpo_ds.ranks import collectives, world
 from dpo_ds.scoring.packed import pack
 
-# Pairs scored between two writes to disk, for each rank: what a kill can cost.
+# Pairs per rank between two writes to disk: a kill loses no more than these.
 CHUNK = 256
 
 
 def score_pairs(score, pairs: PairSet, indices: np.ndarray, micro_batch_tokens: int) -> np.ndarray:
-    """logps float32 [len(indices), 2], on every rank. `score` maps a packed batch to logps [B, 2]."""
+    """The pairs' logps, float32 [len(indices), 2], on every rank. `score` maps a packed batch to logps [B, 2], as
+    Engine.score does."""
     here = world.from_environment()
     place = {int(i): n for n, i in enumerate(indices)}
     logps = torch.zeros(len(indices), 2)
     own = deal(indices, pairs.packed_lengths, here.size, micro_batch_tokens)[here.rank]
     batches = ahead(lambda micro_batch: pack([pairs.pair(i) for i in micro_batch.indices]), own)
-    scored = [score(batch) for batch in batches]  # on the device: nothing waits for it before the last is under way
+    scored = [score(batch) for batch in batches]  # on the device: the host does not wait until all batches are launched
     for micro_batch, rows in zip(own, scored, strict=True):
         if micro_batch.weight:
             logps[[place[i] for i in micro_batch.indices]] = rows.cpu()

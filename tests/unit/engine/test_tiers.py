@@ -92,7 +92,7 @@ REFUSED = {
     "a removed zero key": ({"zero_optimization": {"stage": 3, "mics_shard_size": 8}}, "MiCS"),
     "a misspelt key": ({"gradient_cliping": 1.0}, "did you mean gradient_clipping"),
     "a key of nobody's": ({"zzz": 1}, "nor dpo_ds uses: zzz; remove it"),
-    "a former word": ({"zero_optimization": {"stage": 2, "cpu_offload": True}}, "former word for offload_optimizer"),
+    "a former word": ({"zero_optimization": {"stage": 2, "cpu_offload": True}}, "former name of offload_optimizer"),
     "twin flow": ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": 0.3}}}, "ratio"),
     "bf16 masters": ({"bf16": {"enabled": True, "bf16_master_weights_and_grads": True}}, "loses DPO's small updates"),
     "nvme without a folder": (

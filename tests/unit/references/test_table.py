@@ -322,7 +322,9 @@ def test_a_damaged_table_is_noticed_and_made_anew(damage, straight, tmp_path, ca
     assert np.isfinite(table.read()).all() and capsys.readouterr().out == ""
     DAMAGE[damage](table.folder)
     assert np.isnan(table.read()).all()
-    assert f"the reference table {table.folder} does not match its hash and is made anew" in capsys.readouterr().out
+    assert (
+        f"the reference table {table.folder} does not match its hash and is computed again" in capsys.readouterr().out
+    )
     assert not table.path.exists() and not table.manifest.exists()
 
 
