@@ -18,7 +18,7 @@ WHY = {
     "dataset": "61,000 pairs with GPT-4's preferences; or your own file with prompt, chosen and rejected.",
     "output_dir": "The run's folder; the same command resumes where it stopped.",
     "ds_config": "The DeepSpeed config that the plan picks for the machine above (ds_configs/README.md says why).",
-    "gradient_checkpointing": "Whether to recompute activations, as the plan decides; off is faster, because on repeats each forward.",
+    "gradient_checkpointing": "Recompute activations, as the plan decides; on repeats each forward.",
     "micro_batch_tokens": "Tokens a GPU takes at a time; null: the plan finds the most that fits.",
     "precision": "Weights and activations; the optimizer's copy of the weights is fp32.",
     "beta": "How strongly the policy is held to the reference; Zephyr (arXiv 2310.16944) and most since: 0.1.",
