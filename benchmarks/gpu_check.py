@@ -24,7 +24,7 @@ sys.path.insert(0, str(work.ROOT / "tests" / "tools"))
 
 import oracle
 
-from dpo_ds.models.find import table
+from dpo_ds.models.find import known_models
 from dpo_ds.scoring import attention, head
 from dpo_ds.scoring.packed import PackedBatch, layout_of, pack
 from dpo_ds.scoring.scorer import PairScorer
@@ -88,7 +88,7 @@ def kernels(config, dtype) -> list[str]:
 
 
 def check_model(name: str, results: work.Results) -> None:
-    config = twin(table()[name].config)
+    config = twin(known_models()[name].config)
     if getattr(config, "num_local_experts", None):
         # All experts at work: which few of them a token goes to would be a matter of bf16's rounding.
         config.num_experts_per_tok = config.num_local_experts
@@ -167,7 +167,7 @@ def attention_costs(small: bool, results: work.Results) -> None:
     """Forward and backward of one layer's attention at Llama-3-8B's heads, and the prompt's second gathering alone."""
     heads, key_heads, width, tokens = (4, 2, 16, 512) if small else (32, 8, 128, 8192)
     dtype = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
-    config = next(iter(table().values())).config
+    config = next(iter(known_models().values())).config
     shapes = {"hh": (124, 41, 51), "ultrafeedback": (180, 350, 300), "long": (2048, 100, 100)}
     for name, lengths in shapes.items():
         lengths = tuple(max(1, n // 16) for n in lengths) if small else lengths
@@ -225,7 +225,7 @@ def head_costs(small: bool, results: work.Results, rows: int) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--models", nargs="+", default=list(table()), help="of the twelve")
+    parser.add_argument("--models", nargs="+", default=list(known_models()), help="of the twelve")
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--output", type=Path, default=work.RESULTS / "gpu_check.json")
     options = parser.parse_args()

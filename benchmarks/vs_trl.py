@@ -76,8 +76,8 @@ def summary(name: str, found: dict) -> dict:
     gap = max(
         abs(a - b)
         for kind in OURS
-        for mine, theirs in zip(rounds[f"ours {kind}"], rounds["trl"], strict=True)
-        for a, b in zip(mine["losses"], theirs["losses"], strict=True)
+        for ours, theirs in zip(rounds[f"ours {kind}"], rounds["trl"], strict=True)
+        for a, b in zip(ours["losses"], theirs["losses"], strict=True)
     )
     per_pair = {key: ours[key] / (found["pairs"] - work.BATCH) for key in ("flops", "response_tokens")}
     sides = {
@@ -103,7 +103,7 @@ def summary(name: str, found: dict) -> dict:
     return {"set": name, "trl_settings": found["trl_settings"], "loss gap": gap, **sides}
 
 
-def table(sums: list[dict]) -> str:
+def as_markdown(sums: list[dict]) -> str:
     lines = [
         "| set | who | pairs/s | response tokens/s | ratio | peak memory | ratio | of matmul | cold start | loss |",
         "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|",
@@ -159,7 +159,7 @@ def main() -> None:
             work.RESULTS.mkdir(exist_ok=True)
             facts = {"machine": work.machine(), "summary": sums[-1], **found[name]}
             (work.RESULTS / f"vs_trl_{name}.json").write_text(json.dumps(facts, indent=1) + "\n")
-    print(json.dumps(work.machine()) + "\n\n" + table(sums))
+    print(json.dumps(work.machine()) + "\n\n" + as_markdown(sums))
     for line in itertools.chain.from_iterable(map(verdict, sums)):
         print(f"goal missed: {line}")
 

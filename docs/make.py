@@ -20,7 +20,7 @@ from collections.abc import Callable
 from html import escape
 from pathlib import Path
 
-from dpo_ds.config import Options
+from dpo_ds.config import Options, group_of, help_of
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "dpo_ds"
@@ -145,11 +145,11 @@ def options_table() -> str:
     hints = typing.get_type_hints(Options)
     lines, group = [], object()
     for field in dataclasses.fields(Options):
-        if field.metadata.get("group") != group:
-            group = field.metadata.get("group")
+        if group_of(field.name) != group:
+            group = group_of(field.name)
             lines += ["", f"## {group[:1].upper()}{group[1:]}", ""] if group else [""]
             lines += ["| option | value | default | what it does |", "|---|---|---|---|"]
-        help_text = (field.metadata.get("help") or "").replace("%%", "%").replace("|", r"\|").replace("<", "&lt;")
+        help_text = help_of(field.name).replace("|", r"\|").replace("<", "&lt;")
         cells = [f"`--{field.name}`", _values(hints[field.name]), _default(field), help_text]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines).strip()

@@ -1,4 +1,4 @@
-"""Work prepared in a thread while the device computes."""
+"""Prepares the next items in a thread while the device computes."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -10,8 +10,8 @@ Ready = TypeVar("Ready")
 
 
 def ahead(prepare: Callable[[Item], Ready], items: Iterable[Item], many: int = 2) -> Iterator[Ready]:
-    """prepare(item) of each, in order, `many` of them begun before they are asked for. What `prepare` raises is raised
-    where its result is taken."""
+    """Yields prepare(item) for each item, in order. Up to `many` are prepared ahead of time in one thread. If
+    `prepare` raises, the error is raised when that item's result is taken."""
     with ThreadPoolExecutor(max_workers=1) as thread:
         begun: deque[Future[Ready]] = deque()
         for item in items:

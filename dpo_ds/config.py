@@ -37,7 +37,7 @@ class Help:
 
 @dataclass(frozen=True)
 class Options:
-    """Every option of a run. `None` means: follows from the model and the machine (the option's help says how)."""
+    """Every option of a run. `None` means that the model and the machine decide (the option's help says how)."""
 
     model: Annotated[
         str, Help("Model to align: hub id, local folder, or tiny-gpt2 (built in).", heading="what to train")
@@ -56,7 +56,7 @@ class Options:
     cache_dir: Annotated[str, Help("Where tokenised sets and reference tables are kept, by content, for all runs.")] = (
         "~/.cache/dpo_ds"
     )
-    trust_remote_code: Annotated[bool, Help("Run Python code that comes with the model. Off unless asked.")] = False
+    trust_remote_code: Annotated[bool, Help("Run Python code that comes with the model.")] = False
 
     ds_config: Annotated[
         str, Help("DeepSpeed config: auto, a tier of ds_configs/, or a JSON file.", heading="the machine")
@@ -64,35 +64,35 @@ class Options:
     precision: Annotated[Precision, Help("bf16 keeps fp32 master weights. auto: bf16 on a GPU, fp32 on CPU.")] = "auto"
     attention: Annotated[
         Literal["auto", "flash_attention_3", "flash_attention_2", "varlen", "sdpa"],
-        Help("Attention's kernel. auto: the fastest that GPU and model have; varlen is torch's own."),
+        Help("Attention kernel. auto: the fastest that the GPU and the model support; varlen is torch's own."),
     ] = "auto"
     gradient_checkpointing: Annotated[
         Literal["auto", "on", "off"],
-        Help("Recompute activations in backward. auto: on where memory needs it, by the plan."),
+        Help("Recompute activations in backward. auto: the plan turns it on if they do not fit otherwise."),
     ] = "auto"
     micro_batch_tokens: Annotated[
         int | None,
         Help(
-            "Tokens of one micro-batch on one rank, at most: a packed pair is prompt + chosen + rejected. By default "
-            "what the plan finds room for, up to the rank's share of a step (on CPU 1024, or the longest pair)."
+            "The most tokens in one micro-batch on one rank; a packed pair is prompt + chosen + rejected. By default "
+            "the most that fits by the plan, up to the rank's share of a step (on CPU 1024, or the longest pair)."
         ),
     ] = None
 
     plan: Annotated[
         Literal["auto", "only", "off"],
         Help(
-            "auto: work out what the run takes, pick tier and micro-batch by it, refuse what cannot fit; only: print "
-            "that and stop; off: the class's tier, whatever the machine.",
+            "auto: estimate memory and disk, pick tier and micro-batch, refuse what cannot fit; only: print the plan "
+            "and stop; off: take the tier of the model's size class without a check.",
             heading="whether it fits",
         ),
     ] = "auto"
-    gpus: Annotated[int | None, Help("Plan for so many GPUs (nodes of 8); by default one for each rank.")] = None
-    gpu_memory: Annotated[float | None, Help("Plan for GPUs of so many GiB; by default this machine's.")] = None
+    gpus: Annotated[int | None, Help("Plan for this many GPUs (nodes of 8); by default one for each rank.")] = None
+    gpu_memory: Annotated[float | None, Help("Plan for GPUs with this many GiB; by default this machine's.")] = None
     host_memory: Annotated[
-        float | None, Help("Plan for so many GiB of host memory in each node; by default this machine's.")
+        float | None, Help("Plan for this many GiB of host memory in each node; by default this machine's.")
     ] = None
     nvme: Annotated[
-        float | None, Help("Plan for so many GiB on --nvme_path in each node; by default what is free there.")
+        float | None, Help("Plan for this many GiB on --nvme_path in each node; by default what is free there.")
     ] = None
     nvme_path: Annotated[
         str | None, Help("Folder on a fast local disk, for tiers that keep the optimizer's state there.")
@@ -113,19 +113,19 @@ class Options:
     learning_rate: Annotated[
         float | None,
         Help(
-            "Peak AdamW learning rate; by default by the model's size, ten times as high with --lora.",
+            "Peak AdamW learning rate; by default the model's size decides, ten times as high with --lora.",
             heading="the optimisation",
         ),
     ] = None
     epochs: Annotated[float, Help("Passes over the training pairs; may be a fraction.")] = 1.0
     max_steps: Annotated[int | None, Help("Optimizer steps; overrides --epochs.")] = None
     global_batch_pairs: Annotated[int, Help("Pairs of one optimizer step, over all ranks and micro-batches.")] = 32
-    warmup_ratio: Annotated[float, Help("Part of the steps over which the learning rate rises.")] = 0.1
+    warmup_ratio: Annotated[float, Help("Fraction of the steps over which the learning rate rises.")] = 0.1
     lr_scheduler: Annotated[
         Literal["linear", "cosine", "constant"], Help("What the learning rate does after the warm-up.")
     ] = "linear"
     weight_decay: Annotated[float, Help("AdamW's weight decay, on matrices only (no biases, no norms).")] = 0.0
-    max_grad_norm: Annotated[float, Help("Gradients are scaled down to this norm; 0: never.")] = 1.0
+    max_grad_norm: Annotated[float, Help("Gradients with a larger norm are scaled down to it; 0: never.")] = 1.0
     seed: Annotated[int, Help("Decides the order of the pairs and LoRA's first weights.")] = 42
 
     max_length: Annotated[
@@ -142,7 +142,7 @@ class Options:
     chat_template: Annotated[
         Literal["auto", "none"], Help("auto: the tokenizer's own template where it has one; none: plain concatenation.")
     ] = "auto"
-    max_left_out: Annotated[float, Help("Stop if a larger part of the rows than this cannot be used.")] = 0.1
+    max_left_out: Annotated[float, Help("Stop if more than this fraction of the rows cannot be used.")] = 0.1
 
     lora: Annotated[bool, Help("Train low-rank adapters (peft) instead of all the weights.", heading="LoRA")] = False
     lora_r: Annotated[int, Help("Rank of the adapters.")] = 16
@@ -151,7 +151,7 @@ class Options:
     lora_targets: Annotated[
         str,
         Help(
-            "Comma-separated module names, or all-linear: all but the output head (name lm_head to have it) and fused "
+            "Comma-separated module names, or all-linear: all but the output head (name lm_head to add it) and fused "
             "experts."
         ),
     ] = "all-linear"
@@ -159,19 +159,19 @@ class Options:
     eval_every: Annotated[
         int | None,
         Help(
-            "Steps between evaluations; by default ten a run. 0: only before and after.",
-            heading="on the way, and the end",
+            "Steps between evaluations; by default ten in a run. 0: only before and after training.",
+            heading="evaluation, checkpoints, export",
         ),
     ] = None
     save_every: Annotated[int, Help("Steps between checkpoints; 0: only the last step's.")] = 0
     resume: Annotated[
-        str, Help("auto: go on where --output_dir stopped; never; or a checkpoint folder to start from.")
+        str, Help("auto: resume where --output_dir stopped; never; or a checkpoint folder to start from.")
     ] = "auto"
     export: Annotated[
         Literal["merged", "none"], Help("Write a plain Hugging Face folder, LoRA merged in, at the end.")
     ] = "merged"
     generations: Annotated[
-        int | None, Help("Prompts to show answers to, before and after; by default 3 for models below 1 B, else 0.")
+        int | None, Help("Prompts to answer before and after training; by default 3 for models below 1 B, else 0.")
     ] = None
 
     step_patience: Annotated[
@@ -232,7 +232,7 @@ NOT_IDENTITY = frozenset(
 DESCRIPTION = "The options of a run. --model alone is enough; the rest follows from the model and the machine."
 
 FIELDS = {field.name: field for field in dataclasses.fields(Options)}
-# Second spellings, as flags and in YAML.
+# Other spellings of an option, as a flag and in YAML.
 ALIASES = {"model_name": "model"}
 
 _TYPES = get_type_hints(Options)
@@ -246,7 +246,7 @@ def help_of(name: str) -> str:
 
 
 def group_of(name: str) -> str:
-    """The heading that the option stands under: its own, or the nearest above it."""
+    """The heading of the option's group: its own, or the nearest above it."""
     names = list(FIELDS)
     return next(heading for above in names[names.index(name) :: -1] if (heading := _HELP[above].heading))
 
@@ -293,7 +293,7 @@ def _parser(command: str) -> _Parser:
 
 
 def _reading(name: str) -> dict[str, Any]:
-    """How argparse reads the option's value: what `add_argument` needs for the field's type."""
+    """The arguments of `add_argument` for the field's type."""
     kind = _TYPES[name]
     if NoneType in get_args(kind):  # X | None: a value that is given is an X
         kind = get_args(kind)[0]
@@ -351,9 +351,9 @@ def _unknown(word: str, known: list[str]) -> str:
 
 
 def check(options: Options) -> None:
-    """Raises UserError for values that no model, data or machine could make right."""
+    """Raises UserError for values that are wrong for every model, data set and machine."""
     if not options.model:
-        raise UserError("--model is needed: a hub id, a local folder, or tiny-gpt2")
+        raise UserError("--model is needed: name a hub id, a local folder, or tiny-gpt2")
     for name in (
         "beta",
         "epochs",

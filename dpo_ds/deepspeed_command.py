@@ -2,8 +2,8 @@
 
     deepspeed --num_gpus 8 -m dpo_ds.train --model gpt2
 
-DeepSpeed spells it `--module` and refuses `-m`. Installed after DeepSpeed, this script takes the place of its
-script, says `--module` where the launcher was given `-m`, and leaves everything else to DeepSpeed.
+DeepSpeed spells it `--module` and refuses `-m`. Installed after DeepSpeed, this script replaces DeepSpeed's script. It
+turns `-m` into `--module` and passes everything else on unchanged.
 """
 
 import contextlib
@@ -24,10 +24,11 @@ def _launcher_accepts(argv: list[str]) -> bool:
 
 
 def spell_out_module(argv: list[str]) -> list[str]:
-    """The command line with the launcher's `-m` written `--module`; any other command line as it came.
+    """The command line with the launcher's `-m` written `--module`; any other command line unchanged.
 
-    Only what DeepSpeed refuses as typed, and accepts once rewritten, is changed. So `deepspeed train.py -m x`
-    stays, a mistake gets DeepSpeed's own message, and all of this rests once DeepSpeed takes `-m` itself.
+    A command line is rewritten only if DeepSpeed refuses it as typed and accepts it rewritten. So
+    `deepspeed train.py -m x` stays, a mistake gets DeepSpeed's own message, and nothing is rewritten any more once
+    DeepSpeed accepts `-m` itself.
     """
     if "-m" not in argv or _launcher_accepts(argv):
         return argv

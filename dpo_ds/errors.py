@@ -1,4 +1,4 @@
-"""Whose fault it is: the user's, who can put it right; nobody's, but the run cannot go on; or else it is a bug."""
+"""Two kinds of error that end in one line: what the user can correct, and why a run must stop. All else is a bug."""
 
 import contextlib
 from collections.abc import Iterator
@@ -6,21 +6,21 @@ from pathlib import Path
 
 
 class UserError(Exception):
-    """What the user can get wrong, with the remedy: one line, no traceback, exit code 2. Raised where it is seen."""
+    """A mistake of the user's, with its remedy: one line, no traceback, exit code 2."""
 
 
 class RunStopped(Exception):
-    """A run that cannot go on, for a reason that a traceback would not show: one line, exit code 1."""
+    """A run cannot go on, for a reason that a traceback would not show: one line, exit code 1."""
 
 
 def one_line(error: BaseException, most: int = 300) -> str:
-    """A library's words, in one line."""
+    """A library's error message, in one line."""
     return " ".join(str(error).split())[:most] or type(error).__name__
 
 
 @contextlib.contextmanager
 def files_of(option: str, path: Path | str) -> Iterator[None]:
-    """Within it, a file that cannot be read or written is the user's to put right: `option` named where it lies."""
+    """Turns an OSError inside the block into a UserError that names `option` and the path."""
     try:
         yield
     except OSError as error:

@@ -1,9 +1,9 @@
-"""Training weights to a plain Hugging Face folder, LoRA merged in, streamed layer by layer into safetensors shards.
+"""Exports training weights to a plain Hugging Face folder: LoRA merged in, written layer by layer into shards.
 
     python -m dpo_ds.export --checkpoint runs/x/checkpoints/step-000100 --output_dir merged
 
-No process ever holds more than a shard and a layer beyond its own partition. A run's end exports from the live engine,
-each shard written by another rank; the command does the same from a checkpoint, on one CPU process.
+No process ever holds more than a shard and a layer beyond its own partition. At the end of a run, the export reads the
+live engine and the ranks take turns in writing shards. The command exports a checkpoint in one CPU process.
 """
 
 import argparse
@@ -33,27 +33,27 @@ from dpo_ds.ranks import collectives, console, world
 from dpo_ds.runs.folders import describe
 from dpo_ds.runs.prepare import Run
 
-SHARD_BYTES = 5_000_000_000  # transformers' own default is of this size
+SHARD_BYTES = 5_000_000_000  # about transformers' own default
 
-# (names in the training model, whether this rank wants them) -> the whole tensors, or none where they are not wanted
+# (names in the training model, whether this rank wants them) -> the whole tensors, or none if this rank wants none
 Fetch = Callable[[list[str], bool], dict[str, torch.Tensor]]
 
 
 @dataclass(frozen=True)
 class Tensor:
-    """A tensor of the exported model: a parameter or buffer as it is, or a weight with its adapter."""
+    """A tensor to export: a parameter or buffer unchanged, or a weight to merge with its adapter."""
 
-    name: str  # as the plain model calls it
-    source: str  # as the training model calls it
+    name: str  # in the plain model
+    source: str  # in the training model
     bytes: int
-    adapter: tuple[str, str, float, bool] | None = None  # lora_A, lora_B, scaling, stored transposed (Conv1D)
+    adapter: tuple[str, str, float, bool] | None = None  # down, up (lora_A, lora_B), scaling, transposed (Conv1D)
 
     @property
     def sources(self) -> list[str]:
         return [self.source, *(self.adapter[:2] if self.adapter else ())]
 
     def merge(self, fetched: dict[str, torch.Tensor]) -> torch.Tensor:
-        """The tensor in its own dtype; with an adapter, W + scaling * B A computed in fp32."""
+        """The tensor in its own dtype; with an adapter, weight + scaling * up @ down, computed in fp32."""
         weight = fetched[self.source]
         if self.adapter is None:
             return weight
@@ -63,7 +63,7 @@ class Tensor:
 
 
 def layers(model: LanguageModel, itemsize: int) -> Iterator[list[Tensor]]:
-    """The tensors to export, a transformer layer at a time; those outside of layers one by one.
+    """Yields the tensors to export, one transformer layer at a time; tensors outside the layers come one by one.
 
     `model` is a causal LM or peft's wrapper of one, live (partitioned or not) or on the meta device.
     """
@@ -105,7 +105,8 @@ def _tensors(model: LanguageModel, itemsize: int) -> Iterator[Tensor]:
 
 
 def write_weights(model: LanguageModel, fetch: Fetch, folder: Path, itemsize: int, rank: int, ranks: int) -> None:
-    """Writes model-0000k-of-0000n.safetensors and index. Every rank calls it; shard k is rank k's, modulo ranks."""
+    """Writes model-0000k-of-0000n.safetensors and the index. Every rank calls this; shard k is written by rank k modulo
+    the number of ranks."""
     plan: list[list[list[Tensor]]] = [[]]  # shards of layers
     filled = 0
     for layer in layers(model, itemsize):
@@ -117,16 +118,16 @@ def write_weights(model: LanguageModel, fetch: Fetch, folder: Path, itemsize: in
         filled += size
     plain = plain_model(model)
     for number, shard in enumerate(plan):
-        mine = number % ranks == rank
+        own = number % ranks == rank
         tensors: dict[str, torch.Tensor] = {}
         for layer in shard:
-            fetched = fetch([source for tensor in layer for source in tensor.sources], mine)
-            if mine:
+            fetched = fetch([source for tensor in layer for source in tensor.sources], own)
+            if own:
                 merged = {tensor.name: tensor.merge(fetched) for tensor in layer}
-                hub = revert_weight_conversion(plain, merged)  # the hub's names: fused experts split again
+                hub = revert_weight_conversion(plain, merged)  # back to the hub's names: fused experts are split again
                 # Split experts are views of one block, which safetensors refuses to store.
                 tensors |= {name: tensor.contiguous().clone() for name, tensor in hub.items()}
-        if mine:
+        if own:
             file = folder / _shard_name(number, len(plan))
             save_file(tensors, file, metadata={"format": "pt"})
             follow_umask(file)
@@ -158,7 +159,7 @@ def _write_index(folder: Path, count: int) -> None:
 def write_folder(
     model: LanguageModel, fetch: Fetch, folder: Path, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype, card: str
 ) -> None:
-    """The whole Hugging Face folder: written beside and renamed, so that it is there whole or not at all."""
+    """Writes the Hugging Face folder under another name and renames it at the end, so it is never incomplete."""
     here = world.from_environment()
     partial = folder.with_name(folder.name + ".partial")
     if here.speaks:
@@ -182,7 +183,7 @@ def export_engine(run: Run, policy: Engine, summary: dict) -> Path:
     """Exports a live policy to the run's merged/ folder, by all ranks together."""
     folder = run.folder / "merged"
     if folder.exists():
-        console.say(f"{folder} is there already, from an earlier start of this run, and stays as it is")
+        console.say(f"{folder} is there already from an earlier start of this run, and is kept")
         return folder
     card = model_card(run.options, summary, run.train_pairs.digest, policy.stage)
     dtype = torch_dtype(run.options.precision)
@@ -193,7 +194,7 @@ def export_engine(run: Run, policy: Engine, summary: dict) -> Path:
 
 
 def export_checkpoint(source: Path, folder: Path) -> Path:
-    """Exports a training checkpoint. Raises UserError if it is none, or the output folder is taken."""
+    """Exports a training checkpoint. Raises UserError if `source` is no checkpoint or `folder` exists."""
     from transformers import AutoModelForCausalLM
 
     if not (source / "checkpoint.json").is_file():
@@ -212,7 +213,7 @@ def export_checkpoint(source: Path, folder: Path) -> Path:
     dtype = torch_dtype(options.precision)
     weights = CheckpointWeights(source / TAG, facts["stage"], facts["ranks"])
 
-    def fetch(names: list[str], mine: bool) -> dict[str, torch.Tensor]:
+    def fetch(names: list[str], wanted: bool) -> dict[str, torch.Tensor]:
         tensors = {name: weights[f"model.{name}"] for name in names}
         return {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()}
 
@@ -223,7 +224,7 @@ def export_checkpoint(source: Path, folder: Path) -> Path:
 
 
 def model_card(options: Options, summary: dict, digest: str | None, stage: int) -> str:
-    """README.md of the exported folder: what was trained on what, and how it came out."""
+    """The text of the exported README.md: the model, the data, the options and the final metrics."""
     numbers = [f"| {key} | {value:.6g} |" for key, value in summary.items() if isinstance(value, (int, float))]
     settings = [f"| {key} | {value} |" for key, value in vars(options).items() if value is not None]
     head = ["---", f"base_model: {options.model}", "library_name: transformers", "tags: [dpo, dpo_ds]", "---"]

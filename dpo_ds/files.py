@@ -1,4 +1,4 @@
-"""Files and folders that are there whole or not at all, and their hashes."""
+"""Writing files and folders so that they are never incomplete, and hashing them."""
 
 import contextlib
 import hashlib
@@ -11,7 +11,7 @@ from pathlib import Path
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Writes a text file that is there whole or not at all."""
+    """Writes a text file under another name and renames it, so that it is never incomplete."""
     temporary = path.with_name(path.name + ".tmp")
     with open(temporary, "w", encoding="utf-8") as file:
         file.write(text)
@@ -25,8 +25,8 @@ SCRATCH = ".partial"
 
 @contextlib.contextmanager
 def scratch_folder(parent: Path, prefix: str) -> Iterator[Path]:
-    """A new folder of this process, gone at the end unless it was renamed. What a killed process left beside it is
-    removed: the name says whose it is."""
+    """Makes a new folder for this process and removes it at the end, unless it was renamed. Also removes the folders
+    that killed processes of this host left in `parent`: a folder's name holds its process's host and id."""
     for left in parent.glob(f"*{SCRATCH}"):
         parts = left.name.split("@")
         if len(parts) != 4:
@@ -53,14 +53,14 @@ def _alive(pid: int) -> bool:
 
 
 def follow_umask(path: Path) -> None:
-    """Gives a file that a library made for this user alone the mode that any new file has."""
+    """Gives a file the mode that the umask gives a new file: some libraries make theirs readable by this user only."""
     umask = os.umask(0)
     os.umask(umask)
     path.chmod(0o666 & ~umask)
 
 
 def sha256_of(path: Path) -> str:
-    """Of a file's content. The hub's cache names large files by just that hash, so there it need not be read."""
+    """The sha256 of a file's content. The hub's cache names large files by this hash, so those need not be read."""
     real = path.resolve()
     if real.parent.name == "blobs" and len(real.name) == 64:
         return real.name

@@ -1,6 +1,6 @@
-"""The reference's table, made beforehand.
+"""Makes the reference table before training.
 
-python -m dpo_ds.score --model gpt2 --dataset pairs.jsonl        (the options of dpo_ds.train)
+python -m dpo_ds.score --model gpt2 --dataset pairs.jsonl        (takes the options of dpo_ds.train)
 """
 
 from dpo_ds.config import parse_options

@@ -30,7 +30,7 @@ def main(argv: list[str]) -> None:
 
 
 def make_plan(options: Options) -> "Plan | None":
-    """Rank 0's plan, printed; None on the other ranks, which wait for it where cores are few."""
+    """Makes and prints the plan on rank 0. Returns None on the other ranks, which wait for it if cores are few."""
     if not world.from_environment().speaks and options.plan != "only":
         process.let_rank_0_plan()
         return None
@@ -40,14 +40,14 @@ def make_plan(options: Options) -> "Plan | None":
     join.quiet_start()
     plan = for_run(options)
     if options.plan != "off":
-        console.say(plan.table())
+        console.say(plan.as_markdown())
     return plan
 
 
 def train(run: "Run", watchers: "Sequence[Watcher]" = (), save: bool = True) -> dict:
-    """Reference, policy, training, export, a look at what it writes now. Returns the summary.
+    """Runs everything after preparation: reference, policy, training, export, sample answers. Returns the summary.
 
-    `watchers` look on beside the run's own; without `save` no checkpoint is written, as benchmarks want it.
+    `watchers` are added to the run's own. Without `save`, no checkpoint is written (for benchmarks).
     """
     from dpo_ds.engine.build import policy_engine
     from dpo_ds.export import export_engine
@@ -58,7 +58,7 @@ def train(run: "Run", watchers: "Sequence[Watcher]" = (), save: bool = True) -> 
     from dpo_ds.trainer import Trainer
 
     if run.finished:
-        console.say(f"{run.folder} holds this run, finished: nothing to do (another --output_dir trains again)")
+        console.say(f"this run is finished in {run.folder}: nothing to do (give another --output_dir to train again)")
         return {}
     speaks = world.from_environment().speaks
     console.say(describe(run))
@@ -80,7 +80,7 @@ def train(run: "Run", watchers: "Sequence[Watcher]" = (), save: bool = True) -> 
 
 
 def generate(run: "Run") -> None:
-    """Answers to the first held-out prompts, before and after, where the run asks for some and has both models."""
+    """Shows answers to the first held-out prompts before and after training, if --generations and the export are on."""
     from dpo_ds.reports.evaluation import Answers, show_generations
 
     count = min(run.options.generations, len(run.eval_pairs))
@@ -93,7 +93,7 @@ def generate(run: "Run") -> None:
 
 
 def describe(run: "Run") -> str:
-    """One line: what is about to happen."""
+    """The line that says what is about to run."""
     options = run.options
     how = f"LoRA r={options.lora_r}" if options.lora else "all weights"
     start = f", from {run.resume_from}" if run.resume_from else ""

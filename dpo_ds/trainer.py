@@ -1,4 +1,4 @@
-"""The loop: steps of pairs through the policy, DPO's loss, one optimizer update each; evaluation and checkpoints."""
+"""The training loop: for each step, DPO's loss on its pairs and one update; evaluations and checkpoints between."""
 
 import math
 import time
@@ -22,17 +22,17 @@ from dpo_ds.reports.watcher import Watcher
 from dpo_ds.runs import checkpoint
 from dpo_ds.runs.prepare import Run
 from dpo_ds.scoring.packed import PackedBatch, pack
-from dpo_ds.scoring.sweep import score_all
+from dpo_ds.scoring.sweep import score_set
 
 MOST_SKIPPED = 10  # steps in a row without an update
-# How far a pair's margin may be from its reference's, in nats (root mean square), when both are the same model: a row's
-# products are rounded in another way in another micro-batch. bf16 is an estimate for GPUs (benchmarks/gpu_layers.py).
+# Rounding error of a pair's margin, in nats (root mean square), between policy and reference when both are the same
+# model: rounding differs with the micro-batch that a pair is in. bf16: estimated for GPUs (benchmarks/gpu_layers.py).
 ROUNDING = {"fp32": 2e-4, "bf16": 0.3}
 
 
 def first_loss_tolerance(precision: str, beta: float, pairs: int) -> float:
-    """How far from ln 2 the first step's loss may be: six standard deviations of a mean of `pairs` rounding errors. To
-    first order, a pair's loss moves by beta / 2 times its margin's error."""
+    """How far the first step's loss may be from ln 2: six standard deviations of the mean of `pairs` rounding errors.
+    To first order, a pair's loss changes by beta / 2 times the error of its margin."""
     return 6 * beta / 2 * ROUNDING[precision] / math.sqrt(pairs)
 
 
@@ -43,12 +43,12 @@ class Dealt:
     step: int  # from 0
     micro_batch: MicroBatch
     batch: PackedBatch
-    last: bool  # of the step's
+    last: bool  # of its step
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What training leaves beside the weights: the last metrics, and the held-out pairs' logps, [pairs, 2] each."""
+    """What training returns: the last metrics, and the held-out pairs' logps, [pairs, 2] each."""
 
     metrics: dict
     policy_logps: np.ndarray
@@ -56,7 +56,7 @@ class Outcome:
 
 
 class Trainer:
-    """Trains `policy` through `run`'s schedule, measured against `reference`, while `watchers` look on.
+    """Trains `policy` against `reference` on `run`'s schedule, and calls `watchers` at each event.
 
     Without `save`, no checkpoint is written.
     """
@@ -76,17 +76,17 @@ class Trainer:
         self.held_out_policy = self.held_out_reference = nothing  # the latest evaluation's
 
     def train(self) -> Outcome:
-        """Runs what is left of the schedule."""
+        """Runs the remaining steps of the schedule."""
         try:
             return Outcome(self._train(), self.held_out_policy, self.held_out_reference)
         finally:
-            self.tell("ended")
+            self.notify("ended")
 
     def _train(self) -> dict:
-        torch.manual_seed(self.options.seed + self.here.rank)  # only LoRA's dropout draws from it
+        torch.manual_seed(self.options.seed + self.here.rank)  # only LoRA's dropout uses it
         done = checkpoint.load(self.policy, self.run.resume_from) if self.run.resume_from else 0
         steps = self.run.schedule.steps
-        self.tell("starting", done, steps)
+        self.notify("starting", done, steps)
         with console.working("the first forward and backward"):
             self.warm_up(done)
         if len(self.run.eval_pairs):
@@ -97,15 +97,15 @@ class Trainer:
             with join.patience(self.options.step_patience):
                 last |= self.step(number, dealt)
             last |= self.after_step(number + 1)
-            self.tell("step_settled", number + 1)
+            self.notify("step_settled", number + 1)
         return last | (self.evaluate(done) if done == steps else {})
 
-    def tell(self, what: str, *facts) -> None:
+    def notify(self, what: str, *facts) -> None:
         for watcher in self.watchers:
             getattr(watcher, what)(*facts)
 
     def after_step(self, steps_done: int) -> dict:
-        """The checkpoint and the evaluation that are due. Returns the evaluation's metrics, if one was."""
+        """Saves a checkpoint and evaluates, where due. Returns the evaluation's metrics, or an empty dict."""
         ended = steps_done == self.run.schedule.steps
         if self.save and (ended or (self.options.save_every and steps_done % self.options.save_every == 0)):
             with console.working(f"saving the checkpoint of step {steps_done}"):
@@ -114,15 +114,16 @@ class Trainer:
         return self.evaluate(steps_done) if due else {}
 
     def warm_up(self, number: int) -> None:
-        """One forward and backward that count for nothing. ZeRO-3 fixes what it prefetches on its first pass, and a
-        first pass without a backward (an evaluation) would spoil every step; and a lack of memory shows here."""
+        """Runs one forward and backward without effect on the weights. ZeRO-3 records its prefetch order on the first
+        pass; if that pass had no backward (an evaluation), no later step would prefetch. A lack of memory also
+        shows here."""
         with torch.random.fork_rng(devices=[self.policy.device] if self.policy.device.type == "cuda" else []):
             logps, balance = self.policy(self.pack(next(self.micro_batches(number))).batch)
             nothing = 0.0 * logps.sum() + (0.0 if balance is None else 0.0 * balance.sum())
             self.policy.backward(nothing, last=False)
 
     def micro_batches(self, first_step: int) -> Iterator[tuple[int, MicroBatch, bool]]:
-        """This rank's, of all steps from that one on: the step, the micro-batch, whether it is the step's last."""
+        """Yields this rank's micro-batches from `first_step` on, each with its step and whether it is the last."""
         lengths = self.run.train_pairs.packed_lengths
         for number in range(first_step, self.run.schedule.steps):
             indices = self.run.schedule.step(number)
@@ -131,26 +132,26 @@ class Trainer:
                 yield number, micro_batch, place == len(own) - 1
 
     def pack(self, dealt: tuple[int, MicroBatch, bool]) -> Dealt:
-        """On the device."""
+        """Packs a micro-batch and moves it to the device."""
         number, micro_batch, last = dealt
         batch = pack([self.run.train_pairs.pair(i) for i in micro_batch.indices]).to(self.policy.device)
         return Dealt(number, micro_batch, batch, last)
 
     def step(self, number: int, upcoming: Iterator[Dealt]) -> dict:
-        """One optimizer step: every pair of it once, over all ranks. Returns its metrics."""
+        """One optimizer step over all its pairs, on all ranks. Returns its metrics."""
         started = time.perf_counter()
-        self.tell("step_begins", number + 1)
+        self.notify("step_begins", number + 1)
         indices = self.run.schedule.step(number)
         sums = torch.zeros(len(self.metrics), device=self.policy.device)
         for dealt in upcoming:
             assert dealt.step == number
             sums += self.learn(dealt, len(indices))
-            self.tell("learned", dealt.batch)
+            self.notify("learned", dealt.batch)
             if dealt.last:
                 break
         learning_rate = self.policy.learning_rate
         grad_norm, applied = self.policy.step()
-        # The step's one collective of ours (DeepSpeed has its own for the gradients), and the one wait for the device.
+        # dpo_ds's only collective in a step (DeepSpeed has its own for gradients), and the only wait for the device.
         means = collectives.sum_over_ranks(sums) / len(indices)
         *values, grad_norm = torch.cat([means, grad_norm.to(means).view(1)]).tolist()
         self.check(number, indices, values[0], applied)
@@ -168,18 +169,18 @@ class Trainer:
             "TFLOP/s a rank": round(flops / 1e12, 4),
             **({"mfu": round(flops / self.peak, 4)} if self.peak else {}),
         }
-        self.tell("step_ended", metrics)
+        self.notify("step_ended", metrics)
         return metrics
 
     def learn(self, dealt: Dealt, step_pairs: int) -> torch.Tensor:
-        """Forward and backward of one micro-batch. Returns its sums of `self.metrics`, on the device."""
+        """Forward and backward of one micro-batch. Returns the sums of `self.metrics` over its pairs, on the device."""
         reference = self.reference.logps(dealt.micro_batch, dealt.batch)
         logps, balance = self.policy(dealt.batch)
         losses = dpo_loss(logps[:, 0] - logps[:, 1], reference[:, 0] - reference[:, 1], self.options.beta)
         total = losses.sum()
         if balance is not None:
             total = total + self.router_coefficient * balance.sum()
-        # DeepSpeed averages gradients over ranks: times their number, the average is the sum over all pairs.
+        # DeepSpeed averages gradients over ranks; multiplied by their number, the average is the sum over all pairs.
         self.policy.backward(dealt.micro_batch.weight * total * self.here.size / step_pairs, dealt.last)
         rows = preference_metrics(logps.detach(), reference, losses.detach(), self.options.beta)
         if balance is not None:
@@ -191,7 +192,7 @@ class Trainer:
         self.skipped = 0 if applied else self.skipped + 1
         if self.skipped == MOST_SKIPPED:
             raise RunStopped(
-                f"the gradients of the last {MOST_SKIPPED} steps are not finite, and none was applied: lower "
+                f"the gradients of the last {MOST_SKIPPED} steps are not finite, so no update was applied: lower "
                 "--learning_rate, and start again from an earlier checkpoint with --resume"
             )
         if not math.isfinite(loss):
@@ -202,9 +203,9 @@ class Trainer:
         allowed = first_loss_tolerance(self.options.precision, self.options.beta, len(indices))
         if number == 0 and self.starts_equal and abs(loss - math.log(2)) > allowed:
             raise RunStopped(
-                f"the first loss is {loss:.6f}, but policy and reference start equal and it must be ln 2 = 0.693147: "
-                "look at the weights (changed since the reference table was made?), at dropout in the model's code, "
-                "and whether its attention gives a token the same value in any packing"
+                f"the first loss is {loss:.6f}, but policy and reference start equal, so it must be ln 2 = 0.693147: "
+                "check whether the weights changed after the reference table was made, whether the model's code has "
+                "dropout, and whether its attention gives a token the same value in every packing"
             )
 
     def evaluate(self, steps_done: int) -> dict:
@@ -213,11 +214,11 @@ class Trainer:
         if len(pairs) == 0:
             return {}
         everything = np.arange(len(pairs))
-        table = score_all(self.policy.score, pairs, everything, self.options.micro_batch_tokens, "held-out pairs")
-        self.held_out_policy = table
-        policy, reference = torch.from_numpy(table), torch.from_numpy(self.held_out_reference)
+        logps = score_set(self.policy.score, pairs, everything, self.options.micro_batch_tokens, "held-out pairs")
+        self.held_out_policy = logps
+        policy, reference = torch.from_numpy(logps), torch.from_numpy(self.held_out_reference)
         losses = dpo_loss(policy[:, 0] - policy[:, 1], reference[:, 0] - reference[:, 1], self.options.beta)
         means = preference_metrics(policy, reference, losses, self.options.beta).double().mean(0).tolist()
         metrics = {"step": steps_done, **{f"eval/{key}": value for key, value in zip(METRICS, means, strict=True)}}
-        self.tell("evaluated", metrics)
+        self.notify("evaluated", metrics)
         return metrics

@@ -1,1 +1,1 @@
-"""Preference data: loading and checking, tokens, steps. Knows nothing of models in memory, torch or DeepSpeed."""
+"""Preference data: loading and checking, tokens, steps. It imports neither torch nor DeepSpeed."""

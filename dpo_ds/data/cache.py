@@ -1,4 +1,4 @@
-"""Tokenised pairs on disk, by content: the same rows with the same tokenizer and options are tokenised once."""
+"""The cache of tokenised pairs: the same rows with the same tokenizer and options are tokenised only once."""
 
 import hashlib
 import json
@@ -23,10 +23,10 @@ from dpo_ds.files import scratch_folder
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-FORMAT = 2  # of the folder below and of all that decides its content; raise it when either changes
+FORMAT = 2  # raise it when the cached files change, or the code that decides their content
 
 
-SMALL = 20_000  # rows: below it, starting processes costs more than it saves
+SMALL = 20_000  # rows; for fewer, starting processes costs more than it saves
 
 
 def tokenize_pairs(
@@ -37,9 +37,9 @@ def tokenize_pairs(
     report: Report,
     num_proc: int | None = None,
 ) -> Path:
-    """The folder of the rows' PairSet, in the cache: the same content is tokenised once. Adds its counts to `report`.
+    """Returns the cache folder of the rows' PairSet, and tokenises them if it is not there. Adds counts to `report`.
 
-    Raises UserError if nothing is left, or too little, counting what the report has already.
+    Raises UserError if all rows or too many are left out, together with those that the report already has.
     """
     encoder = Encoder(tokenizer, tokenizing)
     folder = cache_folder / _key(rows, tokenizer, tokenizing)[:32]
@@ -49,7 +49,7 @@ def tokenize_pairs(
             try:
                 partial.rename(folder)
             except OSError:
-                if not folder.is_dir():  # else another process was faster: its set is this one
+                if not folder.is_dir():  # otherwise another process was faster and made the same set
                     raise
     manifest = read_manifest(folder)
     for counts, more in ((report.left_out, manifest["left_out"]), (report.changed, manifest["changed"])):
@@ -73,10 +73,10 @@ def _key(rows: datasets.Dataset, tokenizer: "PreTrainedTokenizerBase", tokenizin
         (backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)).encode()
     )
     for batch in rows.with_format("arrow").iter(batch_size=10_000):
-        table = batch.combine_chunks().replace_schema_metadata(None)
+        chunk = batch.combine_chunks().replace_schema_metadata(None)
         sink = pa.BufferOutputStream()
-        with pa.ipc.new_stream(sink, table.schema) as writer:
-            writer.write_table(table)
+        with pa.ipc.new_stream(sink, chunk.schema) as writer:
+            writer.write_table(chunk)
         digest.update(sink.getvalue())
     return digest.hexdigest()
 
@@ -94,7 +94,7 @@ def _write(folder: Path, rows: datasets.Dataset, encoder: Encoder, num_proc: int
         num_proc=num_proc if len(rows) >= SMALL and num_proc > 1 else None,
         new_fingerprint=folder.name.partition("@")[0],
     )
-    # Column by column, as a stream: lists of a million rows would be half a GB.
+    # Columns are streamed one by one: lists of a million rows would take half a GB.
     numbers = np.fromiter(_column(encoded, "row"), np.int64, len(encoded))
     left_out = counted(zip(_column(encoded, "left_out"), numbers, strict=True))
     kinds = ((kind, row) for row, found in zip(numbers, _column(encoded, "changed"), strict=True) for kind in found)
@@ -138,7 +138,7 @@ _FEATURES = datasets.Features(
 
 
 def _encode_batch(rows: dict[str, list], encoder: Encoder) -> dict[str, list]:
-    """Rows that are left out keep their place, with no tokens."""
+    """Encodes a batch of rows. A row that is left out stays in place, without tokens."""
     out: dict[str, list] = {name: [] for name in _FEATURES}
     for row, text, pair in zip(rows["row"], rows["text"], encoder.encode(rows), strict=True):
         parts = [[], [], []] if pair["left_out"] else [pair["prompt"], pair["chosen"], pair["rejected"]]
@@ -154,11 +154,11 @@ def _encode_batch(rows: dict[str, list], encoder: Encoder) -> dict[str, list]:
 
 
 def _column(rows: datasets.Dataset, name: str) -> Iterator:
-    """One column's values, a few thousand in memory at a time."""
+    """Yields one column's values, with 10,000 in memory at a time."""
     for batch in rows.select_columns([name]).with_format("arrow").iter(batch_size=10_000):
         yield from batch[name].to_pylist()
 
 
 def _bytes(rows: datasets.Dataset, name: str) -> np.ndarray:
-    """A column of 16 bytes each: uint8 [n, 16]."""
+    """A column whose values are 16 bytes each, as uint8 [n, 16]."""
     return np.fromiter(chain.from_iterable(_column(rows, name)), np.uint8, 16 * len(rows)).reshape(-1, 16)

@@ -1,4 +1,4 @@
-"""What became of a set's rows: used, left out, changed, each kind counted and the first rows named."""
+"""The report on a set's rows: how many are used, left out and changed, for which reasons, and in which rows."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -10,7 +10,7 @@ FIRST_ROWS = 5  # how many row numbers a report names for each kind
 
 @dataclass
 class Report:
-    """How many rows came, were left out, and were changed, each kind with the first row numbers of the source."""
+    """How many rows there are, and how many were left out or changed, by kind, with the first row numbers of each."""
 
     total: int
     max_left_out: float = 0.1
@@ -28,15 +28,15 @@ class Report:
         return lines
 
     def check(self) -> None:
-        """Raises UserError if nothing is left, or more is left out than may be."""
+        """Raises UserError if no row is left, or if more than `max_left_out` of the rows are left out."""
         left_out = self.total - self.kept
         if left_out and (self.kept == 0 or left_out / self.total > self.max_left_out):
             kinds = "; ".join(
                 f"{count} x {kind} ({_named(count, rows)})" for kind, (count, rows) in self.left_out.items()
             )
             raise UserError(
-                f"{left_out} of {self.total} rows cannot be used: {kinds}; mend the data, or raise --max_left_out "
-                f"(now {self.max_left_out}) if the rest will do"
+                f"{left_out} of {self.total} rows cannot be used: {kinds}; correct the data, or raise "
+                f"--max_left_out (now {self.max_left_out}) if the remaining rows are enough"
             )
 
 
@@ -45,7 +45,7 @@ def _named(count: int, rows: Sequence[int]) -> str:
 
 
 def counted(found: Iterable[tuple[str, int]]) -> dict[str, tuple[int, list[int]]]:
-    """{kind: (how many, the first row numbers)} of kinds and the rows they were found in; "" is no kind."""
+    """{kind: (how many, the first row numbers)} from (kind, row) items; items with the kind "" are not counted."""
     counts: dict[str, tuple[int, list[int]]] = {}
     for kind, row in found:
         if kind:

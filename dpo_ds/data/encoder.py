@@ -1,7 +1,7 @@
-"""Pairs as token ids: the chat template, where the response begins and ends, truncation.
+"""Turns pairs into token ids: the chat template, the boundary between prompt and response, truncation.
 
-A response ends with the model's end-of-turn token. The prompt's tokens are shared: prompt + chosen and prompt +
-rejected both begin with them. What had to be moved, cut or left out for that is counted in the report.
+A response ends with the model's end-of-turn token. Prompt + chosen and prompt + rejected begin with the same prompt
+tokens. Pairs that had to be changed or left out are counted in the report.
 """
 
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 # Kinds in the report. The first three change a pair, the others leave it out.
-MOVED = "the response's first tokens melt into the prompt's: the boundary was moved back"
+MOVED = "the response's first tokens merge with the prompt's: the boundary was moved back"
 
 
 FOLDED = "the template takes no system role: its message went into the first user's"
@@ -44,7 +44,7 @@ class Tokenizing:
 
 
 class Encoder:
-    """Rows to token ids for one tokenizer. Raises UserError if it has no EOS, or a template that takes no dialogue."""
+    """Encodes rows for one tokenizer. Raises UserError if it has no EOS or its template refuses a plain dialogue."""
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", tokenizing: Tokenizing):
         if tokenizer.eos_token_id is None:
@@ -53,8 +53,8 @@ class Encoder:
             )
         self.tokenizer, self.options = tokenizer, tokenizing
         self.templated = tokenizing.chat_template == "auto" and bool(tokenizer.chat_template)
-        # What the template writes before an answer (None: it rewrites the prompt then) and after it, and how much of
-        # the latter belongs to the response.
+        # lead: what the template writes before an answer (None if it rewrites the prompt once an answer follows);
+        # suffix: what it writes after the answer; kept_suffix: the part of the suffix that belongs to the response.
         self.lead, self.suffix, self.kept_suffix = self._around_answer() if self.templated else (None, "", "")
 
     def _around_answer(self) -> tuple[str | None, str, str]:
@@ -72,7 +72,7 @@ class Encoder:
         suffix = rendered[at + len(answer) :]
         specials = {str(token) for token in self.tokenizer.added_tokens_decoder.values()}
         specials |= set(self.tokenizer.all_special_tokens)
-        # Some tokenizers list runs of blanks as added tokens; they end nothing.
+        # Some tokenizers list runs of blanks as added tokens; those do not end a turn.
         ends = [at + len(token) for token in specials if token.strip() and (at := suffix.find(token)) >= 0]
         return lead, suffix, suffix[: min(ends)] if ends else ""
 
@@ -82,13 +82,13 @@ class Encoder:
         return text
 
     def encode(self, rows: dict[str, list]) -> list[dict]:
-        """A batch of checked rows -> for each: prompt, chosen, rejected (lists of ids), left_out, changed (kinds)."""
+        """Encodes a batch of checked rows: each gives prompt, chosen, rejected (lists of ids), left_out, changed."""
         texts, notes = [], []
         for n in range(len(rows["row"])):
-            one = {key: column[n] for key, column in rows.items()}
+            row = {key: column[n] for key, column in rows.items()}
             note: dict = {"left_out": "", "changed": []}
             notes.append(note)
-            texts += self._templated_texts(one, note) if self.templated else self._plain_texts(one)
+            texts += self._templated_texts(row, note) if self.templated else self._plain_texts(row)
         ids = self._ids(texts)
         results = []
         for n, note in enumerate(notes):
@@ -116,7 +116,7 @@ class Encoder:
             return ["", "", ""]
 
     def _takes_system(self, messages: list[dict]) -> bool:
-        """Some templates refuse a system message, some leave it out without a word."""
+        """Whether the template writes a system message: some refuse it, some drop it silently."""
         try:
             return messages[0]["content"].strip() in self._render(messages, open_turn=True)
         except jinja2.TemplateError:
@@ -124,18 +124,19 @@ class Encoder:
 
     def _with_answer(self, messages: list[dict], prompt: str, answer: str) -> str:
         answer = answer.strip()
-        for end in (self.kept_suffix.strip(), self.tokenizer.eos_token):  # data that was written out by a template
+        # The data may hold text that a template has already written.
+        for end in (self.kept_suffix.strip(), self.tokenizer.eos_token):
             answer = answer.removesuffix(end).rstrip() if end else answer
         text = self._render([*messages, {"role": "assistant", "content": answer}], open_turn=False)
         if self.lead is not None and not text.startswith(prompt):
-            # Mistral's writes a system message with the last user message only, so not once an answer follows.
+            # Mistral's template writes the system message before the last user message only if no answer follows.
             return prompt + self.lead + answer + self.kept_suffix
         if self.suffix and text.endswith(self.suffix):
             return text.removesuffix(self.suffix) + self.kept_suffix
         return text
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
-        """Token ids. A template has written its special tokens itself; plain text gets the tokenizer's own."""
+        """Token ids. A template has already written special tokens; plain text gets the tokenizer's own."""
         bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
         ids = self.tokenizer(texts, add_special_tokens=not self.templated, truncation=False, verbose=False)["input_ids"]
         for n, tokens in enumerate(ids):
@@ -153,28 +154,28 @@ class Encoder:
         return ids
 
     def _split(self, prompt: list[int], chosen: list[int], rejected: list[int], note: dict):
-        """The shared prompt, and each response after it."""
+        """Splits the tokens into the shared prompt and the two responses."""
         boundary = len(prompt)
         if chosen[:boundary] != prompt or rejected[:boundary] != prompt:
             boundary = _common(prompt, chosen, rejected)
             note["changed"].append(MOVED)
         prompt, chosen, rejected = prompt[:boundary], chosen[boundary:], rejected[boundary:]
-        if not prompt:  # some row must predict the first response token
+        if not prompt:  # the first response token must be predicted from some token
             bos = self.tokenizer.bos_token_id
             prompt = [self.tokenizer.eos_token_id if bos is None else bos]
         return prompt, chosen, rejected
 
     def _truncate(self, prompt: list[int], chosen: list[int], rejected: list[int], note: dict):
-        room = self.options.max_length
+        limit = self.options.max_length
         P, C, R = len(prompt), len(chosen), len(rejected)
         if self.options.truncation == "keep_start":
-            prompt = prompt[:room]
-            keep = room - len(prompt)
+            prompt = prompt[:limit]
+            keep = limit - len(prompt)
         else:
-            keep = room - 1  # of a response: a prompt token must be left to predict it from
-            whole = max(1, room - min(max(C, R), keep))
+            keep = limit - 1  # response tokens: at least one prompt token must remain to predict them from
+            whole = max(1, limit - min(max(C, R), keep))
             if P > whole:
-                # A model that expects BOS first reads nonsense without it.
+                # A model that expects BOS first does not work without it.
                 head = prompt[:1] if prompt[0] == self.tokenizer.bos_token_id and whole > 1 else []
                 prompt = head + prompt[P - (whole - len(head)) :]
         if len(prompt) < P:

@@ -1,6 +1,6 @@
-"""Tokenised pairs as training reads them: arrays in a folder that data/tokens.py has written, and which are held out.
+"""Tokenised pairs as training reads them: arrays in a folder that data/cache.py has written; and the held-out split.
 
-Needs numpy alone: `datasets` would take 90 MiB of every rank's memory.
+This file imports only numpy: `datasets` would take 90 MiB of every rank's memory.
 """
 
 import hashlib
@@ -33,7 +33,7 @@ class PairSet:
 
     @classmethod
     def open(cls, folder: Path) -> "PairSet":
-        """Raises UserError if the folder is not a whole set."""
+        """Opens a folder of tokenised pairs. Raises UserError if files are missing or damaged."""
         manifest = read_manifest(folder)
         try:
             arrays = {
@@ -41,7 +41,7 @@ class PairSet:
                 for name in cls.__dataclass_fields__
             }
         except (OSError, ValueError, EOFError) as error:
-            raise UserError(f"{folder} is no whole set of tokenised pairs; remove it: {error}") from error
+            raise UserError(f"{folder} is an incomplete set of tokenised pairs; remove it: {error}") from error
         if len(arrays["tokens"]) != manifest["tokens"] or {len(arrays[n]) for n in arrays if n != "tokens"} != {
             manifest["pairs"]
         }:
@@ -68,7 +68,7 @@ class PairSet:
 
     @cached_property
     def digest(self) -> str:
-        """sha256 over the pairs' ids, in order: the content of this set, whatever folder it is in."""
+        """sha256 over the pairs' ids, in order: it depends on the content of this set alone, not on its folder."""
         return hashlib.sha256(np.ascontiguousarray(self.pair_ids).tobytes()).hexdigest()
 
     def subset(self, indices: ArrayLike) -> "PairSet":
@@ -78,21 +78,22 @@ class PairSet:
 
 
 def read_manifest(folder: Path) -> dict:
-    """Numbers of pairs and tokens, and the report's kinds. Raises UserError if there is none."""
+    """Reads the numbers of pairs and tokens and the report's counts. Raises UserError if the manifest is damaged."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
         return {key: manifest[key] for key in ("pairs", "tokens", "left_out", "changed")}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder} is no whole set of tokenised pairs; remove it: {error!r}") from error
+        raise UserError(f"{folder} is an incomplete set of tokenised pairs; remove it: {error!r}") from error
 
 
 def held_out(prompt_hashes: np.ndarray, fraction: float = 0.05, most: int = 500) -> np.ndarray:
-    """Which pairs are for evaluation: bool [n], by content alone, no prompt on both sides.
+    """Which pairs are held out for evaluation: bool [n]. The choice depends on the prompts' content alone; no prompt is
+    in both parts.
 
-    prompt_hashes: uint8 [n, 16]. Prompts are taken in the order of their hashes until there are `fraction` of the
-    pairs, `most` at most; at least one pair where there are two prompts, never all of them.
+    prompt_hashes: uint8 [n, 16]. Prompts are taken in the order of their hashes until they have `fraction` of the
+    pairs, `most` at most. Of two or more prompts at least one is held out, and never all.
     """
-    # As pairs of big-endian numbers, because numpy does not sort bytes that hold zeros.
+    # Hashes are viewed as two big-endian numbers, because numpy does not sort bytes that hold zeros.
     halves = np.ascontiguousarray(prompt_hashes).view(">u8")
     _, inverse, sizes = np.unique(halves, axis=0, return_inverse=True, return_counts=True)
     wanted = min(most, max(1, round(fraction * len(prompt_hashes))))

@@ -1,4 +1,4 @@
-"""Preference pairs from a file, a folder or the hub, checked row by row: what cannot be used is counted, not lost.
+"""Checks preference rows one by one and brings every accepted form to one; rows that cannot be used are counted.
 
 A checked row has: `row` (its number in the source), `text` (the prompt as plain text), `messages` (the prompt as a
 chat), `chosen` and `rejected`. `text + chosen` is the pair as plain text; in a chat a response is `chosen.strip()`.
@@ -51,14 +51,14 @@ NO_PROMPT = "chosen and rejected share no prompt"
 
 
 class _LeftOut(Exception):
-    """A row that is no usable pair; its message is the kind."""
+    """A row cannot be used; the message is the kind in the report."""
 
 
 def check_preferences(rows: datasets.Dataset, max_left_out: float = 0.1) -> tuple[datasets.Dataset, Report]:
-    """The usable rows in the form this module's docstring describes, and the report of the others.
+    """The usable rows, in the form that this module's docstring describes, and the report on the others.
 
-    Raises UserError if the columns are not a preference set's, nothing is usable, or more than `max_left_out` of the
-    rows are not.
+    Raises UserError if the columns are not a preference set's, if no row can be used, or if more than `max_left_out`
+    of them cannot.
     """
     if rows.column_names != [RAW] and not {"chosen", "rejected"} <= set(rows.column_names):
         raise UserError(
@@ -150,15 +150,15 @@ def _from_texts(prompt, chosen: str, rejected: str) -> dict:
         if not dialogue:  # no answer, or nothing before it
             raise _LeftOut(NO_PROMPT)
         return _pair(prompts[0], dialogue, chosen[start:], rejected[start:])
-    common = os.path.commonprefix([chosen, rejected])  # noqa: RUF071  (character by character is what is wanted)
-    shared = re.sub(r"\s*\S*\Z", "", common)  # back to the end of a whole word
+    common = os.path.commonprefix([chosen, rejected])  # noqa: RUF071  (compares character by character, as intended)
+    shared = re.sub(r"\s*\S*\Z", "", common)  # cut back to the end of a whole word
     if not shared:
         raise _LeftOut(NO_PROMPT)
     return _pair(shared, [{"role": "user", "content": shared}], chosen[len(shared) :], rejected[len(shared) :])
 
 
 def _last_answer(text: str) -> int:
-    """Where the last answer of an HH dialogue begins: right after its last "Assistant:", 0 if it has none."""
+    """Where the last answer of an HH dialogue begins: right after its last "Assistant:", or 0 without one."""
     at = text.rfind("\n\nAssistant:")
     return 0 if at < 0 else at + len("\n\nAssistant:")
 
@@ -172,7 +172,7 @@ def _from_messages(prompt, chosen: list[dict], rejected: list[dict]) -> dict:
         given = []
     else:
         raise _LeftOut(WRONG_TYPE)
-    if len(chosen) > 1 or len(rejected) > 1:  # they repeat the prompt, as UltraFeedback's do
+    if len(chosen) > 1 or len(rejected) > 1:  # the responses repeat the prompt, as UltraFeedback's do
         shared = 0
         while shared < min(len(chosen), len(rejected)) and chosen[shared] == rejected[shared]:
             shared += 1
@@ -232,5 +232,5 @@ def as_text(messages: list[dict]) -> str:
 
 
 def prompt_hash(text: str) -> bytes:
-    """16 bytes of sha256: what the held-out choice goes by, the same for every model and tokenizer."""
+    """16 bytes of sha256. They decide which pairs are held out, and are the same for every model and tokenizer."""
     return hashlib.sha256(text.encode()).digest()[:16]

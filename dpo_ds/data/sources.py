@@ -1,4 +1,4 @@
-"""Preference rows as they are in their source: a file, a folder, the hub, or the embedded sample."""
+"""Loads preference rows unchanged from their source: a file, a folder, the hub, or the embedded sample."""
 
 import gzip
 import json
@@ -19,17 +19,17 @@ PREFERRED_SPLITS = {"train": ("train_prefs", "train"), "eval": ("test_prefs", "v
 LOADERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
-# An answer of "4" or "None" in a table is text like any other.
+# pandas would read an answer of "4" or "None" as a number or a missing value; here it is text.
 CSV = {"converters": dict.fromkeys(("prompt", "chosen", "rejected"), str), "keep_default_na": False}
 
 
-RAW = "json line"  # the one column of a JSON file whose rows differ in type, each row as text
+RAW = "json line"  # the only column of a JSON file whose rows differ in type: each row as text
 
 
 def load_preferences(source: str, split: str = "auto", role: str = "train") -> datasets.Dataset:
-    """Rows as they are in the source: "sample", a file, a folder, or a hub id.
+    """Loads the rows of "sample", a file, a folder, or a hub id.
 
-    Raises UserError, with the remedy, if there is nothing to be had there, or no such split.
+    Raises UserError, with the remedy, if the source cannot be read or has no such split.
     """
     try:
         return _load(source, split, role)
@@ -38,7 +38,7 @@ def load_preferences(source: str, split: str = "auto", role: str = "train") -> d
 
 
 def flag(role: str) -> str:
-    """The option that names the set of that role, "train" or "eval"."""
+    """The option that names the data set for a role, "train" or "eval"."""
     return "--eval_dataset" if role == "eval" else "--dataset"
 
 
@@ -51,7 +51,7 @@ def _load(source: str, split: str, role: str) -> datasets.Dataset:
         path = Path(source).expanduser()
     datasets.disable_progress_bars()
     datasets.disable_caching()  # `map` would write beside the user's data, which may be read-only
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what is wrong is told once, by us
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # errors are reported once, by dpo_ds
     if path.is_file():
         sets = _load_file(path)
     elif path.is_dir():
@@ -78,7 +78,7 @@ def _load_file(path: Path) -> dict:
     try:
         sets = datasets.load_dataset(kind, data_files=str(path), **(CSV if kind == "csv" else {}))
         for rows in sets.values():
-            rows.data.validate(full=True)  # Arrow's reader takes bytes that are not text
+            rows.data.validate(full=True)  # Arrow's reader accepts bytes that are not text
         return sets
     except Exception as error:  # datasets wraps what its readers raise, in many types
         if kind == "json":
@@ -87,7 +87,7 @@ def _load_file(path: Path) -> dict:
 
 
 def _load_mixed_json(path: Path) -> datasets.Dataset:
-    """Arrow wants one type in a column; here every line is kept as text and looked at by itself."""
+    """Loads JSON whose rows differ in type: Arrow needs one type per column, so each row is kept as text."""
     reader = gzip.open if path.suffix == ".gz" else open
     try:
         with reader(path, "rt", encoding="utf-8-sig", errors="surrogateescape") as file:
@@ -107,7 +107,7 @@ def _json(path: Path, number: int, line: str):
     try:
         return json.loads(line)
     except json.JSONDecodeError as error:
-        raise UserError(f"{path}: row {number} is not JSON ({error.msg}); mend or remove it") from None
+        raise UserError(f"{path}: row {number} is not JSON ({error.msg}); correct or remove it") from None
 
 
 def _load_folder(path: Path) -> dict:
@@ -130,7 +130,7 @@ def _load_hub(source: str) -> dict:
             remedy = "it is gated or private: ask for access on its page, then set HF_TOKEN or run `hf auth login`"
         else:
             remedy = "check the id and the network, or download it elsewhere and name the folder or file"
-        raise UserError(f"{source} is no file here and cannot be read from the hub: {remedy}") from None
+        raise UserError(f"{source} is not a local file and cannot be read from the hub: {remedy}") from None
 
 
 def _cause(error: BaseException) -> str:

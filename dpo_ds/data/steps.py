@@ -1,8 +1,8 @@
 """Which pairs make a step, and how a step's pairs are dealt to ranks and micro-batches.
 
-Which pairs: by (seed, epoch, step) alone. How they are dealt: by token counts, so that every rank gets the same number
-of micro-batches and, in each, about the same number of tokens. The step's loss is the sum over its pairs divided by
-their number, so neither the number of ranks nor the size of a micro-batch moves the curve.
+Seed, epoch and step alone decide which pairs a step has. Token counts decide how they are dealt: every rank gets the
+same number of micro-batches and, in each, about the same number of tokens. The step's loss is the sum over its pairs
+divided by their number, so neither the number of ranks nor the micro-batch's size changes the loss curve.
 """
 
 import functools
@@ -18,7 +18,7 @@ from dpo_ds.errors import UserError
 
 @dataclass(frozen=True)
 class Schedule:
-    """Every step of a run, in order: `global_batch` pairs a step, for `steps` steps, through `pairs` pairs."""
+    """The steps of a run: `steps` steps of `global_batch` pairs each, over a set of `pairs` pairs."""
 
     pairs: int
     global_batch: int
@@ -32,7 +32,7 @@ class Schedule:
 
     @property
     def steps_per_epoch(self) -> int:
-        """The last step of an epoch takes what is left: smaller, not dropped."""
+        """Steps in one epoch. The last one may have fewer pairs; it is not dropped."""
         return math.ceil(self.pairs / self.global_batch)
 
     def step(self, number: int) -> np.ndarray:
@@ -42,7 +42,7 @@ class Schedule:
         return order[within * self.global_batch : (within + 1) * self.global_batch]
 
     def visited(self) -> np.ndarray:
-        """Which pairs the run comes to at all: bool [pairs]."""
+        """Which pairs the run trains on at all: bool [pairs]."""
         mask = np.zeros(self.pairs, dtype=bool)
         for number in range(min(self.steps, self.steps_per_epoch)):
             mask[self.step(number)] = True
@@ -51,7 +51,7 @@ class Schedule:
 
 @functools.lru_cache(maxsize=2)
 def _order(pairs: int, seed: int, epoch: int) -> np.ndarray:
-    """An epoch's order; kept, so that a step of a million pairs costs what a step of a hundred does."""
+    """The order of the pairs in an epoch. It is cached, so that a step does not permute a million pairs again."""
     order = np.random.default_rng([seed, epoch]).permutation(pairs)
     order.flags.writeable = False
     return order
@@ -59,15 +59,15 @@ def _order(pairs: int, seed: int, epoch: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Pairs that one rank scores in one forward. Weight 0: this rank has run out of pairs, but must still take part
-    in the collectives of a forward and backward, so it runs one that counts for nothing."""
+    """Pairs that one rank scores in one forward. With weight 0 the micro-batch has no effect: a rank without pairs runs
+    it because every rank must take part in the collectives of forward and backward."""
 
     indices: tuple[int, ...]
     weight: float = 1.0
 
 
 def deal(indices: Iterable[int], lengths: np.ndarray, ranks: int, micro_batch_tokens: int) -> list[list[MicroBatch]]:
-    """Deals pairs to ranks: [rank][micro-batch], as many micro-batches on every rank, each within the token limit.
+    """Deals pairs to ranks: [rank][micro-batch]. Every rank gets equally many, each within the token limit.
 
     indices: the pairs; lengths: packed tokens (P + C + R) of every pair of the set. Raises UserError if one pair
     alone is over the limit.
@@ -80,15 +80,15 @@ def deal(indices: Iterable[int], lengths: np.ndarray, ranks: int, micro_batch_to
     while (bins := _spread(order, lengths, rounds * ranks, micro_batch_tokens)) is None:
         rounds += 1
     _level(bins, lengths, micro_batch_tokens)
-    # The heaviest bins together in one round: ranks that wait for each other in collectives then wait least.
+    # The heaviest bins go into the same round: then ranks wait least for each other in collectives.
     bins.sort(key=lambda pairs: (-sum(int(lengths[i]) for i in pairs), pairs))
-    idle = MicroBatch((order[-1],), weight=0.0)  # the shortest pair costs least
+    idle = MicroBatch((order[-1],), weight=0.0)  # the shortest pair is the cheapest
     dealt = [MicroBatch(tuple(pairs)) if pairs else idle for pairs in bins]
     return [dealt[rank::ranks] for rank in range(ranks)]
 
 
 def _spread(order: list[int], lengths: np.ndarray, count: int, limit: int) -> list[list[int]] | None:
-    """Longest pair first, each into the lightest of `count` bins; None if one then overflows the limit."""
+    """Puts each pair, longest first, into the lightest of `count` bins. Returns None if a bin would overflow."""
     bins: list[list[int]] = [[] for _ in range(count)]
     heap = [(0, number) for number in range(count)]
     for i in order:
@@ -101,8 +101,8 @@ def _spread(order: list[int], lengths: np.ndarray, count: int, limit: int) -> li
 
 
 def _level(bins: list[list[int]], lengths: np.ndarray, limit: int) -> None:
-    """Moves a pair out of the heaviest bin, or swaps it for a shorter one of another, as long as that makes the heavier
-    of the two lighter: on HH's lengths, 32 pairs for 8 ranks, it takes the balance from 96% to 98%."""
+    """Moves a pair from the heaviest bin to another, or swaps it for a shorter one, as long as the heavier of the two
+    bins becomes lighter. On HH's lengths, 32 pairs on 8 ranks, this raises the balance from 96% to 98%."""
     loads = [int(lengths[pairs].sum()) if pairs else 0 for pairs in bins]
     for _ in range(10 * len(bins)):
         heavy = max(range(len(bins)), key=loads.__getitem__)
@@ -110,8 +110,8 @@ def _level(bins: list[list[int]], lengths: np.ndarray, limit: int) -> None:
         for other in range(len(bins)):
             if other == heavy:
                 continue
-            mine, theirs = lengths[bins[heavy]], np.append(lengths[bins[other]], 0)  # 0: nothing comes back
-            moved = mine[:, None] - theirs[None]
+            given, taken = lengths[bins[heavy]], np.append(lengths[bins[other]], 0)  # 0: no pair in return
+            moved = given[:, None] - taken[None]
             heavier = np.maximum(loads[heavy] - moved, loads[other] + moved)
             place = np.unravel_index(heavier.argmin(), heavier.shape)
             if heavier[place] < min(loads[heavy], limit + 1, best[0] if best else math.inf):
@@ -119,10 +119,10 @@ def _level(bins: list[list[int]], lengths: np.ndarray, limit: int) -> None:
         if best is None:
             return
         _, other, (give, take), moved = best
-        given = bins[heavy].pop(give)
+        pair = bins[heavy].pop(give)
         if take < len(bins[other]):
             bins[heavy].append(bins[other].pop(take))
-        bins[other].append(given)
+        bins[other].append(pair)
         loads[heavy] -= moved
         loads[other] += moved
 

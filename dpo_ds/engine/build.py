@@ -1,7 +1,7 @@
-"""Policy and reference as DeepSpeed engines: the only file that calls deepspeed.initialize.
+"""Builds the policy's and the reference's engines: the only file that calls deepspeed.initialize.
 
-Models load partitioned under ZeRO-3 (transformers does it while an HfDeepSpeedConfig is alive), never whole on every
-rank. Dropout is off: policy and reference must be one function of the tokens.
+Under ZeRO-3, models load partitioned, never whole on every rank (transformers does this while an HfDeepSpeedConfig is
+alive). Dropout is off: policy and reference must be the same function of the tokens.
 """
 
 import contextlib
@@ -26,14 +26,14 @@ from dpo_ds.scoring import attention
 from dpo_ds.scoring.rotary import fix_frequencies
 from dpo_ds.scoring.scorer import PairScorer
 
-FIRST_PARAMETER_ID = 1_000_000  # far above a reference's, which may be alive beside the policy
+FIRST_PARAMETER_ID = 1_000_000  # far above those of a reference, whose engine may exist at the same time
 
 
 def policy_engine(folder: Path, config: dict, options: Planned, kernel: str, total_steps: int) -> Engine:
-    """The model to train: all its weights, or LoRA adapters on frozen ones. `kernel` is attention's."""
+    """The engine to train: all weights, or LoRA adapters on frozen ones. `kernel` is the attention kernel."""
     clear_swap_folders(swap_folders(config))
-    # Swap files are named by these numbers: a policy's must be the same after a resume, whether or not a reference's
-    # engine came before it.
+    # These numbers name the swap files. The policy's must be the same after a resume, whether or not a reference
+    # engine was built before it.
     deepspeed.zero.Init.param_id = FIRST_PARAMETER_ID
     plain = _load(folder, config, options, kernel)
     model: LanguageModel = add_lora(plain, options) if options.lora else plain
@@ -55,7 +55,7 @@ def policy_engine(folder: Path, config: dict, options: Planned, kernel: str, tot
     if config["zero_optimization"]["stage"] == 0:
         if options.precision == "bf16":
             _forget_first_step(engine.basic_optimizer)
-        # A rank alone has nobody to average its gradients with; DeepSpeed would lay them end to end and copy them back.
+        # A single rank has no gradients to average, but DeepSpeed would still flatten them and copy them back.
         engine.enable_backward_allreduce = world.from_environment().size > 1
     return Engine(engine, config)
 
@@ -67,15 +67,15 @@ def _initialize(**arguments):
 
 
 def _forget_first_step(optimizer) -> None:
-    """DeepSpeed's bf16 optimizer at stage 0 allocates Adam's state by a step with zero gradients, and leaves it
-    counted: the first real update would come out at 0.74 of its size."""
+    """DeepSpeed's bf16 optimizer at stage 0 allocates Adam's state by a step with zero gradients, and counts that step:
+    the first real update would have only 0.74 of its size."""
     optimizer.state.clear()
     for group in optimizer.param_groups:
-        group.pop("step", None)  # FusedAdam counts here
+        group.pop("step", None)  # FusedAdam's step count
 
 
 def reference_engine(folder: Path, config: dict, options: Planned, kernel: str) -> Engine:
-    """The frozen model that DPO measures against, without an optimizer. `config` is the policy's."""
+    """The engine of the frozen reference, without an optimizer. `config` is the policy's."""
     config = reference_config(config)
     clear_swap_folders(swap_folders(config))
     model = _load(folder, config, options, kernel)
@@ -84,7 +84,7 @@ def reference_engine(folder: Path, config: dict, options: Planned, kernel: str) 
 
 
 def _load(folder: Path, config: dict, options: Planned, kernel: str) -> PreTrainedModel:
-    # transformers looks for this object while it loads, and partitions under stage 3; it holds only a weak reference.
+    # transformers looks for this object while it loads, and partitions under stage 3. It keeps only a weak reference.
     alive = HfDeepSpeedConfig(config)
     if config["zero_optimization"]["stage"] != 3:
         unset_hf_deepspeed_config()
@@ -101,10 +101,10 @@ def _load(folder: Path, config: dict, options: Planned, kernel: str) -> PreTrain
     del alive
     unset_hf_deepspeed_config()
     unfit = sorted(found["missing_keys"]) + sorted(name for name, *_ in found["mismatched_keys"])
-    if unfit:  # transformers has given them random values
+    if unfit:  # transformers has filled these with random values
         raise RunStopped(
-            f"{folder}: {len(unfit)} tensors that its config.json asks for are not in its weights, or have another "
-            f"shape, {unfit[0]} among them: config and weights are not of one model"
+            f"{folder}: {len(unfit)} tensors that its config.json describes are missing from its weights or have "
+            f"another shape, for example {unfit[0]}: take config and weights from the same model"
         )
     fix_frequencies(model, options.max_length)
     for module in model.modules():
@@ -114,7 +114,7 @@ def _load(folder: Path, config: dict, options: Planned, kernel: str) -> PreTrain
 
 
 def _parameter_groups(scorer: PairScorer, weight_decay: float) -> list[dict]:
-    """Trainable parameters; with weight decay, biases and norms (one dimension) in a group without it."""
+    """The trained parameters. With weight decay, biases and norms (one dimension) form a group without it."""
     trained = [p for p in scorer.parameters() if p.requires_grad]
     if weight_decay == 0:
         return [{"params": trained}]

@@ -1,7 +1,7 @@
-"""What a user's DeepSpeed file may hold: each mistake is one line, before any weights load.
+"""Checks a user's DeepSpeed file: each mistake is reported in one line, before any weights load.
 
-DeepSpeed's own code judges wherever it runs without an engine. The tables here hold what DeepSpeed would find out only
-while it builds an engine or trains, and what dpo_ds decides itself.
+DeepSpeed's own checks are used wherever they run without an engine. The tables here cover what DeepSpeed would notice
+only while it builds an engine or trains, and what dpo_ds decides itself.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ from dpo_ds.errors import UserError, one_line
 
 AUTO = "auto"
 
-# The keys that a config may hold at its top. DeepSpeed ignores others there; within zero_optimization it checks them.
+# The keys allowed at the top of a config. DeepSpeed ignores unknown ones there; in zero_optimization it checks them.
 KNOWN = frozenset(
     "train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps gradient_clipping bf16 fp16 "
     "data_types optimizer scheduler zero_optimization zero_allow_untested_optimizer zero_force_ds_cpu_optimizer aio "
@@ -33,7 +33,7 @@ SECTIONS = (
     "csv_monitor", "comet", "checkpoint", "checkpoint.parallel_write", "compile",
 )  # fmt: skip
 
-# Keys whose default in DeepSpeed says nothing of their type. Each may be null, too.
+# Keys whose default in DeepSpeed does not show their type. Each may also be null.
 TYPES = {
     "steps_per_print": int,
     "communication_data_type": str,
@@ -54,7 +54,7 @@ TYPE_WORDS = {
     str: "a text in quotes",
 }
 
-# DeepSpeed divides by these, or loops for ever at 0.
+# DeepSpeed divides by these values, or loops for ever if they are 0.
 ABOVE_ZERO = (
     "steps_per_print", "gradient_predivide_factor", "zero_optimization.sub_group_size",
     "zero_optimization.allgather_bucket_size", "zero_optimization.offload_param.buffer_count",
@@ -67,7 +67,7 @@ NEED_CUDA = (*QUANTISED, "offload_optimizer.super_offload")
 
 
 def check_file(name: str, config: dict) -> None:
-    """Raises UserError for what cannot be right whatever the options say. `config` is the file as it stands."""
+    """Raises UserError for what is wrong with any options. `config` is the content of the file, unchanged."""
     for key in SECTIONS:
         section = at(config, key, {})
         if not isinstance(section, dict):
@@ -90,7 +90,7 @@ def check_file(name: str, config: dict) -> None:
 
 
 def check_filled(name: str, config: dict, ranks: int, on_gpu: bool) -> None:
-    """Raises UserError for what DeepSpeed would refuse, or fail on, while it builds the engines of this config."""
+    """Raises UserError for what DeepSpeed would refuse, or fail on, while it builds engines with this config."""
     _check_optimizer(name, config, on_gpu)
     _check_dtypes(name, config)
     _check_monitors(name, config)
@@ -100,12 +100,12 @@ def check_filled(name: str, config: dict, ranks: int, on_gpu: bool) -> None:
     for key in () if on_gpu else NEED_CUDA:
         if at(zero, key):
             raise _wrong(
-                name, f"zero_optimization.{key}", True, "it needs a CUDA GPU, which this machine lacks; remove it"
+                name, f"zero_optimization.{key}", True, "it needs a CUDA GPU, and this machine has none; remove it"
             )
     scatters = zero["stage"] >= 2 and zero.get("reduce_scatter", True)
     if scatters and (config.get("prescale_gradients") or config.get("gradient_predivide_factor", 1) != 1):
         raise UserError(
-            f"--ds_config {name}: DeepSpeed does not do prescale_gradients or gradient_predivide_factor with "
+            f"--ds_config {name}: DeepSpeed does not support prescale_gradients or gradient_predivide_factor with "
             "zero_optimization.reduce_scatter; remove them"
         )
     if zero["stage"] == 3 and zero.get("zero_quantized_gradients") and not scatters:
@@ -117,7 +117,7 @@ def check_filled(name: str, config: dict, ranks: int, on_gpu: bool) -> None:
 
 
 def _check_by_deepspeed(name: str, config: dict) -> None:
-    """DeepSpeed's own reading of the config: first the sections whose errors do not say where they are, then all."""
+    """Lets DeepSpeed parse the config: first the sections whose errors do not name their place, then the whole."""
     from deepspeed.runtime.config import DeepSpeedConfig
     from deepspeed.runtime.model_checkpointing.config import get_checkpoint_config
     from deepspeed.runtime.swap_tensor.aio_config import get_aio_config
@@ -127,7 +127,7 @@ def _check_by_deepspeed(name: str, config: dict) -> None:
     _judged(name, "checkpoint", lambda: get_checkpoint_config(config))
     if config.get("log_level") is not None:
         _judged(name, "log_level", lambda: get_log_level_from_string(config["log_level"]))
-    # Without the batch size DeepSpeed works it out from its own number of ranks: a plan may be for more than there are.
+    # Without train_batch_size, DeepSpeed computes it from its own number of ranks; a plan may be for another number.
     alone = {key: value for key, value in config.items() if key != "train_batch_size"}
     _judged(name, "", lambda: DeepSpeedConfig(alone))
 
@@ -150,7 +150,7 @@ def leaves(config, path: str = "") -> Iterator[tuple[str, object]]:
 
 
 def shown(value) -> str:
-    """A value as the file has it, cut where it is long."""
+    """A value as JSON, cut if it is long."""
     text = json.dumps(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
 
@@ -165,7 +165,7 @@ def _did_you_mean(key: str, known) -> str:
 
 
 def _refuse_unknown_keys(name: str, config: dict) -> None:
-    """Keys that DeepSpeed has removed, renamed or never had: some it would ignore."""
+    """Refuses keys that DeepSpeed has removed, renamed or never had. It would ignore some of them."""
     from deepspeed.runtime.config import _reject_removed_config_keys
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
@@ -174,9 +174,9 @@ def _refuse_unknown_keys(name: str, config: dict) -> None:
         if at(config, f"zero_optimization.{key}") is None:
             continue
         extra = field.json_schema_extra or {}
-        if extra.get("deprecated"):  # the plan would not see what it stands for
+        if extra.get("deprecated"):  # the plan reads only the new name
             raise UserError(
-                f"--ds_config {name}: zero_optimization.{key} is DeepSpeed's former word for {extra['new_param']}: "
+                f"--ds_config {name}: zero_optimization.{key} is DeepSpeed's former name of {extra['new_param']}: "
                 "write that instead"
             )
         if field.alias not in (None, key):  # DeepSpeed takes it, but the plan and transformers do not look for it
@@ -189,7 +189,7 @@ def _refuse_unknown_keys(name: str, config: dict) -> None:
 
 
 def _refuse_broken(name: str, config: dict) -> None:
-    """What DeepSpeed 0.19 gets wrong, and what dpo_ds does not support or decides itself."""
+    """Refuses what DeepSpeed 0.19 gets wrong, and what dpo_ds does not support or decides itself."""
     if at(config, "fp16.enabled") is True:
         raise UserError(f"--ds_config {name} asks for fp16, which dpo_ds does not support: use bf16 or fp32")
     if at(config, "bf16.bf16_master_weights_and_grads"):
@@ -230,9 +230,9 @@ DEEPSPEED_REFUSES = (ValueError, AssertionError, TypeError, AttributeError, KeyE
 
 
 def _judged(name: str, section: str, call: Callable, remedy: str = "correct it or remove it"):
-    """What DeepSpeed's or torch's own code returns. Where that code refuses, its reason becomes the one line.
+    """Calls code of DeepSpeed or torch. If that code raises, its reason becomes a one-line UserError.
 
-    `call` must run nothing but their code: an error of ours would be told as the user's.
+    `call` must run nothing but their code: an error of ours would be reported as the user's.
     """
     from deepspeed.runtime.config import DeepSpeedConfigError
     from pydantic import ValidationError
@@ -255,7 +255,7 @@ def _judged(name: str, section: str, call: Callable, remedy: str = "correct it o
 
 
 def _check_by_models(name: str, config: dict) -> None:
-    """The sections for which DeepSpeed has models: unknown keys, types and ranges."""
+    """Checks keys, types and ranges of the sections for which DeepSpeed has pydantic models."""
     from deepspeed.comm.config import CommsLoggerConfig
     from deepspeed.compile.config import CompileConfig
     from deepspeed.monitor.config import CometConfig, CSVConfig, TensorBoardConfig, WandbConfig
@@ -282,7 +282,7 @@ def _check_by_models(name: str, config: dict) -> None:
 
 
 def _refuse_conversions(name: str, section: str, given: dict, found) -> None:
-    """DeepSpeed's models take "3" for 3 and true for 1. dpo_ds, its plan and transformers read the file as it is."""
+    """Refuses values that DeepSpeed's models convert ("3" to 3, true to 1), because dpo_ds and transformers do not."""
     from pydantic import BaseModel
 
     for field, info in type(found).model_fields.items():
@@ -296,7 +296,7 @@ def _refuse_conversions(name: str, section: str, given: dict, found) -> None:
 
 
 def _check_types(name: str, config: dict) -> None:
-    """The keys for which DeepSpeed has no models: their types are those of its defaults."""
+    """Checks the types of the keys for which DeepSpeed has no pydantic models, by the types of its defaults."""
     from deepspeed.runtime.config import DeepSpeedConfig
     from deepspeed.runtime.model_checkpointing.config import get_checkpoint_config
     from deepspeed.runtime.swap_tensor.aio_config import AIO_DEFAULT_DICT
@@ -328,7 +328,7 @@ def _is(value, kind: type) -> bool:
 
 
 def _check_optimizer(name: str, config: dict, on_gpu: bool) -> None:
-    """The optimizer's parameters, as the engine will hand them to its Adam: see _configure_basic_optimizer there."""
+    """Checks the optimizer's parameters as DeepSpeed's engine passes them to its Adam (_configure_basic_optimizer)."""
     import torch
     from deepspeed.runtime.config import ADAM_W_MODE, ADAM_W_MODE_DEFAULT, TORCH_ADAM_PARAM
     from deepspeed.runtime.engine import DeepSpeedEngine
@@ -338,13 +338,13 @@ def _check_optimizer(name: str, config: dict, on_gpu: bool) -> None:
         if key in params and not _is(params[key], bool):
             raise _wrong(name, f"optimizer.params.{key}", params[key], f"it must be {TYPE_WORDS[bool]}")
     decoupled = params.pop(ADAM_W_MODE, ADAM_W_MODE_DEFAULT) or config["optimizer"]["type"] == "AdamW"
-    engine = SimpleNamespace(  # what the engine's method asks of its engine
+    engine = SimpleNamespace(  # the attributes of the engine that the method below reads
         zero_use_cpu_optimizer=lambda: "offload_optimizer" in zero,
         bf16_optimizer_states=lambda: False,
         zenflow=False,
     )
-    adam, added = DeepSpeedEngine.get_optimizer_configuration(engine, params, decoupled)  # takes its own words out
-    takes = dict(list(inspect.signature(adam).parameters.items())[1:])  # the first is the weights
+    adam, added = DeepSpeedEngine.get_optimizer_configuration(engine, params, decoupled)  # pops DeepSpeed's own keys
+    takes = dict(list(inspect.signature(adam).parameters.items())[1:])  # the first parameter is the weights
     for key, value in params.items():
         if key not in takes or key in added:
             known = sorted(set(takes) - set(added))
@@ -356,10 +356,10 @@ def _check_optimizer(name: str, config: dict, on_gpu: bool) -> None:
             raise _wrong(name, f"optimizer.params.{key}", value, f"it must be {TYPE_WORDS[float]}")
     if adam.__module__.startswith("deepspeed"):
         if params.get("amsgrad"):
-            raise _wrong(name, "optimizer.params.amsgrad", True, f"{adam.__name__} does not do AMSGrad; remove it")
-        return  # building it would compile it
+            raise _wrong(name, "optimizer.params.amsgrad", True, f"{adam.__name__} does not support AMSGrad; remove it")
+        return  # trying it would compile it
     if on_gpu:
-        params.pop("capturable", None)  # CUDA's: the trial below is on the CPU
+        params.pop("capturable", None)  # for CUDA only: the trial below runs on the CPU
     on = [key for key, value in params.items() if value is True]
 
     def trial() -> None:
@@ -371,7 +371,7 @@ def _check_optimizer(name: str, config: dict, on_gpu: bool) -> None:
 
 
 def _check_dtypes(name: str, config: dict) -> None:
-    """data_types: names of dtypes, and those that go with the precision."""
+    """Checks data_types: the names of dtypes, and that they agree with the precision."""
     import torch
     from deepspeed.runtime.config import DtypeEnum
 
@@ -395,7 +395,7 @@ def _check_dtypes(name: str, config: dict) -> None:
 
 
 def _check_monitors(name: str, config: dict) -> None:
-    """A monitor's package must be there. DeepSpeed's checks print a hint and raise ImportError."""
+    """Checks that the package of each monitor that is on is installed."""
     from deepspeed.monitor import utils
 
     packages = {

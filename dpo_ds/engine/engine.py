@@ -1,4 +1,4 @@
-"""A DeepSpeed engine as the rest of the package sees it: scores packed batches, learns from them, hands weights out."""
+"""A DeepSpeed engine as the rest of the package sees it: it scores packed batches, learns from them, gives weights."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -23,7 +23,7 @@ class _Optimizer(Protocol):
 
 
 class Engine:
-    """A DeepSpeed engine that scores packed batches and, if it is a policy's, learns from them."""
+    """A DeepSpeed engine that scores packed batches and, for a policy, learns from them."""
 
     def __init__(self, engine: deepspeed.DeepSpeedEngine, config: dict | None = None):
         self.deepspeed = engine
@@ -38,12 +38,12 @@ class Engine:
         return self.deepspeed.module.model
 
     def __call__(self, batch: PackedBatch) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """logps [B, 2] with a graph, to be followed by `backward`; and the router's loss [B], where a run wants it."""
+        """Returns logps [B, 2] with a graph, and the router's loss [B] if the run uses it. `backward` must follow."""
         found = self.deepspeed(batch.to(self.device))
         return found if isinstance(found, tuple) else (found, None)
 
     def score(self, batch: PackedBatch) -> torch.Tensor:
-        """logps [B, 2] without a graph. Under ZeRO-3 a policy must have been through `backward` once before."""
+        """Scores one packed batch: logps [B, 2], without a graph. Under ZeRO-3 a policy must run `backward` first."""
         self.deepspeed.eval()
         try:
             with torch.no_grad():
@@ -52,8 +52,8 @@ class Engine:
             self.deepspeed.train()
 
     def score_base(self, batch: PackedBatch) -> torch.Tensor:
-        """logps [B, 2] of LoRA's base weights: the adapters are scaled to 0, which keeps ZeRO-3's trace (unlike
-        disable_adapter, which invalidates it at every switch)."""
+        """Scores one packed batch with LoRA's base weights: logps [B, 2]. The adapters are scaled to 0, because peft's
+        disable_adapter would invalidate ZeRO-3's trace at every switch."""
         modules: Iterator[Any] = self.model.modules()
         layers = [(module, dict(module.scaling)) for module in modules if hasattr(module, "lora_A")]
         for module, scaling in layers:
@@ -65,19 +65,19 @@ class Engine:
                 module.scaling = scaling
 
     def backward(self, loss: torch.Tensor, last: bool) -> None:
-        """Adds the loss's gradients to the step's; `last` says that `step` comes next."""
+        """Adds the gradients of the loss to the step's. `last` means that `step` comes next."""
         self.deepspeed.set_gradient_accumulation_boundary(last)
         self.deepspeed.backward(loss)
 
     def step(self) -> tuple[torch.Tensor, bool]:
-        """Applies the step's gradients. Returns their norm before clipping, fp32 on some device, and whether the step
-        was applied: not if a gradient is not finite."""
+        """Applies the step's gradients, unless one is not finite. Returns their norm before clipping (fp32, on any
+        device), and whether they were applied."""
         norm = None
         optimizer: _Optimizer = self.deepspeed.optimizer
         plain = isinstance(optimizer, torch.optim.Optimizer)
-        if plain:  # stage 0 in fp32: DeepSpeed keeps no norm, and checks nothing
+        if plain:  # stage 0 in fp32: DeepSpeed computes and checks no norm
             norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
-            # DeepSpeed's own optimizers report it so as well: a skipped step does not move the learning rate either.
+            # DeepSpeed's own optimizers have this flag too: after a skipped step, the learning rate stays the same.
             optimizer.overflow = not bool(torch.isfinite(norm))
         with _skipped(optimizer) if plain and optimizer.overflow else contextlib.nullcontext():
             self.deepspeed.step()
@@ -86,7 +86,7 @@ class Engine:
 
     @property
     def stage(self) -> int:
-        """ZeRO's."""
+        """The ZeRO stage."""
         return self.deepspeed.zero_optimization_stage()
 
     def save(self, folder: Path) -> None:
@@ -94,17 +94,17 @@ class Engine:
         save_checkpoint(self.deepspeed, folder)
 
     def load(self, folder: Path, rank: int) -> None:
-        """Puts the engine where it was when `save` wrote there: weights, optimizer, schedule."""
+        """Restores weights, optimizer and schedule from what `save` wrote."""
         load_checkpoint(self.deepspeed, folder, rank)
 
     def weights(self) -> Callable[[list[str], bool], dict[str, torch.Tensor]]:
-        """A function from names of parameters and buffers, and whether this rank wants them, to whole tensors on the
-        host (none where they are not wanted). All ranks call it alike."""
+        """Returns a function fetch(names, wanted): the whole tensors of these parameters and buffers on the host, or
+        none if this rank does not want them. All ranks must call it with the same names."""
         tensors = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
 
         def fetch(names: list[str], wanted: bool) -> dict[str, torch.Tensor]:
             whole = {}
-            for name in names:  # one by one: offload to NVMe has a fixed number of buffers
+            for name in names:  # one by one, because offload to NVMe has a fixed number of buffers
                 tensor = tensors[name]
                 gathered = [tensor] if isinstance(tensor, torch.nn.Parameter) else []
                 with deepspeed.zero.GatheredParameters(gathered, enabled=self.stage == 3):
@@ -119,12 +119,12 @@ class Engine:
         return self.deepspeed.get_lr()[0]
 
     def close(self) -> None:
-        """Gives the engine's memory back, to the allocator and from there to the machine."""
+        """Frees the engine's memory, and returns it to the machine."""
         engine, self.deepspeed = self.deepspeed, None
         optimizer, parameters = engine.optimizer, list(engine.module.parameters())
         engine.destroy()
         free_swap_buffers(parameters)
-        # ZeRO's hooks and groups form cycles with all they hold, and some outlive the engine: empty the holders.
+        # ZeRO's hooks and groups form reference cycles, and some outlive the engine. So what they hold is cleared.
         for holder in (optimizer, getattr(engine, "basic_optimizer", None)):
             if holder is not None:
                 vars(holder).clear()
@@ -140,7 +140,7 @@ class Engine:
 
 @contextlib.contextmanager
 def _skipped(optimizer: _Optimizer) -> Iterator[None]:
-    """Within it, the optimizer's step does nothing."""
+    """Inside the block, the optimizer's step does nothing."""
     step = optimizer.step
     optimizer.step = lambda *_, **__: None
     try:

@@ -1,4 +1,4 @@
-"""Starting DeepSpeed: what must be said before it is imported, and joining the ranks of a run."""
+"""Starting DeepSpeed: settings that must precede its import, and joining the ranks of a run."""
 
 import contextlib
 import dataclasses
@@ -16,13 +16,13 @@ from dpo_ds.engine import ops
 from dpo_ds.errors import RunStopped, UserError
 from dpo_ds.ranks import collectives, process, world
 
-# Tokenising a large set or reading a large checkpoint on one rank keeps the others waiting for long.
+# The other ranks wait this long while one rank tokenises a large set or reads a large checkpoint.
 PATIENCE = datetime.timedelta(hours=6)
 
 
 def quiet_start() -> None:
-    """What must be said before DeepSpeed is imported and CUDA allocates; and warnings only from the libraries, whose
-    own account of what they do would drown ours."""
+    """Settings that must precede DeepSpeed's import and CUDA's first allocation. The libraries print warnings only, so
+    that dpo_ds's own lines stay visible."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     elif process.exact_pinned_memory():
@@ -33,22 +33,22 @@ def quiet_start() -> None:
     deepspeed.utils.logger.setLevel("WARNING")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    # DeepSpeed 0.19 still calls what torch 2.13 has renamed, once a collective.
+    # DeepSpeed 0.19 calls functions that torch 2.13 has renamed: one warning for each collective.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
-    # The name that transformers 5.23 asks for instead is not there in 5.10.
+    # transformers 5.23 warns about a name whose replacement does not exist in 5.10.
     warnings.filterwarnings("ignore", category=FutureWarning, message=".*gradient_checkpointing")
 
 
 def join() -> world.World:
     """Joins the process group (nccl on GPUs, gloo on CPU) and takes this rank's device and share of the cores.
 
-    Raises UserError where a node has fewer GPUs than ranks.
+    Raises UserError if a node has fewer GPUs than ranks.
     """
     here = world.from_environment()
     if torch.cuda.is_available() and here.local_rank >= torch.cuda.device_count():
         raise UserError(f"this node has {torch.cuda.device_count()} GPU(s) and more ranks: lower --num_gpus to that")
     quiet_start()
-    # torchrun says 1 where nobody has said anything, and the optimizer's step on the host would take hours.
+    # torchrun sets 1 if the user has set nothing. With one thread, the optimizer's step on the host would take hours.
     if torch.cuda.is_available() and os.environ.get("OMP_NUM_THREADS", "1") == "1":
         local_size = int(os.environ.get("LOCAL_WORLD_SIZE", here.size))
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
@@ -101,8 +101,8 @@ def _wait_at_most(time: datetime.timedelta) -> None:
 
 
 def _unname_shared_memory(here: world.World) -> None:
-    """Takes away the name of this rank's block in /dev/shm as soon as every rank has mapped it. DeepSpeed 0.19's
-    collectives on CPU never do, and each rank of each run would leave 66 MiB of the machine's memory behind."""
+    """Unlinks this rank's block in /dev/shm as soon as every rank has mapped it. DeepSpeed 0.19's collectives on CPU
+    never unlink it, so each rank of each run would leave 66 MiB of memory in use."""
     collectives.wait_for_all()
     parts = "deepspeed_allreduce_buffer", os.getuid(), os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"], here.rank
     Path("/dev/shm", "_".join(map(str, parts))).unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Giving an engine's memory back: the allocators', NVMe buffers', swap files'."""
+"""Freeing what an engine leaves behind: memory in the allocators, NVMe buffers, swap files."""
 
 import contextlib
 import ctypes
@@ -16,13 +16,13 @@ def release_memory() -> None:
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     try:
-        ctypes.CDLL("libc.so.6").malloc_trim(0)  # glibc keeps freed blocks for itself otherwise
+        ctypes.CDLL("libc.so.6").malloc_trim(0)  # otherwise glibc keeps freed blocks
     except OSError:
         pass
 
 
 def free_swap_buffers(parameters: list) -> None:
-    """DeepSpeed locks the buffers through which parameters come from NVMe in memory, and never gives them back."""
+    """Frees the locked buffers for parameters on NVMe: DeepSpeed never frees them."""
     for swapper in {id(s): s for p in parameters if (s := getattr(p, "nvme_swapper", None))}.values():
         swapper.synchronize_writes()
         for handle, buffer in (
@@ -35,14 +35,14 @@ def free_swap_buffers(parameters: list) -> None:
 
 
 def clear_swap_folders(folders: list[Path]) -> None:
-    """Removes what an engine, or an earlier start's, wrote to NVMe; by all ranks together. DeepSpeed leaves its files
-    behind, and would copy an earlier engine's into each checkpoint."""
+    """Removes the swap files of an engine, or of an earlier start; all ranks call it together. DeepSpeed never removes
+    them, and would copy those of an earlier engine into each checkpoint."""
     if not folders:
         return
     collectives.wait_for_all()  # no rank is using its files any more
     if world.from_environment().local_rank == 0:
         for folder in folders:
             shutil.rmtree(folder, ignore_errors=True)
-            with contextlib.suppress(OSError):  # not empty: the run's other engine is in it
+            with contextlib.suppress(OSError):  # not empty: it holds the run's other engine's files
                 folder.parent.rmdir()
-    collectives.wait_for_all()  # before any rank makes its folders anew
+    collectives.wait_for_all()  # before any rank makes its folders again

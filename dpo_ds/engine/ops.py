@@ -1,8 +1,8 @@
-"""DeepSpeed's compiled ops, built at their first use: by one process at a time, whatever is killed meanwhile.
+"""Builds DeepSpeed's compiled ops at their first use, in one process at a time, even if a builder is killed.
 
-torch marks a build by a file, `lock`, in the op's folder, and waits while it is there. A process that was killed leaves
-it behind, and every later run would wait without end or word. So a lock of the kernel's, which goes with its holder,
-decides here whose turn it is. A leftover `lock` belongs to a live program or a dead one; it is deleted only if dead.
+While torch builds an op, a file `lock` lies in the op's folder, and other processes wait for its removal. A killed
+process leaves the file behind, and every later run would wait for ever without a message. Therefore dpo_ds takes a file
+lock of the kernel's first, which ends with its process. A `lock` file that no live process uses is then deleted.
 """
 
 import contextlib
@@ -19,14 +19,15 @@ from filelock import FileLock, Timeout
 from dpo_ds.errors import files_of
 from dpo_ds.ranks import console
 
-FIRST_WORD, NEXT_WORD = 5.0, 30.0  # seconds of waiting for another process, until it is said, and said again
+# Seconds of waiting for another process before the first message, and between later ones.
+FIRST_WORD, NEXT_WORD = 5.0, 30.0
 FOLDER = "TORCH_EXTENSIONS_DIR"
 
 
 def build_in_turns(speaks: bool) -> None:
-    """Has DeepSpeed load its ops so, in this process, each torch and DeepSpeed in a folder of its own.
+    """Makes DeepSpeed build its ops in turns, in a folder for these versions of torch and DeepSpeed.
 
-    To be called before it loads any, any number of times. The rank that speaks says what is compiled and waited for.
+    Call it before DeepSpeed loads an op; later calls change nothing. The rank that speaks reports builds and waits.
     """
     from deepspeed.ops.op_builder.builder import OpBuilder
 
@@ -45,7 +46,7 @@ def build_in_turns(speaks: bool) -> None:
             if any(folder.glob("*.so")):
                 return plain(self, verbose)
             if speaks:
-                _tell(f"DeepSpeed's {self.name} is compiled for this machine, once: up to some minutes ({folder})")
+                _say(f"DeepSpeed's {self.name} is compiled for this machine, once; it can take minutes ({folder})")
             with console.working(f"compiling DeepSpeed's {self.name}"):
                 return plain(self, verbose)
 
@@ -53,7 +54,7 @@ def build_in_turns(speaks: bool) -> None:
 
 
 def folder_of_versions() -> Path:
-    """Where ops are kept: torch's own folder, or TORCH_EXTENSIONS_DIR; within it, one for each torch and DeepSpeed."""
+    """The folder for ops: in torch's own folder, or TORCH_EXTENSIONS_DIR, one for each torch and DeepSpeed version."""
     import deepspeed
     import torch
     from torch.utils.cpp_extension import get_default_build_root
@@ -66,7 +67,7 @@ def folder_of_versions() -> Path:
 
 @contextlib.contextmanager
 def _turn(folder: Path, speaks: bool) -> Iterator[None]:
-    """Holds the kernel's lock on a folder; on a file system without locks, nothing."""
+    """Holds the kernel's lock on a folder, if its file system has locks."""
     lock = FileLock(folder / "dpo_ds.lock")
     started = time.monotonic()
     try:
@@ -76,7 +77,7 @@ def _turn(folder: Path, speaks: bool) -> Iterator[None]:
                 break
             except Timeout:
                 if speaks:
-                    _tell_of_wait(folder, started)
+                    _say_waiting(folder, started)
     except (OSError, NotImplementedError):
         pass
     try:
@@ -86,34 +87,34 @@ def _turn(folder: Path, speaks: bool) -> Iterator[None]:
 
 
 def _await_others(folder: Path, speaks: bool) -> None:
-    """Until no other program builds there; one that was killed does not."""
+    """Waits until no other process builds in the folder. Deletes the mark of a killed one."""
     mark = folder / "lock"
     started = time.monotonic()
     next_word = FIRST_WORD
     while mark.exists():
         if not _in_use(folder, mark):
-            time.sleep(0.5)  # who is done closes the mark an instant before it removes it
+            time.sleep(0.5)  # a finished process closes the mark just before it removes it
             if not _in_use(folder, mark):
                 mark.unlink(missing_ok=True)
                 return
         if speaks and time.monotonic() - started > next_word:
-            _tell_of_wait(folder, started)
+            _say_waiting(folder, started)
             next_word += NEXT_WORD
         time.sleep(0.5)
 
 
-def _tell_of_wait(folder: Path, started: float) -> None:
-    _tell(f"another process builds in {folder}: waiting for it, {time.monotonic() - started:.0f} s so far")
+def _say_waiting(folder: Path, started: float) -> None:
+    _say(f"another process builds in {folder}: waiting for it, {time.monotonic() - started:.0f} s so far")
 
 
-def _tell(message: str) -> None:
-    """On stderr: what DeepSpeed prints on stdout while it starts is not shown."""
+def _say(message: str) -> None:
+    """One line on stderr: stdout is redirected while DeepSpeed starts."""
     print(f"dpo_ds: {message}", file=sys.stderr, flush=True)
 
 
 def _in_use(folder: Path, mark: Path) -> bool:
-    """Whether a process of this machine has torch's mark open, or works in the folder, as compilers do that outlive
-    who began the build. Where there is no /proc to look into, whether the mark is there."""
+    """Whether a process of this machine has torch's mark open or works in the folder. A compiler may do so after the
+    process that started it has ended. Without /proc, the mark counts as in use."""
     if not Path("/proc/self/fd").is_dir():
         return True
     for process in Path("/proc").glob("[0-9]*"):

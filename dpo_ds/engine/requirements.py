@@ -1,4 +1,4 @@
-"""What DeepSpeed asks of a machine for a config, found out before a model is loaded: compilers, NVMe."""
+"""Checks before a model is loaded that the machine has what DeepSpeed needs for a config: compilers, NVMe."""
 
 import os
 import resource
@@ -8,18 +8,18 @@ from pathlib import Path
 from dpo_ds.engine.check_config import QUANTISED
 from dpo_ds.errors import UserError
 
-CAP_IPC_LOCK = 14  # capabilities(7): memory may be locked beyond the limit
+CAP_IPC_LOCK = 14  # in capabilities(7): the process may lock memory beyond the limit
 
 
 def require_compiler(name: str, config: dict, on_gpu: bool) -> None:
-    """Raises UserError where DeepSpeed would compile its code, late in the run's start, and has no compiler."""
+    """Raises UserError if DeepSpeed would have to compile its code and there is no compiler."""
     zero = config["zero_optimization"]
     if "offload_optimizer" in zero:
         compiler = os.environ.get("CXX", "c++")
         if shutil.which(compiler) is None:
             raise UserError(
-                f"--ds_config {name} keeps the optimizer on the host, whose code DeepSpeed compiles with {compiler}, "
-                "which is not installed: install g++, or choose a tier without offload"
+                f"--ds_config {name} keeps the optimizer on the host. DeepSpeed compiles it with {compiler}, which is "
+                "not installed: install g++, or choose a tier without offload"
             )
     elif on_gpu and not config["optimizer"]["params"]["torch_adam"]:
         _require_nvcc(name, "torch_adam to false", "FusedAdam", "torch_adam")
@@ -39,13 +39,15 @@ def _require_nvcc(name: str, setting: str, code: str, key: str) -> None:
 
 
 def require_nvme(folders: list[Path]) -> None:
-    """Raises UserError, with the remedy, where DeepSpeed would abort: no libaio, no locked memory, no direct I/O."""
+    """Raises UserError, with the remedy, if DeepSpeed would abort for lack of libaio, locked memory or direct I/O."""
     from deepspeed.ops.op_builder import AsyncIOBuilder
 
     if not AsyncIOBuilder().is_compatible():
         raise UserError("offload to nvme needs libaio, its headers and g++: install Debian's libaio-dev and g++")
     if not may_lock_memory():
-        raise UserError("offload to nvme locks its buffers in memory, which is limited here: ulimit -l unlimited")
+        raise UserError(
+            "offload to nvme locks its buffers in memory, and the limit here is too low: run ulimit -l unlimited first"
+        )
     for folder in folders:
         _require_direct_io(folder)
 
@@ -68,7 +70,7 @@ def _require_direct_io(folder: Path) -> None:
         os.close(os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_DIRECT))
     except OSError as error:
         raise UserError(
-            f"offload to nvme: {folder} takes no direct I/O ({error.strerror}): name a folder on a local drive"
+            f"offload to nvme: {folder} does not support direct I/O ({error.strerror}): name a folder on a local drive"
         ) from None
     finally:
         probe.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Reading and writing a DeepSpeed checkpoint, with what DeepSpeed's own loading leaves undone."""
+"""Writes and loads DeepSpeed's files of a checkpoint, and restores what DeepSpeed's own loading leaves out."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ def save_checkpoint(engine: deepspeed.DeepSpeedEngine, folder: Path) -> None:
 
 
 def load_checkpoint(engine: deepspeed.DeepSpeedEngine, folder: Path, rank: int) -> None:
-    """Puts weights, optimizer and schedule where they were, by all ranks together."""
+    """Restores weights, optimizer and schedule, by all ranks together."""
     if engine.zero_nvme_offload_optimizer():
         _expect_swapped_state(engine.optimizer, folder / TAG, rank)
     engine.load_checkpoint(str(folder), tag=TAG)
@@ -22,8 +22,8 @@ def load_checkpoint(engine: deepspeed.DeepSpeedEngine, folder: Path, rank: int) 
 
 
 def _count_as_before(adam) -> None:
-    """DeepSpeed's CPUAdam multiplies beta into beta^n at every step, and computes a power where it starts at another:
-    the last bit differs at half of the steps. Empty updates take it through the steps that were done."""
+    """Repeats the finished steps with empty updates. DeepSpeed's CPUAdam multiplies beta into beta^n step by step, but
+    after a resume it computes the power directly, and at half of the steps the last bit differs."""
     if not hasattr(adam, "ds_opt_adam"):
         return
     done = max((state["step"] for state in adam.state.values() if "step" in state), default=0)
@@ -34,9 +34,9 @@ def _count_as_before(adam) -> None:
 
 
 def _expect_swapped_state(optimizer, folder: Path, rank: int) -> None:
-    """With the optimizer on NVMe, DeepSpeed's load only copies swap files back. Adam's moments among them would not be
-    read, its step count and the groups' learning rates would start again, and groups too small for a swap file (1 MiB)
-    would keep the weights of the model's start: this puts all that in place, before the copying."""
+    """Prepares the optimizer for DeepSpeed's load, which with the optimizer on NVMe only copies swap files back.
+    Without this, Adam's moments would not be read from them, its step count and the groups' learning rates would start
+    again, and groups too small for a swap file (below 1 MiB) would keep the initial weights."""
     saved = optimizer_state(folder, rank)["optimizer_state_dict"]
     optimizer._set_fp32_optimizer_param_groups()
     optimizer.optimizer.load_state_dict(saved["optimizer_state_dict"])
@@ -48,7 +48,7 @@ def _expect_swapped_state(optimizer, folder: Path, rank: int) -> None:
             group.data.copy_(weights.data)
             continue
         for key in ("exp_avg", "exp_avg_sq"):
-            # Never touched, so never in memory: the swapper takes on what has a group's size, and then its file.
+            # Never written, so it takes no memory. The swapper takes a tensor of the group's size, then reads its file.
             state = torch.empty(optimizer.fp16_partitioned_groups_flat_numel[number], dtype=group.dtype)
             optimizer.optimizer.state[group][key] = state
         optimizer.optimizer_swapper._get_param_swap_info(group).release_memory()

@@ -1,7 +1,7 @@
-"""Reading single tensors out of a DeepSpeed checkpoint, without DeepSpeed ranks and without loading it.
+"""Reads single tensors from a DeepSpeed checkpoint, without starting ranks and without loading the whole.
 
-Files are memory-mapped: a tensor costs its own bytes. Stages 0 to 2 keep the whole model in one file; stage 3 keeps a
-slice of every parameter in each rank's files: ceil(n / ranks) elements, the last rank's padded.
+Files are memory-mapped, so a tensor takes only its own bytes. Stages 0 to 2 keep the whole model in one file. Stage 3
+keeps a slice of every parameter in each rank's files: ceil(n / ranks) elements, padded on the last rank.
 """
 
 import math
@@ -16,7 +16,7 @@ TAG = "deepspeed"  # the folder of DeepSpeed's files within a checkpoint
 
 
 class CheckpointWeights:
-    """Tensors by their name in the engine's module: trained ones as the optimizer's fp32 masters at stage 3."""
+    """Tensors by their name in the engine's module. At stage 3, trained ones are the optimizer's fp32 masters."""
 
     def __init__(self, folder: Path, stage: int, ranks: int):
         self.stage, self.ranks = stage, ranks
@@ -55,7 +55,7 @@ class CheckpointWeights:
 
 
 def _swap_file(path: Path, shapes: dict[str, torch.Size], ranks: int) -> torch.Tensor:
-    """A group of the optimizer's that was on NVMe: its file is padded at the end."""
+    """A group of the optimizer from its swap file, which is padded at the end."""
     length = sum(math.ceil(shape.numel() / ranks) for shape in shapes.values())
     return torch.from_file(str(path), size=length, dtype=torch.float32)
 
@@ -67,7 +67,7 @@ def optimizer_state(folder: Path, rank: int) -> dict:
 
 
 def _slice(groups: list[torch.Tensor], start: int, length: int) -> torch.Tensor:
-    """Elements start … start + length of the groups laid end to end."""
+    """Elements start … start + length of the concatenated groups."""
     parts = []
     for group in groups:
         if start < len(group) and length > 0:
@@ -82,7 +82,7 @@ def _load(path: Path) -> dict:
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address
 
-    # What DeepSpeed pickles beside tensors; anything else in the file is refused.
+    # DeepSpeed pickles these types beside tensors; a file with any other type is refused.
     try:
         with torch.serialization.safe_globals([LossScaler, ZeroStageEnum, fragment_address]):
             return torch.load(path, map_location="cpu", mmap=True, weights_only=True)

@@ -1,7 +1,7 @@
-"""Picks a DeepSpeed config (a tier of ds_configs/, or the user's own file) and fills in what it leaves "auto".
+"""Loads a DeepSpeed config (a tier of ds_configs/, or the user's own file) and fills in what it leaves "auto".
 
-A filled config is what deepspeed.initialize takes: no "auto" is left, batch sizes are ours (a step is a set of pairs,
-see data/steps.py), and nothing in it contradicts the options.
+deepspeed.initialize takes a filled config: no "auto" is left, dpo_ds sets the batch sizes (a step is a set of pairs:
+data/steps.py), and nothing contradicts the options.
 """
 
 import copy
@@ -15,15 +15,15 @@ from dpo_ds.errors import UserError
 from dpo_ds.models.model import Model
 from dpo_ds.resources import tier_files
 
-# DeepSpeed never sees a step's pairs: dpo_ds sets the boundaries itself.
+# DeepSpeed does not know which pairs a step has: dpo_ds marks the end of a step itself.
 BATCH_SIZES_ARE_OURS = (
-    ': remove it or make it "auto"; a step is --global_batch_pairs pairs, and --micro_batch_tokens says how much of it '
-    "a GPU takes at a time"
+    ': remove it or make it "auto"; a step is --global_batch_pairs pairs, and --micro_batch_tokens limits what a GPU '
+    "takes at a time"
 )
 
 
 def load_tier(name: str) -> dict:
-    """The JSON of a tier or file as it stands. Raises UserError if there is none of that name, or it is not JSON."""
+    """The JSON of a tier or file, unchanged. Raises UserError if there is no such file, or if it is not JSON."""
     tiers = tier_files()
     path = tiers.get(name, Path(name).expanduser())
     if not path.is_file():
@@ -38,17 +38,17 @@ def load_tier(name: str) -> dict:
 
 
 def fill_tier(name: str, options: Options, model: Model, ranks: int, on_gpu: bool) -> dict:
-    """The config for deepspeed.initialize: every "auto" filled, batch sizes ours.
+    """The config for deepspeed.initialize, with every "auto" filled and with dpo_ds's batch sizes.
 
-    `options.precision` and `learning_rate` must be decided. Raises UserError where the file contradicts an option or
-    asks for what DeepSpeed is known to get wrong.
+    `options.precision` and `learning_rate` must be decided. Raises UserError if the file contradicts an option, or
+    turns on something that DeepSpeed is known to get wrong.
     """
     config = copy.deepcopy(load_tier(name))
     check_file(name, config)
     _drop_what_is_off(config)
 
     def settle(section: dict, key: str, value, flag: str | None = None) -> None:
-        """Fills an "auto" or missing key, and refuses another value than the option's (or, without one, than ours)."""
+        """Fills a key that is "auto" or missing. Refuses any value but the option's (dpo_ds's own, without a flag)."""
         if section.get(key, AUTO) not in (AUTO, value):
             remedy = f", but {flag} says {value}: make them agree" if flag else BATCH_SIZES_ARE_OURS
             raise UserError(f"--ds_config {name} sets {key} to {shown(section[key])}{remedy}")
@@ -61,7 +61,7 @@ def fill_tier(name: str, options: Options, model: Model, ranks: int, on_gpu: boo
     settle(config.setdefault("bf16", {}), "enabled", options.precision == "bf16", f"--precision {options.precision}")
 
     optimizer = config.setdefault("optimizer", {})
-    optimizer.setdefault("type", "AdamW")  # without it DeepSpeed would make no optimizer
+    optimizer.setdefault("type", "AdamW")  # without a type, DeepSpeed would make no optimizer
     params = optimizer.setdefault("params", {})
     settle(params, "lr", options.learning_rate, "--learning_rate")
     settle(params, "weight_decay", options.weight_decay, "--weight_decay")
@@ -76,7 +76,7 @@ def fill_tier(name: str, options: Options, model: Model, ranks: int, on_gpu: boo
         _fill_nvme(name, zero, options, max(p.numel() for p in model.skeleton.parameters()), ranks)
     _fill_sizes(zero, model)
     if zero["stage"] == 3:
-        # An invalidated trace costs all prefetching: whoever runs into one should read of it.
+        # An invalidated trace stops all prefetching, so the user should see the warning.
         zero.setdefault("log_trace_cache_warnings", True)
         _fill_leaf_modules(name, zero, model)
     if "offload_optimizer" not in zero:
@@ -91,8 +91,8 @@ def fill_tier(name: str, options: Options, model: Model, ranks: int, on_gpu: boo
 
 
 def _drop_what_is_off(config: dict) -> None:
-    """Removes sections that ask for nothing, so that a section that is there is on."""
-    config.pop("fp16", None)  # files for transformers carry it as "auto" or off
+    """Removes sections that are off, so that each remaining section is on."""
+    config.pop("fp16", None)  # in files for transformers it is "auto" or off
     config.pop("scheduler", None)  # likewise, with nothing but "auto" in it
     zero = config.get("zero_optimization", {})
     for section in ("offload_optimizer", "offload_param"):
@@ -101,8 +101,8 @@ def _drop_what_is_off(config: dict) -> None:
 
 
 def _fill_sizes(zero: dict, model: Model) -> None:
-    """Bucket sizes by transformers' rules (integrations/deepspeed.py): a layer's square matrix, 0.9 of it, ten rows.
-    Live parameters: DeepSpeed's default, or two blocks of experts where those are larger."""
+    """Fills bucket sizes by transformers' rules (integrations/deepspeed.py): a layer's square matrix, 0.9 of it, ten
+    rows. For live parameters it takes DeepSpeed's default, or two blocks of experts if those are larger."""
     hidden = model.hidden_size
     live = max(10**9, 2 * model.largest_block)
     rules = {
@@ -121,7 +121,7 @@ def _fill_sizes(zero: dict, model: Model) -> None:
 
 
 def _fill_leaf_modules(name: str, zero: dict, model: Model) -> None:
-    """Blocks of experts are gathered whole, whatever DeepSpeed's default list knows."""
+    """Has ZeRO-3 gather blocks of experts whole, also those missing from DeepSpeed's default list."""
     leaf = dict(zero.get("leaf_module") or {})
     if isinstance(leaf.get("classes"), str) and leaf["classes"] != AUTO:
         leaf["classes"] = [leaf["classes"]]  # as DeepSpeed reads it
@@ -129,8 +129,8 @@ def _fill_leaf_modules(name: str, zero: dict, model: Model) -> None:
         zero["leaf_module"] = {**leaf, "classes": model.moe_blocks}
     elif missing := set(model.moe_blocks) - set(leaf.get("classes", model.moe_blocks)):
         raise UserError(
-            f"--ds_config {name}: leaf_module.classes lacks {missing.pop()}: ranks whose tokens go to different "
-            'experts would wait for each other for ever; add it, or make classes "auto"'
+            f"--ds_config {name}: {missing.pop()} is missing from leaf_module.classes: ranks whose tokens go to "
+            'different experts would wait for each other for ever; add it, or make classes "auto"'
         )
 
 
@@ -140,14 +140,14 @@ def uses_nvme(config: dict) -> bool:
 
 
 def swap_folders(config: dict) -> list[Path]:
-    """Where the engine of this config keeps its swap files: nothing else writes there."""
+    """The folders where the engine of this config keeps its swap files; nothing else writes there."""
     zero = config.get("zero_optimization", {})
     sections = [zero.get(section) or {} for section in ("offload_optimizer", "offload_param")]
     return sorted({Path(section["nvme_path"]) for section in sections if section.get("device") == "nvme"})
 
 
 def _fill_nvme(name: str, zero: dict, options: Options, largest_parameter: int, ranks: int) -> None:
-    """Offload to NVMe: a folder for every engine, buffers by the model, what DeepSpeed gets wrong refused or off."""
+    """Fills offload to NVMe: a folder per engine, buffers by the model's size. Refuses what DeepSpeed gets wrong."""
     optimizer, parameters = zero.get("offload_optimizer") or {}, zero.get("offload_param") or {}
     if zero["stage"] != 3:
         raise UserError(f"--ds_config {name}: device nvme needs ZeRO stage 3, not {zero['stage']}")
@@ -162,8 +162,8 @@ def _fill_nvme(name: str, zero: dict, options: Options, largest_parameter: int, 
                 f"--ds_config {name}: DeepSpeed leaves frozen parameters on nvme out of its checkpoints; with --lora, "
                 "set offload_param.device to cpu"
             )
-        # DeepSpeed's prefetch from NVMe asks twice for a parameter whose next two uses follow one another (a forward's
-        # last layer is its backward's first) and stops; and a parameter kept for later use keeps its buffer.
+        # DeepSpeed's prefetch from NVMe requests a parameter twice if its next two uses follow one another (the last
+        # layer of forward is the first of backward), and then fails. A parameter kept for reuse keeps its buffer.
         for key in ("stage3_prefetch_bucket_size", "stage3_max_reuse_distance"):
             if zero.get(key, AUTO) not in (AUTO, 0):
                 raise UserError(f"--ds_config {name}: with parameters on nvme, {key} must be 0, not {zero[key]}")
@@ -177,7 +177,7 @@ def _fill_nvme(name: str, zero: dict, options: Options, largest_parameter: int, 
             path = options.nvme_path if section.get("nvme_path", AUTO) == AUTO else section["nvme_path"]
             if path is None:
                 raise UserError(f"--ds_config {name} offloads to nvme: name a folder on a local drive with --nvme_path")
-            # DeepSpeed empties the folder that it is given, whoever else may be using it.
+            # DeepSpeed empties the folder that it is given, even if another process uses it.
             run = hashlib.sha256(str(Path(options.output_dir or "").resolve()).encode()).hexdigest()[:12]
             section["nvme_path"] = str(Path(path).expanduser() / f"dpo_ds-{run}" / "policy")
 

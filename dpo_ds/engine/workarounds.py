@@ -1,7 +1,8 @@
-"""Every workaround of a fault of DeepSpeed, torch or transformers: what, where, for which versions, and its test.
+"""The list of all workarounds for faults of DeepSpeed, torch, transformers and others. It holds no workaround itself.
 
-A newcomer finds here why a strange line is there, and a release that mends a fault lets its line go: `needed` says so.
-Where a workaround can be guarded by version, its code asks `needed(name)`.
+Each entry names the fault, the function that works around it (`where`), its test and the version with the fault. To add
+one, write the code where it belongs and add an entry here; tests/unit/test_layout.py checks that they agree. Once a
+release is free of the fault, set `mended_in`: `needed(name)` is then false, and the workaround can be removed.
 """
 
 from dataclasses import dataclass
@@ -14,10 +15,10 @@ from packaging.version import Version
 class Workaround:
     package: str
     fault: str
-    where: str  # module:function of ours
-    test: str  # file::test that fails without it, or shows that it is still needed
+    where: str  # module:function in dpo_ds that works around it
+    test: str  # file::test that fails without the workaround, or shows that it is still needed
     seen_in: str  # the version in which the fault was seen
-    mended_in: str | None = None  # the first version without it, once there is one
+    mended_in: str | None = None  # the first version without the fault, once there is one
     upstream: str | None = None  # issue or pull request, where known
 
 
@@ -31,7 +32,7 @@ WORKAROUNDS = {
     ),
     "left-lock": Workaround(
         "torch",
-        "A process killed while it compiles an op leaves `lock` behind, and every later one waits without end.",
+        "A process killed while it compiles an op leaves a file `lock` behind, and every later process waits for ever.",
         "dpo_ds.engine.ops:build_in_turns",
         "launches/test_ops.py::test_a_mark_that_was_left_holds_nobody_up",
         "2.13.0",
@@ -59,28 +60,28 @@ WORKAROUNDS = {
     ),
     "pinned-powers-of-two": Workaround(
         "torch",
-        "Page-locked blocks are rounded up to a power of two: 16.4 GiB take 32.",
+        "Page-locked blocks are rounded up to a power of two: 16.4 GiB take 32 GiB.",
         "dpo_ds.ranks.process:exact_pinned_memory",
         "unit/plan/test_plan.py::test_page_locked_memory_is_rounded_up_unless_torch_is_told_not_to",
         "2.13.0",
     ),
     "varlen-arguments": Workaround(
         "torch",
-        "varlen_attn has no window in 2.10, takes fewer key heads unasked in 2.11, and wants enable_gqa from 2.12.",
+        "varlen_attn has no window in 2.10; fewer key heads need no argument in 2.11, but enable_gqa from 2.12 on.",
         "dpo_ds.scoring.attention:_torch_varlen",
         "unit/scoring/test_scoring.py::test_torchs_own_kernel_is_known_by_the_arguments_that_it_takes",
         "2.13.0",
     ),
     "frequencies-by-row": Workaround(
         "transformers",
-        "LongRoPE and dynamic NTK take their frequencies from the longest position in the row.",
+        "The frequencies of LongRoPE and dynamic NTK depend on the largest position in the row.",
         "dpo_ds.scoring.rotary:fix_frequencies",
         "unit/scoring/test_scoring.py::test_frequencies_are_those_of_max_length_whatever_shares_the_row",
         "5.23.0",
     ),
     "bf16-first-step": Workaround(
         "deepspeed",
-        "The bf16 optimizer at stage 0 allocates Adam's state by a step with zero gradients, and leaves it counted.",
+        "The bf16 optimizer at stage 0 allocates Adam's state by a step with zero gradients, and counts that step.",
         "dpo_ds.engine.build:_forget_first_step",
         "launches/test_engines.py::test_a_closed_engine_gives_its_memory_back",
         "0.19.8",
@@ -94,7 +95,7 @@ WORKAROUNDS = {
     ),
     "parameter-numbers": Workaround(
         "deepspeed",
-        "Swap files are named by a counter of the process: a policy's differ after a resume.",
+        "Swap files are named by a counter in the process, so a policy's names can differ after a resume.",
         "dpo_ds.engine.build:policy_engine",
         "launches/test_nvme.py::test_a_resumed_run_is_bit_identical",
         "0.19.8",
@@ -115,28 +116,28 @@ WORKAROUNDS = {
     ),
     "locked-buffers": Workaround(
         "deepspeed",
-        "Buffers through which parameters come from NVMe are locked in memory and never given back.",
+        "The buffers for parameters on NVMe are locked in memory and never freed.",
         "dpo_ds.engine.memory:free_swap_buffers",
         "launches/test_nvme.py::test_a_resumed_run_is_bit_identical",
         "0.19.8",
     ),
     "left-swap-files": Workaround(
         "deepspeed",
-        "Swap files stay behind, and an earlier engine's are copied into each checkpoint.",
+        "Swap files are never removed, and an earlier engine's are copied into each checkpoint.",
         "dpo_ds.engine.memory:clear_swap_folders",
         "launches/test_nvme.py::test_a_resumed_run_is_bit_identical",
         "0.19.8",
     ),
     "engines-outlive": Workaround(
         "deepspeed",
-        "ZeRO's hooks and groups form cycles with all they hold, and some outlive the engine.",
+        "ZeRO's hooks and groups form reference cycles, and some keep their memory after the engine is gone.",
         "dpo_ds.engine.engine:Engine.close",
         "launches/test_engines.py::test_a_closed_engine_gives_its_memory_back",
         "0.19.8",
     ),
     "broken-options": Workaround(
         "deepspeed",
-        "Options that DeepSpeed takes and gets wrong: Twin-Flow's ratio, bf16 masters, prefetch from NVMe.",
+        "Options that DeepSpeed accepts but gets wrong: Twin-Flow's ratio, bf16 masters, prefetch from NVMe.",
         "dpo_ds.engine.tiers:fill_tier",
         "unit/engine/test_tiers.py::test_what_is_refused_says_why",
         "0.19.8",
@@ -159,6 +160,6 @@ WORKAROUNDS = {
 
 
 def needed(name: str) -> bool:
-    """Whether the installed version still has the fault."""
+    """Whether the installed version still has the fault; workarounds that depend on a version ask this."""
     workaround = WORKAROUNDS[name]
     return workaround.mended_in is None or Version(version(workaround.package)) < Version(workaround.mended_in)

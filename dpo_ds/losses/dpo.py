@@ -10,6 +10,6 @@ import torch.nn.functional as F
 def dpo_loss(policy_margins: torch.Tensor, reference_margins: torch.Tensor, beta: float) -> torch.Tensor:
     """-log sigmoid(beta * (policy margin - reference margin)), [B]: Rafailov et al. 2023 (arXiv 2305.18290), eq. 7.
 
-    With the policy equal to the reference it is ln 2 for every pair.
+    If the policy equals the reference, the loss is ln 2 for every pair.
     """
     return -F.logsigmoid(beta * (policy_margins - reference_margins))

@@ -1,4 +1,4 @@
-"""What is told of a step's pairs beside their loss: rewards, margins, accuracy."""
+"""The metrics of preference pairs: loss, rewards, margins, accuracy."""
 
 import torch
 
@@ -6,7 +6,7 @@ import torch
 def preference_metrics(
     policy: torch.Tensor, reference: torch.Tensor, losses: torch.Tensor, beta: float
 ) -> torch.Tensor:
-    """[B, 7], a row per pair, in the order of METRICS. policy and reference: logps [B, 2]; losses [B].
+    """Returns [B, 7]: a row per pair, in the order of METRICS. policy and reference: logps [B, 2]; losses [B].
 
     A reward is beta * (policy logps - reference logps); equal rewards count as half right.
     """

@@ -1,1 +1,1 @@
-"""Models, known from their config alone: finding them, their files, their adapters, their FLOPs."""
+"""What a config says about a model: finding it, its files, its adapters, its FLOPs."""

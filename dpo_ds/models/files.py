@@ -1,4 +1,4 @@
-"""A model's files: its tokenizer, and its weights as whole safetensors files."""
+"""A model's files: its tokenizer and its safetensors weights."""
 
 import json
 from pathlib import Path
@@ -20,14 +20,16 @@ OTHER_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "*.py")
 
 
 def load_tokenizer(model: Model) -> "PreTrainedTokenizerBase":
-    """The model's tokenizer. Raises UserError if there is none, or it has no EOS token to end responses with."""
+    """The model's tokenizer. Raises UserError if it cannot be loaded, has no EOS token or has too many tokens."""
     from transformers import AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(model.source, trust_remote_code=model.trust_remote_code)
-    except Exception as error:  # transformers reads the user's files: whatever it raises is about them
+    except Exception as error:  # transformers reads the user's files, so any error is about them
         text = one_line(error)
-        raise UserError(f"--model {model.name} has no tokenizer that loads; put its files beside it: {text}") from error
+        raise UserError(
+            f"--model {model.name} has no tokenizer that loads; put the tokenizer's files into its folder: {text}"
+        ) from error
     if tokenizer.eos_token_id is None:
         raise UserError(f"--model {model.name}: its tokenizer has no EOS token; set eos_token in tokenizer_config.json")
     vocabulary = model.config.get_text_config().vocab_size
@@ -40,7 +42,7 @@ def load_tokenizer(model: Model) -> "PreTrainedTokenizerBase":
 
 
 def fetch_weights(model: Model) -> Path:
-    """The folder with the weights, downloaded if they are on the hub. Raises UserError if they are not whole."""
+    """The folder with the weights, downloaded if needed. Raises UserError if a file is missing or damaged."""
     folder = Path(model.source)
     if not folder.is_dir():
         from huggingface_hub import snapshot_download
@@ -52,7 +54,7 @@ def fetch_weights(model: Model) -> Path:
             raise UserError(_not_found(model.name, model.source, error)) from error
     for file in weight_files(folder):
         try:
-            with safe_open(file, framework="pt"):  # reads the header alone
+            with safe_open(file, framework="pt"):  # reads only the header
                 pass
         except (OSError, SafetensorError) as error:
             raise UserError(f"{file} is damaged or cannot be read ({one_line(error)}): copy it again") from None
@@ -60,7 +62,7 @@ def fetch_weights(model: Model) -> Path:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model folder. Raises UserError if there are none, or some that the index names."""
+    """The safetensors files of a model folder. Raises UserError if there are none or some are missing."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         try:
@@ -71,7 +73,9 @@ def weight_files(folder: Path) -> list[Path]:
         files = sorted(folder.glob("*.safetensors"))
     missing = [file.name for file in files if not file.is_file()]
     if missing:
-        raise UserError(f"{folder} lacks {missing[0]} that its index names ({len(missing)} missing): copy it again")
+        raise UserError(
+            f"{folder}: {missing[0]} is in the index but not there ({len(missing)} missing): copy the folder again"
+        )
     if not files:
         others = sorted(file.name for file in folder.glob("*.bin"))
         instead = f", only {others[0]}" if others else ""

@@ -1,7 +1,7 @@
 """Finding a model by name: one of the twelve from the package, a folder, or the hub.
 
-The twelve's shapes travel with the package (model_shapes.json: config.json's facts, from the models' pages), so that a
-plan needs no network. Any other causal language model of transformers is known by the same rules from its own config.
+The shapes of the twelve are in the package (model_shapes.json holds what their config.json files say), so a plan for
+them needs no network. For any other causal language model of transformers, its own config is read.
 """
 
 import functools
@@ -24,14 +24,14 @@ EMBEDDED = "tiny-gpt2"
 
 @dataclass(frozen=True)
 class Row:
-    """A model of the table: what its page on the hub says, without the hub."""
+    """One of the twelve models, as model_shapes.json describes it."""
 
-    parameters: int  # counted on the meta device, tests/launches/test_models.py counts again
+    parameters: int  # counted on the meta device; tests/unit/models/test_models.py counts again
     config: "PreTrainedConfig"
 
 
 @functools.cache
-def table() -> dict[str, Row]:
+def known_models() -> dict[str, Row]:
     """The twelve models by hub id."""
     from transformers import AutoConfig
 
@@ -41,9 +41,9 @@ def table() -> dict[str, Row]:
 
 @functools.cache
 def known_model(name: str, trust_remote_code: bool = False) -> Model:
-    """The model's shape: of the twelve from the package, without a network; of any other as `find_model` reads it."""
-    if name in table() and not Path(name).exists():
-        row = table()[name]
+    """The model's shape: for the twelve from the package, without a network; for any other from `find_model`."""
+    if name in known_models() and not Path(name).exists():
+        row = known_models()[name]
         return Model(name, name, row.config, known_parameters=row.parameters)
     return find_model(name, trust_remote_code)
 
@@ -51,7 +51,7 @@ def known_model(name: str, trust_remote_code: bool = False) -> Model:
 def find_model(name: str, trust_remote_code: bool = False) -> Model:
     """Reads the model's config, from the package, a folder, or the hub.
 
-    Raises UserError if there is none to be had, or it is no causal language model.
+    Raises UserError if it cannot be read, or if the model is no causal language model.
     """
     from transformers import AutoConfig
 
@@ -70,7 +70,7 @@ def find_model(name: str, trust_remote_code: bool = False) -> Model:
         hub.offline_if_unreachable()
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
-    except Exception as error:  # transformers reads the user's file: whatever it raises is about that
+    except Exception as error:  # transformers reads the user's file, so any error is about it
         raise UserError(_not_found(name, source, error)) from error
     _require_causal(name, config, trust_remote_code)
     return Model(name, source, config, trust_remote_code)
@@ -88,7 +88,7 @@ def _not_found(name: str, source: str, error: Exception) -> str:
         remedy = "ask for access on its page, then set HF_TOKEN or run `hf auth login`"
         return f"--model {name} is gated or does not exist on the hub: {remedy}"
     remedy = "check the id and the network, or download the model elsewhere and name its folder; tiny-gpt2 needs none"
-    return f"--model {name} is no folder here and cannot be read from the hub: {remedy}"
+    return f"--model {name} is not a local folder and cannot be read from the hub: {remedy}"
 
 
 def _require_causal(name: str, config: "PreTrainedConfig", trust_remote_code: bool) -> None:

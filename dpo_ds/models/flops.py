@@ -1,8 +1,8 @@
-"""What DPO's own arithmetic is, in floating-point operations, and what part of a GPU's peak it makes (MFU).
+"""Counts the floating-point operations of DPO, from which the share of a GPU's peak (MFU) follows.
 
-Counted as PaLM's report does (Chowdhery et al. 2022, arXiv 2204.02311, appendix B), for DPO: the matrix products of the
-body once for every packed token, the shared prompt once; those of the output head for response tokens alone; attention
-for the pairs of tokens that see each other. What is recomputed in backward counts for nothing.
+The count follows PaLM's report (Chowdhery et al. 2022, arXiv 2204.02311, appendix B). The body's matrix products count
+once for every packed token, so a shared prompt counts once; the output head's count for response tokens only; attention
+counts the pairs of tokens that see each other. Recomputation in backward does not count.
 """
 
 import numpy as np
@@ -13,12 +13,12 @@ from dpo_ds.models.lora import is_target
 from dpo_ds.models.lora import targets as lora_targets
 from dpo_ds.models.model import Model
 
-# Dense bf16 products, FLOPs per second, from NVIDIA's data sheets; by a word of the device's name.
+# FLOP/s of dense bf16 products, from NVIDIA's data sheets, by a word in the device's name.
 PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "A10G": 70e12, "A40": 150e12}
 
 
 def peak_of(device: torch.device) -> float | None:
-    """The device's dense bf16 peak in FLOPs per second, where it is known."""
+    """The device's dense bf16 peak in FLOP/s, or None if it is not known."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
@@ -44,13 +44,13 @@ class Flops:
             for parameter in module.parameters(recurse=False):
                 if parameter.dim() == 2:
                     self.body += parameter.numel()
-                elif parameter.dim() == 3:  # fused experts, of which a token goes through a few
+                elif parameter.dim() == 3:  # fused experts: a token goes through top_k of them
                     self.body += top_k * parameter.numel() // len(parameter)
             if is_target(name, adapted):
                 self.adapters += options.lora_r * sum(module.weight.shape)
         self.lora = options.lora
-        # The policy's forward, in backward once for the activations' gradients and once for the weights' (LoRA's frozen
-        # weights have none); the reference's forward where it is made in the step.
+        # Backward repeats the forward's products once for the activations' gradients and once for the weights' (LoRA's
+        # frozen weights have none). The reference's forward counts if it runs within the step.
         self.backward = 1 if options.lora else 2
         self.reference = options.reference in ("live", "base")
         heads = text.num_attention_heads
@@ -72,7 +72,7 @@ class Flops:
         return policy + (products + attention if self.reference else 0.0)
 
     def _attention(self, lengths: np.ndarray) -> float:
-        """Of a forward: a product of queries and keys, and one of weights and values, for each visible key."""
+        """FLOPs of a forward: for each visible key, a product of query and key and one of weight and value."""
         P, C, R = lengths.T
         return sum(
             4.0
@@ -83,6 +83,6 @@ class Flops:
 
 
 def _seen(rows: np.ndarray, window: int | None) -> np.ndarray:
-    """Keys that the first `rows` rows of a causal sequence see, summed over the rows."""
+    """Number of keys that each of the first `rows` rows of a causal sequence sees, summed over the rows."""
     inside = rows if window is None else np.minimum(rows, window)
     return inside * (inside + 1) / 2 + (rows - inside) * (window or 0)

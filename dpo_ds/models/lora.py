@@ -1,4 +1,4 @@
-"""LoRA (arXiv 2106.09685) through peft: which adapters a run trains."""
+"""LoRA (arXiv 2106.09685) with peft: which modules get adapters."""
 
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -20,16 +20,16 @@ HEAD = "lm_head"
 
 
 def linear_modules(model: torch.nn.Module) -> set[str]:
-    """Names (their last part) of the model's linear modules, without the output head, as peft's all-linear has it."""
+    """Names (their last part) of the model's linear modules, without the output head, like peft's all-linear."""
     kinds = ("Linear", "Conv1D")  # GPT-2 has the latter
     names = {name.rpartition(".")[2] for name, module in model.named_modules() if type(module).__name__ in kinds}
     return names - {HEAD}
 
 
 def targets(model: "PreTrainedModel", wanted: str) -> list[str]:
-    """The names of the modules that get adapters. A mixture's experts are fused parameters, no modules: they get none.
+    """The names of the modules that get adapters. Fused experts are parameters, not modules, and get none.
 
-    Raises UserError if a wanted name is no linear module of the model, or an output head that is the embedding too.
+    Raises UserError if a wanted name is no linear module of the model, or an output head that is tied to the embedding.
     """
     linear = linear_modules(model)
     if wanted == ALL:
@@ -39,8 +39,8 @@ def targets(model: "PreTrainedModel", wanted: str) -> list[str]:
         module = name.rpartition(".")[2]
         if module == HEAD and model.config.get_text_config().tie_word_embeddings:
             raise UserError(
-                f"--lora_targets {name}: this model's output head is its embedding as well, which an adapter would "
-                "part: leave it out"
+                f"--lora_targets {name}: this model's output head shares its weight with the embedding, so it cannot "
+                "have an adapter of its own: leave it out"
             )
         if module not in linear | {HEAD}:
             raise UserError(
@@ -50,7 +50,7 @@ def targets(model: "PreTrainedModel", wanted: str) -> list[str]:
 
 
 def is_target(name: str, names: list[str]) -> bool:
-    """Whether a module of that path gets an adapter: peft's rule, the whole path or its end."""
+    """Whether the module at this path gets an adapter, by peft's rule: a target is the whole path or its end."""
     return any(name == target or name.endswith(f".{target}") for target in names)
 
 
@@ -61,7 +61,7 @@ def plain_model(model: LanguageModel) -> "PreTrainedModel":
 
 
 def add_lora(model: "PreTrainedModel", options: Options) -> "PeftModel":
-    """Wraps a causal LM with adapters; its own weights are frozen. The adapters begin as the identity (B = 0).
+    """Wraps a causal LM with adapters; its own weights are frozen. At the start, the adapters change nothing (B = 0).
 
     Raises UserError as `targets` does.
     """

@@ -1,4 +1,4 @@
-"""A model as its config alone describes it: parameters, class, tier, context, before any weight is read."""
+"""A model as its config describes it, before any weight is read: parameters, size class, tier, context."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,7 +11,7 @@ if TYPE_CHECKING:  # a command that refuses its options must not wait for these 
 
 @dataclass(frozen=True)
 class SizeClass:
-    """What follows from a model's size, where the user has not said otherwise."""
+    """Defaults that follow from a model's size."""
 
     name: str
     below: float  # parameters
@@ -19,8 +19,8 @@ class SizeClass:
     learning_rate: float
 
 
-# Learning rates: 5e-7 is Zephyr's for 7 B (arXiv 2310.16944, section 4); smaller models take more, larger ones less.
-# The first row is ours: models that learn from a thousand pairs while one watches (tests/launches/test_embedded.py).
+# Learning rates: 5e-7 is Zephyr's for 7 B (arXiv 2310.16944, section 4); smaller models get more, larger ones less.
+# The first row is ours: toy models learn from a thousand pairs in seconds (tests/launches/test_embedded.py).
 SIZE_CLASSES = (
     SizeClass("toy", 2e7, "zero0_debug", 2e-4),
     SizeClass("debug", 5e8, "zero0_debug", 5e-6),
@@ -50,7 +50,7 @@ class Model:
     source: str  # what from_pretrained takes: a folder, or the hub id
     config: "PreTrainedConfig"
     trust_remote_code: bool = False
-    known_parameters: int | None = None  # of the twelve: counted before
+    known_parameters: int | None = None  # counted before, for the twelve
 
     @cached_property
     def skeleton(self) -> "PreTrainedModel":
@@ -63,7 +63,7 @@ class Model:
 
     @cached_property
     def parameters(self) -> int:
-        """Number of parameters, tied ones once."""
+        """Number of parameters; tied ones count once."""
         return self.known_parameters or sum(p.numel() for p in self.skeleton.parameters())
 
     @cached_property
@@ -77,7 +77,7 @@ class Model:
 
     @cached_property
     def moe_blocks(self) -> list[str]:
-        """Classes of the modules that hold experts. Under ZeRO-3 they must be gathered whole: ranks whose tokens go to
+        """Classes of the modules that hold experts. ZeRO-3 must gather these whole: otherwise ranks whose tokens go to
         different experts would wait for each other for ever."""
         if not self.is_moe:
             return []
@@ -101,9 +101,9 @@ class Model:
 
     @property
     def context(self) -> int | None:
-        """Tokens that the model's positions reach; None where the config names no limit."""
+        """The most positions that the model supports; None if its config names no limit."""
         text = self.config.get_text_config()
-        # Command-R's config.json has both, the second for what it was trained on in the end.
+        # Command-R's config.json has both; the second is the length of its last training.
         limits = [getattr(text, key, None) for key in ("max_position_embeddings", "model_max_length")]
         return max((limit for limit in limits if limit), default=None)
 

@@ -1,1 +1,1 @@
-"""What a run takes of the machine, the choice of tier and micro-batch by it, and the refusal where nothing fits."""
+"""The memory plan: what a run needs, which tier and micro-batch fit, and what to say if nothing does."""

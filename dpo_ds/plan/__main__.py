@@ -1,9 +1,10 @@
-"""What a run takes of GPUs, host memory and disk, in bytes, before anything is downloaded or loaded.
+"""Prints what a run needs of GPU memory, host memory and disk, before anything is downloaded or loaded.
 
     python -m dpo_ds.plan --model meta-llama/Meta-Llama-3-70B-Instruct --gpus 8 --gpu_memory 80 --host_memory 1000
     python -m dpo_ds.plan --all
 
-The options of dpo_ds.train, and a machine; without one, this machine. Sizes are GiB, as nvidia-smi and free count.
+It takes the options of dpo_ds.train. They may describe another machine; the default is this one. Sizes are in GiB, like
+those of nvidia-smi and free.
 """
 
 import argparse
@@ -12,7 +13,7 @@ import json
 from dpo_ds.config import Options, parse_options
 from dpo_ds.engine import join
 from dpo_ds.errors import UserError
-from dpo_ds.models.find import table
+from dpo_ds.models.find import known_models
 from dpo_ds.plan.choose import choose
 from dpo_ds.plan.machine import GIB, NODE_GPUS, Machine, gib
 from dpo_ds.plan.plan import Plan
@@ -21,12 +22,12 @@ from dpo_ds.ranks import console
 
 
 def everything() -> str:
-    """The twelve models on 8 A100s with 80 or 40 GiB each, and 1 or 2 TB of host memory, as Markdown."""
+    """The plans of the twelve models on 8 A100 of 80 or 40 GiB, with 1 or 2 TB of host memory, as a Markdown table."""
     lines = [
         "| model | | " + " | ".join(f"{gpu} GiB, {host} TB" for gpu in (80, 40) for host in (1, 2)) + " |",
         "|---|---|" + "---|" * 4,
     ]
-    for name in table():
+    for name in known_models():
         for lora in (False, True):
             cells = []
             for gpu in (80, 40):
@@ -56,7 +57,7 @@ def main(argv: list[str]) -> None:
         return
     options = parse_options(rest, "plan")
     plan = choose(options, Machine.of(options))
-    print(json.dumps(plan.facts(), indent=1) if own.json else plan.table())
+    print(json.dumps(plan.facts(), indent=1) if own.json else plan.as_markdown())
     if not plan.fits:
         raise UserError(refusal(plan, options))
 

@@ -1,8 +1,8 @@
-"""How much memory a forward and backward takes beside weights and optimizer: counted, not estimated.
+"""Counts the memory of a forward and backward, beside that of weights and optimizer.
 
-The real model's own code (attention's layout, fused head, LoRA, recomputation and all) runs on the meta device, where
-tensors have sizes but no content, and every tensor's birth and death is counted. A few layers are enough: what the
-others add is a straight line.
+The model's own code (packed attention, fused head, LoRA, recomputation) runs on the meta device, where tensors have
+sizes but no content, and the count follows each tensor from its creation to its release. A few layers are enough,
+because memory grows linearly with their number.
 """
 
 import copy
@@ -26,8 +26,8 @@ from dpo_ds.scoring.scorer import PairScorer
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of all meta tensors made within it that are still alive, and the most there ever were; not
-    those of `before`, nor views of them."""
+    """Counts the bytes of the meta tensors that were created inside the block and are alive (`now`), and their maximum
+    (`peak`). The tensors in `before`, and views of them, do not count."""
 
     def __init__(self, before: Iterable[torch.Tensor]):
         super().__init__()
@@ -56,7 +56,7 @@ class LiveBytes(TorchDispatchMode):
 
 @dataclass(frozen=True)
 class Activations:
-    """Bytes for one micro-batch of `tokens` packed tokens: a constant (head, embedding) and a part for every layer."""
+    """Bytes of one micro-batch's activations: a part outside the layers (head, embedding) and a part per layer."""
 
     outside: int
     per_layer: int
@@ -68,7 +68,7 @@ class Activations:
 
 
 class Counter:
-    """Counts activations of one model with one set of options; skeletons of a few layers are built once."""
+    """Counts activations for one model and one set of options. It builds models of a few layers once."""
 
     def __init__(
         self,
@@ -83,7 +83,7 @@ class Counter:
         self.kinds = list(dict.fromkeys(getattr(text, "layer_types", None) or [])) or [None]
         self.counts = (1 + len(self.kinds), 1 + 2 * len(self.kinds))
         self.options, self.keep_gradients = options, keep_gradients
-        # Grouped products exist on the meta device in bf16 only; in fp32 nearly everything takes twice that.
+        # On the meta device, grouped products exist only in bf16; in fp32 nearly everything takes twice as much.
         self.scale = 1
         if experts and dtype == torch.float32:
             dtype, self.scale = torch.bfloat16, 2
@@ -106,20 +106,20 @@ class Counter:
             if self.options.lora:
                 model = add_lora(model, self.options)
                 for name, parameter in model.named_parameters():
-                    if ".lora_" in name:  # peft gives adapters their base's dtype, but not on the meta device
+                    if ".lora_" in name:  # off the meta device, peft gives adapters the dtype of their base
                         parameter.data = parameter.data.to(dtype)
         model.train()
         for module in model.modules():
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0
         for parameter in model.parameters():
-            if parameter.requires_grad and not self.keep_gradients:  # ZeRO takes a gradient away as soon as it is there
+            if parameter.requires_grad and not self.keep_gradients:  # ZeRO moves a gradient away as soon as it exists
                 parameter.register_post_accumulate_grad_hook(_drop_gradient)
         return PairScorer(model)
 
     def count(self, tokens: int, pair_tokens: int, checkpointing: bool, budget: LogitBudget) -> Activations:
-        """For a micro-batch of `tokens` packed tokens in pairs of `pair_tokens`, with as many response tokens as there
-        can be, and the head's logits within the budget."""
+        """Counts for a micro-batch of `tokens` packed tokens in pairs of `pair_tokens`. `budget` limits the head's
+        logits."""
         batch = _batch(tokens, pair_tokens)
         few, many = (self.scale * _peak(scorer, batch, checkpointing, budget) for scorer in self.scorers)
         per_layer = (many - few) // (self.counts[1] - self.counts[0])

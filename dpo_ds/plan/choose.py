@@ -1,6 +1,6 @@
-"""Which tier, micro-batch and recomputation a run takes: the first tier that fits, filled as far as it goes.
+"""Chooses tier, micro-batch and recomputation: the first tier that fits, with the largest micro-batch that fits.
 
-What a choice holds where is in footprint.py; what to say where nothing fits is in refuse.py.
+footprint.py computes the memory that a choice needs; refuse.py writes the message if nothing fits.
 """
 
 import functools
@@ -21,9 +21,9 @@ PLENTY = 10**6 * GIB
 
 
 def decide(options: Options, model: Model, on_gpu: bool) -> Options:
-    """Fills precision, learning rate and length, which follow from the model and the kind of machine.
+    """Fills precision, learning rate and length from the model and the kind of machine.
 
-    Raises UserError for what the model cannot do.
+    Raises UserError for options that the model does not support.
     """
     changes: dict[str, Any] = {}
     if options.precision == "auto":
@@ -43,13 +43,13 @@ def _router_coefficient(wanted: str, model: Model) -> str:
     own = getattr(model.config.get_text_config(), "router_aux_loss_coef", None)
     if own is None:
         raise UserError(
-            f"--router_aux_loss_coef {wanted}: {model.name} is no mixture of experts with such a loss: leave it out"
+            f"--router_aux_loss_coef {wanted}: {model.name} is no mixture of experts with a router loss: leave it out"
         )
     return str(own) if wanted == "model" else wanted
 
 
 def candidates(options: Options, model: Model, machine: Machine) -> list[str]:
-    """The tiers to try, the fastest first: the class's own, without offload before with it, NVMe last."""
+    """The tiers to try, the fastest first: without offload, then the size class's own, then more offload, NVMe last."""
     if options.ds_config != "auto":
         return [options.ds_config]
     own = model.lora_tier if options.lora else model.tier
@@ -60,7 +60,7 @@ def candidates(options: Options, model: Model, machine: Machine) -> list[str]:
         order += ["zero2_small", "zero3_standard", "zero3_offload_specialised"]
     if own == "zero3_standard":
         order += ["zero3_offload_specialised"]
-    if machine.nvme and not options.lora:  # adapters' state is small: it is never what lacks room
+    if machine.nvme and not options.lora:  # adapters' state is small, so NVMe would not help
         order.append("zero3_nvme_large")
     return list(dict.fromkeys(order))
 
@@ -74,7 +74,7 @@ def _shape(
 
 
 def choose(options: Options, machine: Machine) -> Plan:
-    """The first tier that fits, with the micro-batch that fills the GPU; if none does, the one that lacks least."""
+    """The plan of the first tier that fits, with its largest micro-batch; if none fits, the plan of least excess."""
     model = known_model(options.model, options.trust_remote_code)
     options = decide(options, model, machine.gpu_memory is not None)
     lora = (options.lora, options.lora_r, options.lora_targets) if options.lora else (False, 1, "")
@@ -89,10 +89,10 @@ def choose(options: Options, machine: Machine) -> Plan:
 
 
 def fill(shape: Shape, options: Options, machine: Machine) -> Plan:
-    """The plan of one tier: activations kept if a step's share of pairs fits so, else recomputed, in the largest
-    micro-batch that fits."""
+    """The plan of one tier with the largest micro-batch that fits. Activations are kept if the rank's whole share of a
+    step fits with them, else recomputed."""
     somewhere = options
-    if machine.nvme and not options.nvme_path:  # another machine's, whose folders nobody has named
+    if machine.nvme and not options.nvme_path:  # a plan for another machine, whose folders are not known
         somewhere = options.replace(nvme_path="/nvme")
     config = fill_tier(options.ds_config, somewhere, shape.model, machine.ranks, machine.gpu_memory is not None)
 
@@ -116,18 +116,18 @@ def fill(shape: Shape, options: Options, machine: Machine) -> Plan:
 
 
 def tokens_on_cpu(longest_pair: int) -> int:
-    """A micro-batch's tokens: more would make products no faster and take memory (benchmarks/README.md)."""
+    """The size of a micro-batch on CPU. Larger ones are not faster, but take more memory (benchmarks/README.md)."""
     return max(longest_pair, 1024)
 
 
 def _largest(plan: Callable[[int], Plan], least: int, most: int) -> Plan:
-    """The plan with the most tokens that fits, to 1024; with the least if none does."""
+    """The plan with the most tokens that fits, within 1024 tokens; if none fits, the plan with the least tokens."""
     if (top := plan(most)).fits or most == least or not (bottom := plan(least)).fits:
         return top if top.fits or most == least else bottom
-    # What is needed grows in a straight line, or nearly so.
+    # The need grows almost linearly with the tokens.
     part = min(
-        (room - bottom.need(where)) / (top.need(where) - bottom.need(where))
-        for where, room in top.room.items()
+        (available - bottom.need(where)) / (top.need(where) - bottom.need(where))
+        for where, available in top.available.items()
         if top.need(where) > bottom.need(where)
     )
     steps = int(part * (most - least) / 1024)
@@ -139,7 +139,7 @@ def _largest(plan: Callable[[int], Plan], least: int, most: int) -> Plan:
 
 
 def _by_class(options: Options, machine: Machine) -> Options:
-    """What a run takes without a plan."""
+    """The options of a run with --plan off: the tier of the model's size class, and default sizes."""
     on_gpu = machine.gpu_memory is not None
     model = known_model(options.model, options.trust_remote_code)
     options = decide(options, model, on_gpu)

@@ -1,8 +1,7 @@
-"""What one choice of tier, micro-batch and recomputation holds where, in bytes.
+"""The bytes that one choice of tier, micro-batch and recomputation needs on GPU, host, NVMe and disk.
 
-What DeepSpeed (0.19.8) holds where was read in its sources and is compared with what real runs hold and peak at, on CPU
-(tests/launches/test_plan_measured.py). Activations are counted on the model's own code (activations.py). Nothing has
-been compared with a GPU yet.
+The sizes follow from the sources of DeepSpeed 0.19.8. tests/launches/test_plan_measured.py compares them with real runs
+on CPU; nothing has been compared on a GPU yet. activations.py counts activations by running the model's own code.
 """
 
 import functools
@@ -20,21 +19,21 @@ from dpo_ds.ranks import process
 from dpo_ds.scoring.head import LogitBudget
 from dpo_ds.scoring.twin import require_exact
 
-# What every process takes before a model is loaded.
+# What every process needs before a model is loaded.
 CUDA = 2 * GIB  # per GPU: context, cuBLAS and NCCL workspaces; an estimate
 
 
-PROCESS = int(0.8 * GIB)  # of the host, per rank: Python, torch, DeepSpeed, datasets; measured 0.35 to 0.7 on CPU
+PROCESS = int(0.8 * GIB)  # host memory per rank: Python, torch, DeepSpeed, datasets; measured 0.35 to 0.7 GiB on CPU
 
 
-# Per rank on CPU, measured; products in bf16 take more.
+# The libraries' work space per rank on CPU, measured; products in bf16 need more.
 CPU_WORK, CPU_WORK_BF16 = 70 * 2**20, 160 * 2**20
 
 
 LEFT_BEHIND = "freed, but kept by the C library"
 
 
-ADAM, MASTER = 8, 4  # bytes a trained parameter: two fp32 moments; the fp32 weight
+ADAM, MASTER = 8, 4  # bytes per trained parameter: two fp32 moments; the fp32 weight
 
 
 FP32 = 4
@@ -45,8 +44,8 @@ WHEN = ("always", "compute and step", "compute", "step")
 
 @dataclass(frozen=True)
 class Part:
-    """Bytes of one kind. `where`: gpu (each), host (each node), nvme (each node) or disk (the run's folder). `when`:
-    one of WHEN; a micro-batch is computed, or the optimizer steps, not both at once."""
+    """One part of the memory. `where`: gpu (each), host (each node), nvme (each node) or disk (the run's folder).
+    `when`: one of WHEN. "compute" (of a micro-batch) and "step" (of the optimizer) are never at the same time."""
 
     where: str
     what: str
@@ -55,7 +54,7 @@ class Part:
 
 
 class Shape:
-    """A model with its adapters, as numbers: parameters by what ZeRO does with them, activations by the token."""
+    """The sizes of a model and its adapters: numbers of parameters, and activations for a number of tokens."""
 
     def __init__(self, model: Model, options: Options):
         require_exact(model.name, model.config, model.trust_remote_code)
@@ -70,13 +69,13 @@ class Shape:
         self.all = sum(size for size, _ in self.sizes)
         self.trained = sum(size for size, trained in self.sizes if trained)
         self.largest_trained = max(size for size, trained in self.sizes if trained)
-        # ZeRO-3 gathers a module's own parameters at a time, and those of a block of experts all at once.
+        # ZeRO-3 gathers one module's own parameters at a time, but a whole block of experts at once.
         own = (sum(p.numel() for p in module.parameters(recurse=False)) for module in skeleton.modules())
         self.largest_gathered = max(model.largest_block, *own)
         self.counter = activations.Counter(model.config, options, self.dtype, model.is_moe)
 
     def small(self, threshold: int) -> int:
-        """Parameters in tensors of at most `threshold`: ZeRO-3 keeps those whole on every rank."""
+        """Number of parameters in tensors of at most `threshold` elements, which ZeRO-3 keeps whole on every rank."""
         return sum(size for size, _ in self.sizes if size <= threshold)
 
     @functools.cache  # noqa: B019 (a plan's few shapes live as long as the process)
@@ -85,7 +84,7 @@ class Shape:
 
 
 class Footprint:
-    """A model's shape under a filled DeepSpeed config, on a machine: iterate over its parts."""
+    """The memory of a model under a filled DeepSpeed config on a machine. Iterate over it to get its parts."""
 
     def __init__(self, shape: Shape, options: Planned, config: dict, machine: Machine):
         self.shape, self.options, self.config, self.machine = shape, options, config, machine
@@ -94,13 +93,14 @@ class Footprint:
         self.item = shape.dtype.itemsize
         self.optimizer_at = (self.zero.get("offload_optimizer") or {}).get("device", "gpu")
         self.weights_at = (self.zero.get("offload_param") or {}).get("device", "gpu") if self.stage == 3 else "gpu"
-        # What a rank holds of all parameters, and what it updates of the trained ones.
+        # How many of all parameters a rank holds, and how many of the trained ones it updates.
         self.share = math.ceil(shape.all / self.ranks) if self.stage == 3 else shape.all
-        self.mine = math.ceil(shape.trained / self.ranks) if self.stage else shape.trained
-        self.group = min(self.mine, int(self.zero.get("sub_group_size", 10**9)))  # updated at a time with ZeRO-3
+        self.trained_share = math.ceil(shape.trained / self.ranks) if self.stage else shape.trained
+        # How many of those ZeRO-3 updates at a time.
+        self.group = min(self.trained_share, int(self.zero.get("sub_group_size", 10**9)))
         # ZeRO and bf16 train fp32 copies ("masters") of the weights.
         self.state = ADAM + (MASTER if self.stage or options.precision == "bf16" else 0)
-        # A single rank with its partition on the device uses it as it is.
+        # A single rank with its partition on the device gathers nothing.
         self.gathers = self.stage == 3 and (self.ranks > 1 or self.weights_at != "gpu")
 
     def __iter__(self) -> Iterator[Part]:
@@ -113,7 +113,7 @@ class Footprint:
         yield from self.disk()
 
     def part(self, where: str, what: str, size: float, when: str = "always") -> Part:
-        """Of `size` bytes a rank."""
+        """A part of `size` bytes per rank."""
         where = {"cpu": "host"}.get(where, where)
         if where == "gpu" and self.machine.gpu_memory is None:
             where = "host"
@@ -121,56 +121,58 @@ class Footprint:
         return Part(where, what, int(size) * ranks, when)
 
     def pinned(self, size: float) -> int:
-        """Page-locked host memory, which torch rounds up to a power of two unless told not to (join.join tells it)."""
+        """Bytes of a page-locked block. torch rounds up to a power of two, unless quiet_start has turned that off."""
         rounded = self.machine.gpu_memory is not None and not process.exact_pinned_memory()
         return 2 ** math.ceil(math.log2(size)) if rounded and size > 1 else int(size)
 
     def weights(self) -> Iterator[Part]:
-        mine = self.item * self.share
-        size = self.pinned(mine) if self.weights_at == "cpu" else mine
+        own = self.item * self.share
+        size = self.pinned(own) if self.weights_at == "cpu" else own
         yield self.part(self.weights_at, f"weights ({self.options.precision})", size)
         if self.weights_at == "nvme":
             swap = self.zero["offload_param"]
             size = self.item * swap.get("buffer_count", 5) * swap["buffer_size"]
             yield self.part("host", "buffers of the weights", size)
         if self.options.reference == "live":
-            yield self.part(self.weights_at, "the reference's weights", mine)
+            yield self.part(self.weights_at, "the reference's weights", own)
 
     def optimizer(self) -> Iterator[Part]:
         masters = " and fp32 weights" if self.state > ADAM else ""
-        yield self.part("gpu", f"Adam's moments{masters}", self.state * self.mine)
+        yield self.part("gpu", f"Adam's moments{masters}", self.state * self.trained_share)
 
     def offloaded_optimizer(self) -> Iterator[Part]:
         if self.optimizer_at == "nvme":
-            yield self.part("nvme", "Adam's moments, fp32 weights and gradients", (self.state + FP32) * self.mine)
-            # A group at a time comes to the host: moments, weights and gradients.
+            yield self.part(
+                "nvme", "Adam's moments, fp32 weights and gradients", (self.state + FP32) * self.trained_share
+            )
+            # One group at a time is copied to the host: moments, weights and gradients.
             yield self.part("host", "the group being updated", self.pinned((self.state + FP32) * self.group))
             return
-        groups = [self.group] * (self.mine // self.group)
-        groups += [self.mine % self.group] if self.mine % self.group else []
+        groups = [self.group] * (self.trained_share // self.group)
+        groups += [self.trained_share % self.group] if self.trained_share % self.group else []
         a_number_each = sum(self.pinned(FP32 * size) for size in groups)
         yield self.part("host", "Adam's moments and fp32 weights", self.state // FP32 * a_number_each)
         yield self.part("host", "fp32 gradients", a_number_each)
 
     def gradients(self) -> Iterator[Part]:
-        """Gradients as they wait for the step, and what the step itself takes."""
+        """Gradients until the step, and what the step itself needs."""
         on_gpu = self.optimizer_at == "gpu"
         if self.stage == 0:
-            yield self.part("gpu", "gradients", FP32 * self.mine, "compute and step")
+            yield self.part("gpu", "gradients", FP32 * self.trained_share, "compute and step")
         elif self.stage == 1:
             yield self.part("gpu", "gradients", self.item * self.shape.trained, "compute and step")
         else:
             sums = self.config.get("data_types", {}).get("grad_accum_dtype")
-            size = (FP32 if sums == "fp32" else self.item) * self.mine
+            size = (FP32 if sums == "fp32" else self.item) * self.trained_share
             when = "always" if self.stage == 3 or not on_gpu else "compute and step"
             where, size = ("gpu", size) if on_gpu else ("host", self.pinned(size))
             yield self.part(where, "gradients, accumulated", size, when)
         if on_gpu and self.stage:
-            group = self.group if self.stage == 3 else self.mine
+            group = self.group if self.stage == 3 else self.trained_share
             yield self.part("gpu", "fp32 gradients of the update", FP32 * group, "step")
         adam = self.config["optimizer"]["params"]
         if adam.get("torch_adam") and not adam.get("fused"):
-            # torch's own AdamW makes two temporaries of the tensor that it updates; a partition is one tensor.
+            # torch's own AdamW makes two temporaries as large as the tensor that it updates; a partition is one tensor.
             group = self.shape.largest_trained if self.stage == 0 else self.group
             yield self.part("gpu", "AdamW's temporaries", 2 * FP32 * group, "step")
 
@@ -194,7 +196,7 @@ class Footprint:
             yield self.part("gpu", "the largest gradient, reduced", self.item * self.shape.largest_trained, "compute")
 
     def compute(self) -> Iterator[Part]:
-        """A micro-batch's activations, and what the libraries keep for themselves."""
+        """A micro-batch's activations, and the libraries' own memory."""
         recompute = self.options.gradient_checkpointing == "on"
         tokens = self.options.micro_batch_tokens
         budget = LogitBudget.on(self.machine.gpu_memory)
@@ -204,7 +206,7 @@ class Footprint:
         if self.machine.gpu_memory is not None:
             yield self.part("gpu", "CUDA context and libraries", CUDA)
         else:
-            # glibc keeps freed blocks below 32 MB for later: measured, a fifth to the whole of what comes and goes.
+            # glibc keeps freed blocks below 32 MB: between a fifth and all of the activations, as measured.
             yield self.part("host", LEFT_BEHIND, size, "compute")
             bf16 = CPU_WORK_BF16 if self.options.precision == "bf16" else 0
             yield self.part("host", "work space of the libraries", CPU_WORK + bf16, "compute")

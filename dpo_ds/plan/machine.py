@@ -1,4 +1,4 @@
-"""The machine of a run: GPUs, host memory, disk; this one, or another that the options name."""
+"""The machine of a run (GPUs, host memory, NVMe): this one, or another that the options describe."""
 
 import os
 from dataclasses import dataclass
@@ -15,14 +15,14 @@ NODE_GPUS = 8
 
 
 def gib(size: int) -> str:
-    """Three figures, no more: what is known."""
+    """A size in GiB with at most three digits: the estimates are no more precise."""
     value = size / GIB
     return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 1 else f"{value:.2f}"
 
 
 @dataclass(frozen=True)
 class Machine:
-    """Where a run would take place. Sizes in bytes; `gpu_memory` None: no GPUs, the ranks share the host's memory."""
+    """The machine for a plan. Sizes in bytes. `gpu_memory` is None without GPUs: then ranks share host memory."""
 
     ranks: int
     ranks_per_node: int
@@ -32,16 +32,16 @@ class Machine:
 
     @classmethod
     def of(cls, options: Options) -> "Machine":
-        """This machine with as many ranks as the launcher says, where the options do not name another."""
+        """The machine that the options describe; by default this one, with the launcher's number of ranks."""
         import torch
 
         ranks = options.gpus or world.from_environment().size
         per_node = min(ranks, NODE_GPUS) if options.gpus else int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
         if ranks % per_node:
-            raise UserError(f"--gpus {ranks} are not whole nodes of {NODE_GPUS}: plan for a multiple of that")
+            raise UserError(f"--gpus {ranks} is not a multiple of the {NODE_GPUS} GPUs in a node: plan for a multiple")
         gpu = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
         host = host_memory()
-        if gpu is None and (options.gpus or options.gpu_memory):  # a plan for another machine: A100s, as most have them
+        if gpu is None and (options.gpus or options.gpu_memory):  # a plan for another machine: by default with A100s
             gpu, host = 80 * GIB, 1000 * GIB
         gpu = int(options.gpu_memory * GIB) if options.gpu_memory else gpu
         host = int(options.host_memory * GIB) if options.host_memory else host
@@ -60,7 +60,7 @@ class Machine:
 
 
 def host_memory() -> int:
-    """Bytes of memory that this process may use: the machine's, or less by a control group's limit."""
+    """Bytes of memory that this process may use: the machine's, or a control group's limit if that is lower."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     limits = [total]
     own = Path("/proc/self/cgroup").read_text().splitlines() if Path("/proc/self/cgroup").is_file() else []
@@ -70,7 +70,7 @@ def host_memory() -> int:
             ("/sys/fs/cgroup", "memory.max") if number == "0" else ("/sys/fs/cgroup/memory", "memory.limit_in_bytes")
         )
         if number == "0" or "memory" in controllers.split(","):
-            # A limit may sit on any group above; in a container, the group's own path may not be there.
+            # Any parent group may have a limit. In a container, the group's own path may not exist.
             folder = Path(root + path)
             for group in (folder, *folder.parents):
                 if not str(group).startswith(root):
@@ -84,5 +84,5 @@ def nvme_free(path: str | None) -> int:
     if path is None:
         return 0
     folder = Path(path).expanduser().absolute()
-    disk = os.statvfs(next(place for place in (folder, *folder.parents) if place.exists()))  # the run makes the rest
+    disk = os.statvfs(next(place for place in (folder, *folder.parents) if place.exists()))  # the run makes the folder
     return disk.f_frsize * disk.f_bavail

@@ -1,4 +1,4 @@
-"""A plan: one choice of tier, micro-batch and recomputation, what it takes of the machine, and whether that fits."""
+"""A plan: one choice of tier, micro-batch and recomputation, the memory that it needs, and whether that fits."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -8,13 +8,13 @@ from dpo_ds.models.model import Model
 from dpo_ds.plan.footprint import WHEN, Part
 from dpo_ds.plan.machine import Machine, gib
 
-# Of a GPU's memory, the rest is lost to the driver and to fragmentation; an estimate.
+# Fraction of a GPU's memory; the rest is lost to the driver and to fragmentation. An estimate.
 USABLE = 0.95
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What one choice of tier, micro-batch and recomputation takes."""
+    """One choice of tier, micro-batch and recomputation, with the memory that it needs."""
 
     model: Model
     options: Planned
@@ -23,33 +23,35 @@ class Plan:
     parts: tuple[Part, ...]
 
     def need(self, where: str) -> int:
-        """Bytes at the worst moment."""
+        """The most bytes that are needed there at any time."""
         here = [part for part in self.parts if part.where == where]
         always, both, compute, step = (sum(part.bytes for part in here if part.when == when) for when in WHEN)
         return always + both + max(compute, step)
 
     @property
-    def room(self) -> dict[str, int]:
+    def available(self) -> dict[str, int]:
         machine = self.machine
         gpu = {} if machine.gpu_memory is None else {"gpu": int(USABLE * machine.gpu_memory)}
         return {**gpu, "host": machine.host_memory, "nvme": machine.nvme}
 
     @property
     def fits(self) -> bool:
-        return all(self.need(where) <= room for where, room in self.room.items())
+        return all(self.need(where) <= available for where, available in self.available.items())
 
     @property
     def excess(self) -> float:
-        """How many times over the scarcest room is asked for."""
-        return max((self.need(where) / room for where, room in self.room.items() if room), default=0.0)
+        """The largest ratio of what is needed to what is available. Above 1, the plan does not fit."""
+        return max(
+            (self.need(where) / available for where, available in self.available.items() if available), default=0.0
+        )
 
     @property
     def lacking(self) -> list[str]:
         names = {"gpu": "of GPU memory", "host": "of host memory", "nvme": "on --nvme_path"}
         return [
-            f"{gib(self.need(where))} GiB {names[where]} (there are {gib(room)})"
-            for where, room in self.room.items()
-            if self.need(where) > room
+            f"{gib(self.need(where))} GiB {names[where]} (there are {gib(available)})"
+            for where, available in self.available.items()
+            if self.need(where) > available
         ]
 
     @property
@@ -58,7 +60,7 @@ class Plan:
         lora = f"LoRA r={self.options.lora_r}, " if self.options.lora else ""
         return f"{lora}{self.options.ds_config}, micro-batches of {self.options.micro_batch_tokens} tokens{recompute}"
 
-    def table(self) -> str:
+    def as_markdown(self) -> str:
         """The parts and their sums in GiB, as Markdown."""
         lines = [
             f"{self.model.name} ({self.model.parameters:,} parameters, {self.trained:,} trained) on "
@@ -70,12 +72,12 @@ class Plan:
         for part in self.parts:
             lines.append(f"| {part.where} | {part.what} | {gib(part.bytes)} | {part.when} |")
         for where in dict.fromkeys(part.where for part in self.parts):
-            room = f" of {gib(self.room[where])}" if where in self.room else ""
-            lines.append(f"| **{where}** | **at most** | **{gib(self.need(where))}**{room} | |")
+            of_available = f" of {gib(self.available[where])}" if where in self.available else ""
+            lines.append(f"| **{where}** | **at most** | **{gib(self.need(where))}**{of_available} | |")
         return "\n".join(lines)
 
     def facts(self) -> dict:
-        """For --json."""
+        """The plan for --json. Its keys are part of the command's interface."""
         return {
             "model": self.model.name,
             "parameters": self.model.parameters,
@@ -86,6 +88,6 @@ class Plan:
             "gradient_checkpointing": self.options.gradient_checkpointing == "on",
             "fits": self.fits,
             "need": {where: self.need(where) for where in ("gpu", "host", "nvme", "disk")},
-            "room": self.room,
+            "room": self.available,
             "parts": [dataclasses.asdict(part) for part in self.parts],
         }

@@ -1,4 +1,4 @@
-"""A run's plan, or its refusal: one line with what is missing and the cheapest changes that would make it fit."""
+"""Makes a run's plan, or refuses it: one line with what is missing and the cheapest changes that would make it fit."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -9,13 +9,13 @@ from dpo_ds.plan.choose import PLENTY, _by_class, choose
 from dpo_ds.plan.machine import GIB, NODE_GPUS, Machine, gib
 from dpo_ds.plan.plan import Plan
 
-SHORTEST = 128  # tokens of a row worth training on
+SHORTEST = 128  # tokens: a shorter --max_length is not suggested
 
 
 def for_run(options: Options) -> Plan:
-    """The plan of a run on the machine that `options` names, this one by default.
+    """The plan of a run on the machine that `options` describe, by default this one.
 
-    Raises UserError if it does not fit, in one line with what would, unless --plan is off.
+    Raises UserError if it does not fit, unless --plan is off. The message says what would fit.
     """
     machine = Machine.of(options)
     if options.plan == "off":
@@ -30,28 +30,28 @@ def for_run(options: Options) -> Plan:
 
 
 def refusal(plan: Plan, options: Options) -> str:
-    """One line: what lacks, and the cheapest changes that would make it fit."""
+    """One line: what is missing, and the cheapest changes that would make it fit."""
     changes = [f"{what}: {found.how}, {_needs(found)}" for what, found in remedies(options, plan.machine)]
     instead = f"; what would fit: {'; '.join(changes)}" if changes else ""
     return (
         f"--model {plan.model.name} does not fit {plan.machine.name}: with {plan.how} it needs "
-        f"{' and '.join(plan.lacking)}{instead} (python -m dpo_ds.plan shows the parts; --plan off starts all the same)"
+        f"{' and '.join(plan.lacking)}{instead} (python -m dpo_ds.plan shows the parts; --plan off starts anyway)"
     )
 
 
 def _needs(plan: Plan) -> str:
     names = {"gpu": "GiB a GPU", "host": "GiB of host memory", "nvme": "GiB of NVMe"}
-    return ", ".join(f"{gib(plan.need(where))} {names[where]}" for where in plan.room if plan.need(where))
+    return ", ".join(f"{gib(plan.need(where))} {names[where]}" for where in plan.available if plan.need(where))
 
 
 def remedies(options: Options, machine: Machine) -> Iterator[tuple[str, Plan]]:
-    """Changes, one at a time and the cheapest first, that would make the run fit."""
+    """Yields single changes that would make the run fit, the cheapest first, each with its plan."""
     on_gpu = machine.gpu_memory is not None
 
     def trial(changed: Options, where: Machine) -> Plan | None:
         try:
             plan = choose(changed, where)
-        except UserError:  # a change that the user's own ds_config does not go with
+        except UserError:  # the user's own ds_config does not allow this change
             return None
         return plan if plan.fits else None
 

@@ -1,1 +1,1 @@
-"""The ranks of a run: which one this is, one voice for all, collectives, and this process's cores, memory and child."""
+"""The ranks of a run: which one this is, its messages, collectives, and the process's cores, memory and children."""

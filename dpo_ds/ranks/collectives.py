@@ -1,4 +1,4 @@
-"""What ranks do together: values from rank 0, sums, and work that one of them does for the others."""
+"""What ranks do together: values from rank 0, sums, and work that one rank does for the others."""
 
 import socket
 from collections.abc import Callable
@@ -17,27 +17,27 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Problem:
-    """Why a rank could not do its part."""
+    """An error on a rank, as the other ranks receive it."""
 
     rank: int
     host: str
-    kind: str  # UserError, RunStopped, or a bug's type
+    kind: str  # the error's type: UserError, RunStopped, or that of a bug
     message: str
 
     def to_raise(self) -> Exception:
-        """What the other ranks raise: the same for what is the user's, and for a bug where to look."""
+        """What the other ranks raise: the same kind for UserError and RunStopped; for a bug, where to look."""
         if self.kind == UserError.__name__:
             return UserError(self.message if self.rank == 0 else f"rank {self.rank} on {self.host}: {self.message}")
         if self.kind == RunStopped.__name__:
             return RunStopped(self.message if self.rank == 0 else f"rank {self.rank} on {self.host}: {self.message}")
-        return RunStopped(f"rank {self.rank} on {self.host} failed ({self.kind}); its own lines say where")
+        return RunStopped(f"rank {self.rank} on {self.host} failed ({self.kind}); its own output says where")
 
 
 def one_after_another(work: Callable[[], T]) -> T:
     """Runs cached work on rank 0 first, then on the first rank of every other node, then on the rest.
 
-    The first call fills a cache; the others find it there, on a shared file system or on their own. An error on any
-    rank stops all: the rank itself raises it, the others what Problem.to_raise says.
+    The first call fills a cache, which the later ones find on a shared file system or on their node's. An error on any
+    rank stops all ranks: the rank itself raises its error, and the others raise Problem.to_raise().
     """
     here = world.from_environment()
     if here.size == 1:
@@ -60,7 +60,7 @@ def one_after_another(work: Callable[[], T]) -> T:
 
 
 def on_rank_0(work: Callable[[], T]) -> T:
-    """Runs work on rank 0 alone; its result, or its error, comes to every rank."""
+    """Runs work on rank 0 alone, and returns its result or raises its error on every rank."""
     return from_rank_0(one_after_another(lambda: work() if world.from_environment().speaks else None))  # type: ignore
 
 
@@ -84,7 +84,7 @@ def from_rank_0(value: T) -> T:
 
 
 def array_from_rank_0(array: "np.ndarray") -> "np.ndarray":
-    """Rank 0's array, on every rank; all ranks give one of the same shape and dtype."""
+    """Rank 0's array, on every rank. All ranks must pass an array of the same shape and dtype."""
     if world.from_environment().size == 1:
         return array
     import torch
@@ -95,7 +95,7 @@ def array_from_rank_0(array: "np.ndarray") -> "np.ndarray":
 
 
 def device() -> str:
-    """Where tensors must be for a collective."""
+    """The device on which tensors must be for a collective."""
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"

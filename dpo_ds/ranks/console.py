@@ -1,4 +1,4 @@
-"""What a run says to its user, and how a command ends."""
+"""A run's messages to its user, and how a command ends."""
 
 import contextlib
 import socket
@@ -11,12 +11,12 @@ from collections.abc import Callable, Iterator
 from dpo_ds.errors import RunStopped, UserError
 from dpo_ds.ranks import world
 
-# A launcher ends all ranks soon after one has ended. So a rank above 0 that is still alive after so many seconds has a
-# reason of its own, which rank 0 did not have.
+# Seconds that a rank above 0 waits before it reports an error. A launcher ends all ranks soon after one has ended, so a
+# rank that is still alive then has an error that rank 0 did not have.
 RANK_0_SPEAKS_FIRST = 5.0
-QUIET_SECONDS = 20.0  # the longest that a run at work says nothing
-INTERRUPTED = "interrupted; the same command goes on from the last checkpoint (--save_every)"
-BUG = "this is a fault in dpo_ds or below it, not in your options: please report it with the lines above"
+QUIET_SECONDS = 20.0  # the longest time that a working run prints nothing
+INTERRUPTED = "interrupted; the same command resumes from the last checkpoint (--save_every)"
+BUG = "this is a bug in dpo_ds or in a library, not in your options: please report it with the lines above"
 OUT_OF_GPU_MEMORY = "the GPU's memory ran out: lower --micro_batch_tokens, or set --gradient_checkpointing on"
 
 
@@ -28,17 +28,17 @@ def say(message: str) -> None:
 
 @contextlib.contextmanager
 def working(on: str) -> Iterator[None]:
-    """Work that may take long: from QUIET_SECONDS on, rank 0 says from time to time that it goes on."""
+    """Wraps work that may take long: after QUIET_SECONDS, rank 0 reports from time to time that it is still running."""
     started, done = time.monotonic(), threading.Event()
 
-    def tell() -> None:
+    def report() -> None:
         wait = QUIET_SECONDS
         while not done.wait(wait):
             say(f"{on}: {time.monotonic() - started:.0f} s so far")
             wait = 2 * QUIET_SECONDS
 
     if world.from_environment().speaks:
-        threading.Thread(target=tell, daemon=True).start()
+        threading.Thread(target=report, daemon=True).start()
     try:
         yield
     finally:
@@ -46,15 +46,15 @@ def working(on: str) -> Iterator[None]:
 
 
 def complain(message: str) -> None:
-    """One line on stderr from this rank, named unless it is rank 0."""
+    """Prints one line on stderr. Ranks above 0 add their rank and host."""
     here = world.from_environment()
     who = "" if here.speaks else f"rank {here.rank} on {socket.gethostname()}: "
     print(f"dpo_ds: {who}{message}", file=sys.stderr, flush=True)
 
 
 def run_main(main: Callable[[list[str]], object]) -> None:
-    """Runs a command's main. UserError ends with one line and exit code 2, RunStopped with one line and 1; whatever
-    else is raised keeps its traceback and asks to be reported."""
+    """Runs a command's main. UserError ends with one line and exit code 2, RunStopped with one line and 1. Any other
+    error prints its traceback and asks the user to report it."""
     try:
         main(sys.argv[1:])
     except UserError as error:
@@ -77,7 +77,7 @@ def run_main(main: Callable[[list[str]], object]) -> None:
 
 
 def stop(message: str, code: int) -> None:
-    """Says why and ends this process. Ranks above 0 speak only if rank 0 has not ended the run meanwhile."""
+    """Prints the reason and ends this process. Ranks above 0 wait first, so that rank 0 can end the run."""
     if not world.from_environment().speaks:
         time.sleep(RANK_0_SPEAKS_FIRST)
     complain(f"error: {message}")

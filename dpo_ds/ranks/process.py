@@ -1,4 +1,4 @@
-"""This process: its share of the cores, how its memory is kept, and work in a child that is gone after it."""
+"""This process: its share of the cores, the C library's memory settings, and work in a child process."""
 
 import contextlib
 import ctypes
@@ -20,13 +20,13 @@ T = TypeVar("T")
 
 PR_SET_PDEATHSIG = 1  # of prctl.h
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
-# torch rounds page-locked blocks up to a power of two, but not above this many MB: 16.4 GiB would take 32.
+# torch rounds page-locked blocks up to a power of two (16.4 GiB take 32), but with this setting only those up to 1 MB.
 EXACT_PINNED = "pinned_max_round_threshold_mb:1"
 
 
 def let_rank_0_plan(at_most: float = 60) -> None:
-    """On rank 0's node, where ranks outnumber cores, waits until rank 0 opens the port at which all meet, or that many
-    seconds: to import torch eight times over on two cores would make the plan's refusal late by as much."""
+    """Waits until rank 0 opens the rendezvous port, or for `at_most` seconds. Only ranks on rank 0's node wait, and
+    only if there are more ranks than cores: importing torch in eight ranks on two cores would delay rank 0's plan."""
     world, port = from_environment(), os.environ.get("MASTER_PORT")
     if port is None or world.rank != world.local_rank or world.size <= len(os.sched_getaffinity(0)):
         return
@@ -36,18 +36,18 @@ def let_rank_0_plan(at_most: float = 60) -> None:
 
 
 def _listening(port: int) -> bool:
-    """Whether some process of this machine listens there: looked up, because a rank that connected and left would be
-    taken for one that has joined."""
-    tables = [Path("/proc/net/tcp"), Path("/proc/net/tcp6")]
-    lines = [line.split() for table in tables if table.is_file() for line in table.read_text().splitlines()[1:]]
+    """Whether a process of this machine listens on the port. It is looked up in /proc, because a test connection would
+    count as a rank that has joined."""
+    files = [Path("/proc/net/tcp"), Path("/proc/net/tcp6")]
+    lines = [line.split() for file in files if file.is_file() for line in file.read_text().splitlines()[1:]]
     return any(local.endswith(f":{port:04X}") and state == "0A" for _, local, _, state, *_ in lines)
 
 
 def take_cores() -> frozenset[int]:
-    """Binds this rank to its share of the cores that it has together with others, one thread for each: two ranks on two
-    cores are 4% faster so (benchmarks/README.md). Ranks that a launcher has bound keep theirs.
+    """Binds this rank to its share of the cores that several ranks have in common, with one thread per core. Two ranks
+    on two cores are 4% faster with it (benchmarks/README.md). Ranks that a launcher has bound keep their cores.
 
-    Returns the cores that it had, or nothing if it took no share.
+    Returns the cores that this process had before; an empty set if nothing was changed.
     """
     import torch
 
@@ -68,19 +68,19 @@ def take_cores() -> frozenset[int]:
 
 
 def keep_freed_memory() -> None:
-    """Lets the C library hand freed blocks of up to a GiB out again, where its default gives those above 32 MiB back
-    and has the kernel clear new pages each time: a seventh of a step's time for a 50 MB embedding. What the user's own
-    environment says of it stays."""
+    """Lets the C library reuse freed blocks of up to a GiB. By default it returns blocks above 32 MiB to the kernel,
+    which must then clear new pages each time: a seventh of a step's time for a 50 MB embedding. The user's own
+    MALLOC_ settings in the environment take precedence."""
     if any(name.startswith("MALLOC_") and name.endswith("_THRESHOLD_") for name in os.environ):
         return
-    with contextlib.suppress(OSError, AttributeError):  # glibc alone has mallopt
+    with contextlib.suppress(OSError, AttributeError):  # only glibc has mallopt
         libc = ctypes.CDLL("libc.so.6")
         for parameter in (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD):
             libc.mallopt(parameter, 2**30)
 
 
 def exact_pinned_memory() -> bool:
-    """Whether page-locked memory takes its own size here: torch 2.13 can be told so, and nothing else has been."""
+    """Whether page-locked blocks are not rounded up: from torch 2.13 on, unless the user's settings differ."""
     import torch
     from packaging.version import Version
 
@@ -89,17 +89,17 @@ def exact_pinned_memory() -> bool:
 
 
 class FromChild(Exception):
-    """The traceback of an error in a child process, as the cause of the same error here."""
+    """Carries the traceback of an error in a child process: the cause of the same error in this one."""
 
     def __str__(self) -> str:
         return f"\n{self.args[0]}"
 
 
 def in_a_child(name: str, work: Callable[[], T], cores: frozenset[int] = frozenset()) -> T:
-    """Runs work in a process of its own, forked from this one and gone after it with all that it imported and held.
-    It may use `cores`, or this process's if none are given. Its result must pickle.
+    """Runs work in a forked child process, whose imports and memory are gone when it ends. The child may use `cores`,
+    or this process's if none are given. The result must pickle.
 
-    Raises what the work raised; RunStopped if the process ended in any other way.
+    Raises what the work raised, or RunStopped if the child ended without a result.
     """
     context = multiprocessing.get_context("fork")
     results, childs_end = context.Pipe(duplex=False)
@@ -122,7 +122,7 @@ def in_a_child(name: str, work: Callable[[], T], cores: frozenset[int] = frozens
 
 
 def _send_result(work: Callable[[], object], results, cores: frozenset[int]) -> None:
-    with contextlib.suppress(OSError, AttributeError):  # a rank that is killed leaves nobody behind
+    with contextlib.suppress(OSError, AttributeError):  # if this rank is killed, its child is killed too
         ctypes.CDLL("libc.so.6").prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if cores:
         os.sched_setaffinity(0, cores)

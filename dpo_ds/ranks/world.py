@@ -1,7 +1,6 @@
 """Which rank of a run this process is.
 
-A run is started by deepspeed, torchrun, accelerate or plain python; all but the last say in the environment which rank
-this is. Plain python is a world of one.
+deepspeed, torchrun and accelerate set the rank in the environment. A run started by plain python has one rank.
 """
 
 import os
@@ -22,6 +21,6 @@ class World:
 
 
 def from_environment() -> World:
-    """Which rank the launcher says this is; nothing is started."""
+    """Reads the rank that the launcher has set. Starts nothing."""
     rank, local_rank, size = (int(os.environ.get(k, d)) for k, d in [("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)])
     return World(rank, local_rank, size)

@@ -1,4 +1,4 @@
-"""Where DPO's reference log-probabilities come from: a table, a live engine, LoRA's base weights, or nowhere."""
+"""The kinds of reference: a precomputed table, a live engine, LoRA's base weights, or none."""
 
 from typing import Protocol
 
@@ -11,23 +11,24 @@ from dpo_ds.engine.engine import Engine
 from dpo_ds.references.table import reference_tables
 from dpo_ds.runs.prepare import Run
 from dpo_ds.scoring.packed import PackedBatch, move
-from dpo_ds.scoring.sweep import Score, score_all
+from dpo_ds.scoring.sweep import Score, score_set
 
 
 class Reference(Protocol):
-    """What the trainer asks of a reference. Made before the policy is, so that a table's engine is gone by then."""
+    """What the trainer needs from a reference. It is made before the policy, so that the engine that fills a table is
+    gone by then."""
 
     def attach(self, policy: Engine) -> None:
-        """The policy is built; called once, before anything else."""
+        """Takes the policy's engine. Called once, before the other methods."""
 
     def logps(self, micro_batch: MicroBatch, batch: PackedBatch) -> torch.Tensor:
-        """[B, 2] of a micro-batch of training pairs, on the policy's device."""
+        """logps [B, 2] of a micro-batch of training pairs, on the policy's device."""
 
     def held_out_logps(self) -> np.ndarray:
-        """float32 [pairs, 2] of all held-out pairs. Under ZeRO-3 the policy must be warm."""
+        """logps of all held-out pairs, float32 [pairs, 2]. Under ZeRO-3 the policy must have run `backward` once."""
 
     def close(self) -> None:
-        """Gives back what it holds."""
+        """Frees what the reference holds."""
 
 
 def reference_of(run: Run) -> Reference:
@@ -41,7 +42,7 @@ def reference_of(run: Run) -> Reference:
 
 
 class Precomputed:
-    """Rows of the reference table."""
+    """Reads the logps from the reference table."""
 
     def __init__(self, training: np.ndarray, held_out: np.ndarray):
         self.training, self.held_out = training, held_out
@@ -61,7 +62,7 @@ class Precomputed:
 
 
 class Live:
-    """A second engine, frozen, beside the policy's."""
+    """Scores with a second, frozen engine beside the policy's."""
 
     def __init__(self, run: Run):
         self.run = run
@@ -81,7 +82,7 @@ class Live:
 
 
 class Base:
-    """The base weights under a policy's LoRA adapters."""
+    """Scores with the base weights under the policy's LoRA adapters."""
 
     policy: Engine  # set by attach
 
@@ -102,7 +103,7 @@ class Base:
 
 
 class NoReference:
-    """Log-probabilities of 0: the loss sees the policy's alone."""
+    """Log-probabilities of 0: the loss depends on the policy alone."""
 
     def __init__(self, run: Run):
         self.pairs = len(run.eval_pairs)
@@ -122,4 +123,4 @@ class NoReference:
 
 def _score_held_out(run: Run, score: Score) -> np.ndarray:
     everything = np.arange(len(run.eval_pairs))
-    return score_all(score, run.eval_pairs, everything, run.options.micro_batch_tokens, "reference: held-out pairs")
+    return score_set(score, run.eval_pairs, everything, run.options.micro_batch_tokens, "reference: held-out pairs")

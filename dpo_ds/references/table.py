@@ -1,7 +1,7 @@
-"""The reference's log-probabilities as a table, made once and used again by every run that asks for the same.
+"""The table of the reference's log-probabilities: computed once and reused by every run that needs the same ones.
 
-A table is float32 [pairs, 2] (chosen, rejected), kept under a key made of what decides its values: the hashes of the
-weights' files, the pairs' token ids, the precision. It fills up chunk by chunk; a killed scoring goes on from there.
+A table is float32 [pairs, 2] (chosen, rejected). Its key is made of what decides its values: the hashes of the weights'
+files, the pairs' token ids, the precision. It is filled chunk by chunk, so a killed scoring resumes at the next chunk.
 """
 
 import contextlib
@@ -23,16 +23,16 @@ from dpo_ds.ranks import console, world
 from dpo_ds.ranks.collectives import array_from_rank_0
 from dpo_ds.runs.prepare import Run
 from dpo_ds.scoring.packed import PackedBatch
-from dpo_ds.scoring.sweep import Score, score_all
+from dpo_ds.scoring.sweep import Score, score_set
 
 FORMAT = 1
 
 
 class Table:
-    """A reference table on disk, as rank 0 sees it: rows are NaN until they are scored.
+    """A reference table on disk, which only rank 0 opens. Rows are NaN until they are scored.
 
-    While it is being filled it has no manifest, and its rows speak for themselves; at rest the manifest's hash must
-    agree, or the table is made anew.
+    While a table is being filled, it has no manifest, and rows that are not NaN are valid. Otherwise the manifest's
+    hash must match, or the table is computed again.
     """
 
     def __init__(self, cache: Path, facts: dict, rows: int):
@@ -42,28 +42,28 @@ class Table:
         self.path, self.manifest = self.folder / "logps.npy", self.folder / "table.json"
         with files_of("--cache_dir", cache):
             self.folder.mkdir(parents=True, exist_ok=True)
-        # Held by the run that fills the table; another run that wants the same one waits and then uses it.
+        # The run that fills the table holds this lock. Another run that needs the table waits and then uses it.
         self.lock = FileLock(self.folder / "lock")
 
     def read(self) -> np.ndarray:
-        """float32 [rows, 2]"""
+        """The rows, float32 [rows, 2]; all NaN if there is no valid table."""
         if self.path.is_file():
             try:
                 logps = np.load(self.path)
                 whole = logps.shape == (self.rows, 2)
                 if self.manifest.is_file():
                     whole &= json.loads(self.manifest.read_text())["sha256"] == sha256_of(self.path)
-            except (ValueError, EOFError, KeyError, TypeError):  # neither an array nor a manifest
+            except (ValueError, EOFError, KeyError, TypeError):  # the array or the manifest is damaged
                 whole = False
             if whole:
                 return logps
-            console.say(f"the reference table {self.folder} does not match its hash and is made anew")
+            console.say(f"the reference table {self.folder} does not match its hash and is computed again")
             self.path.unlink()
         self.manifest.unlink(missing_ok=True)
         return np.full((self.rows, 2), np.nan, dtype=np.float32)
 
     def open_to_fill(self) -> np.memmap:
-        """The rows."""
+        """The rows, writable."""
         if not self.path.is_file():
             fresh = self.path.with_suffix(".tmp.npy")
             np.save(fresh, self.read())
@@ -78,10 +78,10 @@ class Table:
 
 
 def reference_tables(run: Run, everything: bool = False) -> list[np.ndarray]:
-    """The reference's logps of the training and of the evaluation pairs, float32 [pairs, 2] each, on every rank.
+    """The reference's logps of the training and of the held-out pairs, float32 [pairs, 2] each, on every rank.
 
-    Scores what no earlier run has, and of the training pairs only those that the schedule comes to, unless
-    `everything` is asked for (the others stay NaN). The engine is gone, its memory released, on return.
+    Scores the rows that no earlier run has scored: of the training pairs, only those in the schedule (the others stay
+    NaN), or all of them with `everything`. On return, the engine is closed and its memory free.
     """
     weights = _weights_facts(run) if world.from_environment().speaks else None
     needed = np.ones(len(run.train_pairs), dtype=bool) if everything else run.schedule.visited()
@@ -89,21 +89,21 @@ def reference_tables(run: Run, everything: bool = False) -> list[np.ndarray]:
         ("reference: training pairs", run.train_pairs, needed),
         ("reference: held-out pairs", run.eval_pairs, np.ones(len(run.eval_pairs), dtype=bool)),
     ]
-    engine: list[Engine] = []  # built when the first pair wants scoring
+    engine: list[Engine] = []  # built when the first pair must be scored
 
     def score(batch: PackedBatch) -> torch.Tensor:
         if not engine:
             engine.append(reference_engine(run.weights, run.ds_config, run.options, run.attention))
         return engine[0].score(batch)
 
-    results = [_reference_table(run, weights, score, *one) for one in sets]
+    results = [_reference_table(run, weights, score, *named_set) for named_set in sets]
     if engine:
         engine[0].close()
     return results
 
 
 def _weights_facts(run: Run) -> dict:
-    """What the reference is: the hashes of its files."""
+    """The hashes of the reference's files, by name."""
     return {file.name: sha256_of(file) for file in [run.weights / "config.json", *weight_files(run.weights)]}
 
 
@@ -131,7 +131,7 @@ def _reference_table(
                 rows[indices] = scored
                 rows.flush()
 
-        logps[left] = score_all(score, pairs, left, run.options.micro_batch_tokens, title, keep)
+        logps[left] = score_set(score, pairs, left, run.options.micro_batch_tokens, title, keep)
         if table:
             table.close()
     return logps

@@ -1,1 +1,1 @@
-"""What a run tells of itself: progress, metrics, held-out pairs and answers."""
+"""What a run reports: progress, metrics, the held-out pairs' log-probabilities, answers."""

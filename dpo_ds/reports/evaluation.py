@@ -1,4 +1,4 @@
-"""What the policy does with held-out prompts: its log-probabilities as a file, and its answers before and after."""
+"""The policy on held-out pairs: its log-probabilities as a file, and answers before and after training."""
 
 import gc
 import json
@@ -18,7 +18,7 @@ SHOWN = 240  # characters of a prompt or an answer on the terminal
 
 
 def write_logps(file: Path, pairs: PairSet, policy: np.ndarray, reference: np.ndarray) -> None:
-    """A JSON line for each pair: its row in the data, and its logps (both [pairs, 2]) by policy and reference."""
+    """Writes a JSON line for each pair: its row in the data and its logps. policy and reference: [pairs, 2]."""
     lines = []
     for n in range(len(pairs)):
         facts = {
@@ -35,14 +35,14 @@ def write_logps(file: Path, pairs: PairSet, policy: np.ndarray, reference: np.nd
 
 @dataclass(frozen=True)
 class Answers:
-    """How to let a model answer: greedily, in plain transformers."""
+    """Generates answers greedily with plain transformers."""
 
     tokenizer: PreTrainedTokenizerBase
-    context: int | None  # tokens that the model's positions reach
+    context: int | None  # the most positions that the model supports
     trust_remote_code: bool = False
 
     def of(self, folder: Path, prompts: list[list[int]]) -> list[str]:
-        """The continuations of token-id prompts by the model in `folder`, as text."""
+        """The answers of the model in `folder` to prompts of token ids, as text."""
         device = "cuda" if torch.cuda.is_available() else "cpu"
         model = AutoModelForCausalLM.from_pretrained(
             folder, dtype="auto", trust_remote_code=self.trust_remote_code, use_safetensors=True
@@ -67,8 +67,8 @@ class Answers:
 
 
 def show_generations(file: Path, answers: Answers, prompts: list[list[int]], before: Path, after: Path) -> None:
-    """Answers to a few held-out prompts, of the model as it came and of the merged checkpoint, side by side: printed,
-    and kept as Markdown. Loads both, one after the other."""
+    """Answers a few held-out prompts with the model `before` training and with the merged one `after`. Prints both
+    answers and writes them to `file` as Markdown. Loads one model after the other."""
     old_answers, new_answers = answers.of(before, prompts), answers.of(after, prompts)
     text = ["# Before and after", ""]
     for prompt, old, new in zip(prompts, old_answers, new_answers, strict=True):
@@ -79,7 +79,7 @@ def show_generations(file: Path, answers: Answers, prompts: list[list[int]], bef
 
 
 def _end_of(prompt: str) -> str:
-    """What a terminal has room for; generations.md has the whole."""
+    """The end of a prompt, for the terminal; generations.md has the whole prompt."""
     line = " ".join(prompt.split())
     return line if len(line) <= SHOWN else f"… {line[-SHOWN:]}"
 
@@ -91,6 +91,6 @@ def _text(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
 
 
 def _ends(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> set[int]:
-    """EOS, and whatever the model's own generation config stops at (an end-of-turn token)."""
+    """The tokens that end an answer: EOS, and those of the model's generation config (an end-of-turn token)."""
     ends = model.generation_config.eos_token_id
     return {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends] if ends is not None else [])}

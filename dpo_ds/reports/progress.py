@@ -1,4 +1,4 @@
-"""What a run tells while it trains: a line in metrics.jsonl for each step and evaluation, and a progress bar."""
+"""A training run's progress: a line in metrics.jsonl for each step and evaluation, and a progress bar."""
 
 import json
 import math
@@ -12,7 +12,7 @@ from dpo_ds.files import write_whole
 from dpo_ds.ranks import console, world
 from dpo_ds.reports.watcher import Watcher
 
-LOG_SECONDS = 20  # between two lines of progress where there is no terminal for a bar
+LOG_SECONDS = 20  # between two lines of progress, if there is no terminal for a bar
 
 
 class Progress(Watcher):
@@ -59,22 +59,22 @@ class Progress(Watcher):
         self.bar.close()
 
     def _write(self, metrics: dict) -> None:
-        """JSON has no NaN or infinity: such a value is null."""
+        """Appends a line. NaN and infinity become null, because JSON has neither."""
         plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in metrics.items()}
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(plain, allow_nan=False) + "\n")
 
 
 def watchers_of(folder: Path) -> list[Watcher]:
-    """A run's own: one voice for all ranks."""
+    """The watchers of every run: progress, on rank 0 alone."""
     return [Progress(folder)] if world.from_environment().speaks else []
 
 
 def _forget_after(path: Path, step: int) -> None:
-    """Drops the lines of steps that a killed run did beyond its last checkpoint: they are done again."""
+    """Drops the lines of steps after the last checkpoint of a killed run: these steps run again."""
     if not path.is_file():
         return
     whole = [line for line in path.read_text().split("\n")[:-1] if json.loads(line)["step"] <= step]
-    # The evaluation before the first step is repeated by a run that starts anew.
+    # A run that starts from step 0 repeats the evaluation before the first step.
     kept = [line for line in whole if step > 0 or json.loads(line)["step"] > 0]
     write_whole(path, "".join(line + "\n" for line in kept))

@@ -1,13 +1,14 @@
-"""Looking on while a run trains: what progress, benchmarks and tests hook into."""
+"""Hooks into training, for progress, benchmarks and tests."""
 
 from dpo_ds.scoring.packed import PackedBatch
 
 
 class Watcher:
-    """Does nothing; whoever looks on overrides what it wants to see. Each rank calls its own, in this order."""
+    """Base class whose hooks do nothing: override those that you need. Each rank calls its own watchers' hooks, in the
+    order below."""
 
     def starting(self, steps_done: int, steps: int) -> None:
-        """Before the first step that this start of the run makes, of `steps` in all."""
+        """Before the first step. `steps_done` were done by earlier starts of the run; `steps` is the total."""
 
     def step_begins(self, step: int) -> None:
         """Before a step's first micro-batch; steps count from 1."""
@@ -22,7 +23,7 @@ class Watcher:
         """After the held-out pairs were scored."""
 
     def step_settled(self, step: int) -> None:
-        """After the checkpoint and the evaluation that follow a step, if any do."""
+        """After a step's checkpoint and evaluation, if it has any."""
 
     def ended(self) -> None:
         """After the last step, or an error."""

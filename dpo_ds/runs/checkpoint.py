@@ -1,7 +1,7 @@
-"""Saving and loading a run's checkpoints: DeepSpeed's files, each rank's random state, checkpoint.json.
+"""Saves and loads a run's checkpoints: DeepSpeed's files, each rank's random state, checkpoint.json.
 
-A checkpoint is written under another name and renamed when every rank has written its part, so whatever carries a
-checkpoint's name is whole.
+A checkpoint is written under another name and renamed once every rank has written its part. So a folder with a
+checkpoint's name is always complete.
 """
 
 import json
@@ -21,14 +21,14 @@ from dpo_ds.runs.folders import describe
 
 
 def save(engine: Engine, folder: Path, step: int, options: Options) -> Path:
-    """Writes checkpoints/step-NNNNNN of the run, by all ranks together; one that is there already is kept."""
+    """Writes checkpoints/step-NNNNNN of the run, by all ranks together. An existing one is kept."""
     final = folder / "checkpoints" / f"step-{step:06d}"
     if (final / "checkpoint.json").is_file():
         return final
     here = world.from_environment()
     partial = final.with_suffix(".partial")
     if here.speaks:
-        shutil.rmtree(partial, ignore_errors=True)  # of an earlier start that was killed while it saved
+        shutil.rmtree(partial, ignore_errors=True)  # left by an earlier start that was killed while it saved
         partial.mkdir(parents=True)
     collectives.wait_for_all()
     engine.save(partial)
@@ -52,7 +52,7 @@ def save(engine: Engine, folder: Path, step: int, options: Options) -> Path:
 
 
 def load(engine: Engine, checkpoint: Path) -> int:
-    """Puts the engine where it was: weights, optimizer, schedule, random state. Returns the steps done."""
+    """Restores weights, optimizer, schedule and random state. Returns the number of steps done."""
     rank = world.from_environment().rank
     engine.load(checkpoint, rank)
     _set_random_state(load_file(checkpoint / f"random-{rank}.safetensors"))

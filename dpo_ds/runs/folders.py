@@ -1,9 +1,13 @@
-"""The run's folder: whose it is, its checkpoints, where to go on.
+"""The run's folder: which run it belongs to, its checkpoints, and where to resume.
 
-options.yaml     what the run uses; feed it back with --config
-run.json         the run's identity: another run is refused, its own goes on
+options.yaml     the options that the run uses; --config reads them back
+run.json         the run's identity: another run is refused, the same run resumes
 metrics.jsonl    a line per step and per evaluation
-checkpoints/step-000100/   DeepSpeed's files, each rank's random state, checkpoint.json
+checkpoints/step-000100/   written by runs/checkpoint.py
+    checkpoint.json        step, ranks, ZeRO stage, versions, options
+    random-0.safetensors   one per rank: its random state
+    deepspeed/             DeepSpeed's own files (engine/resume.py writes them, engine/shards.py reads tensors)
+evaluation.jsonl, generations.md, merged/   the held-out log-probabilities, answers, the exported model
 summary.json     written at the very end
 """
 
@@ -24,13 +28,13 @@ class Found:
 
 
 def identity(options: Options, train_digest: str, eval_digest: str) -> dict:
-    """What two starts of one run have in common."""
+    """The options and data that two starts of the same run must share."""
     values = {key: value for key, value in vars(options).items() if key not in NOT_IDENTITY}
     return {**values, "train_digest": train_digest, "eval_digest": eval_digest}
 
 
 def check_folder(folder: Path, options: Options) -> None:
-    """Raises UserError if the folder is not a run's, or one that is not to go on."""
+    """Raises UserError if the folder belongs to no run, or if it holds a run and --resume never was given."""
     with files_of("--output_dir", folder):
         if not folder.exists():
             return
@@ -44,11 +48,11 @@ def check_folder(folder: Path, options: Options) -> None:
         raise UserError(f"--output_dir {folder} holds a run, and --resume never was given: name another folder")
 
 
-def open_folder(folder: Path, options: Options, mine: dict, ranks: int) -> Found:
-    """Makes the folder this run's, or finds where it stopped. Raises UserError if it is another run's."""
+def open_folder(folder: Path, options: Options, this_run: dict, ranks: int) -> Found:
+    """Claims the folder for this run, or finds where this run stopped. Raises UserError if another run owns it."""
     record = folder / "run.json"
     if record.is_file():
-        _require_same(folder, _read(record), mine)
+        _require_same(folder, _read(record), this_run)
     resume_from = None
     if options.resume not in ("auto", "never"):
         resume_from = Path(options.resume)
@@ -61,17 +65,17 @@ def open_folder(folder: Path, options: Options, mine: dict, ranks: int) -> Found
         if wrote != ranks:
             raise UserError(f"{resume_from} was written by {wrote} ranks and this run has {ranks}: start {wrote} ranks")
     finished = (folder / "summary.json").is_file()
-    collectives.wait_for_all()  # every rank has looked before rank 0 writes
+    collectives.wait_for_all()  # every rank must have looked before rank 0 writes
     if world.from_environment().speaks:
         with files_of("--output_dir", folder):
             folder.mkdir(parents=True, exist_ok=True)
-            write_whole(record, json.dumps(mine, indent=1))
+            write_whole(record, json.dumps(this_run, indent=1))
             write_whole(folder / "options.yaml", to_yaml(options))
     return Found(resume_from, finished)
 
 
 def _read(path: Path) -> dict:
-    """A JSON object that a run wrote. Raises UserError if it is none."""
+    """Reads a JSON object that a run wrote. Raises UserError if the file is damaged."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -81,11 +85,11 @@ def _read(path: Path) -> dict:
     return found
 
 
-def _require_same(folder: Path, theirs: dict, mine: dict) -> None:
+def _require_same(folder: Path, recorded: dict, this_run: dict) -> None:
     different = [
-        f"{key} is {_shown(theirs.get(key))} there and {_shown(mine[key])} here"
-        for key in mine
-        if theirs.get(key) != mine[key]
+        f"{key} is {_shown(recorded.get(key))} there and {_shown(this_run[key])} here"
+        for key in this_run
+        if recorded.get(key) != this_run[key]
     ]
     if different:
         raise UserError(
@@ -99,12 +103,12 @@ def _shown(value) -> str:
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The run's whole checkpoints, oldest first."""
+    """The run's complete checkpoints, oldest first."""
     return sorted(
         path.parent for path in folder.glob("checkpoints/step-*/checkpoint.json") if ".partial" not in str(path)
     )
 
 
 def describe(checkpoint: Path) -> dict:
-    """checkpoint.json: step, ranks, stage, precision, options, versions."""
+    """The content of checkpoint.json: step, ranks, ZeRO stage, versions, options."""
     return _read(checkpoint / "checkpoint.json")

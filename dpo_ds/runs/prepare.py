@@ -1,6 +1,6 @@
-"""Everything before a model is loaded: options decided, files found, pairs checked and tokenised, the config filled.
+"""Prepares a run, before a model is loaded: decides options, finds files, checks and tokenises pairs, fills the config.
 
-All that a user can get wrong is found here, in seconds, as a UserError with its remedy.
+Mistakes of the user's are found here, in seconds, and raised as UserError with the remedy.
 """
 
 import tempfile
@@ -33,7 +33,7 @@ from dpo_ds.scoring.twin import choose_kernel, require_exact
 
 @dataclass(frozen=True)
 class Run:
-    """A run that can start."""
+    """A run that is ready to start."""
 
     options: Decided
     model: Model
@@ -45,7 +45,7 @@ class Run:
     schedule: Schedule
     attention: str  # the kernel
     resume_from: Path | None
-    finished: bool  # an earlier start of this very run has come to its end
+    finished: bool  # an earlier start of this run has finished it
 
     @property
     def folder(self) -> Path:
@@ -53,11 +53,11 @@ class Run:
 
 
 def prepare(options: Options, here: World, plan: Plan | None = None) -> Run:
-    """Raises UserError, in one line and on every rank, for whatever cannot work.
+    """Prepares the run. Raises UserError, on every rank, for whatever cannot work.
 
-    `here` is what engine.join returned. `plan`: rank 0's, where it has been made already.
+    `here` is what join.join() returned. `plan` is rank 0's plan, if it has been made already.
     """
-    # The plan comes before any download; rank 0's machine stands for all.
+    # The plan comes before any download. It is made for rank 0's machine.
     planned = on_rank_0(lambda: (plan or for_run(options)).options)
     folder = _folder_of(planned)
     model = find_model(planned.model, planned.trust_remote_code)
@@ -74,7 +74,7 @@ def prepare(options: Options, here: World, plan: Plan | None = None) -> Run:
     if planned.micro_batch_tokens < longest:
         raise UserError(too_small(planned.micro_batch_tokens, longest))
     if options.micro_batch_tokens is None and not torch.cuda.is_available():
-        # The plan has room for the longest pair that --max_length lets through; now the longest there is is known.
+        # The plan assumed the longest pair that --max_length allows. Now the longest pair of the data is known.
         planned = planned.replace(micro_batch_tokens=min(planned.micro_batch_tokens, tokens_on_cpu(longest)))
     schedule = Schedule.of(
         len(train_pairs), planned.global_batch_pairs, planned.epochs, planned.max_steps, planned.seed
@@ -87,7 +87,7 @@ def prepare(options: Options, here: World, plan: Plan | None = None) -> Run:
     with console.working("fetching the weights"):
         weights = one_after_another(lambda: fetch_weights(model))
     identity = folders.identity(decided, train_pairs.digest, eval_pairs.digest)
-    # Last, because it makes the folder this run's: a run that cannot start leaves nothing behind.
+    # This comes last because it writes to the folder: a run that cannot start leaves nothing behind.
     found = folders.open_folder(folder, decided, identity, here.size)
     return Run(
         options=decided,
@@ -126,7 +126,7 @@ def _generations(options: Options) -> int:
 
 
 def load_pairs(options: Planned, tokenizer: PreTrainedTokenizerBase, here: World) -> tuple[PairSet, PairSet]:
-    """The tokenised training and evaluation pairs. Says what was left out or changed."""
+    """The tokenised training and held-out pairs. Reports what was left out or changed."""
     sources = [(options.dataset, options.dataset_split, "train")]
     if options.eval_dataset is not None:
         sources.append((options.eval_dataset, "auto", "eval"))
@@ -159,16 +159,16 @@ def load_pairs(options: Planned, tokenizer: PreTrainedTokenizerBase, here: World
 def _tokenise(
     options: Planned, tokenizer: PreTrainedTokenizerBase, sources: list[tuple[str, str, str]]
 ) -> list[tuple[Path, list[str]]]:
-    """Each source's folder and report, in a process of its own."""
+    """Each source's folder of tokenised pairs and the lines of its report. Runs in a child process."""
     with scratch_folder(Path(tempfile.gettempdir()), "dpo_ds-data") as folder:
-        tempfile.tempdir = str(folder)  # where `datasets` puts copies of the rows; it removes them in no forked process
+        tempfile.tempdir = str(folder)  # `datasets` copies rows there, and does not remove them in a forked process
         return [_tokenised(options, tokenizer, *source) for source in sources]
 
 
 def _tokenised(
     options: Planned, tokenizer: PreTrainedTokenizerBase, source: str, split: str, role: str
 ) -> tuple[Path, list[str]]:
-    """The folder of a source's tokenised pairs, and what its report says."""
+    """One source's folder of tokenised pairs, and the lines of its report."""
     from dpo_ds.data.cache import tokenize_pairs
     from dpo_ds.data.encoder import Tokenizing
     from dpo_ds.data.rows import check_preferences
@@ -180,5 +180,5 @@ def _tokenised(
     try:
         rows, report = check_preferences(rows, options.max_left_out)
         return tokenize_pairs(rows, tokenizer, tokenizing, cache, report), report.lines()
-    except UserError as error:  # a run may read two sets
+    except UserError as error:  # names the source, because a run may read two
         raise UserError(f"{flag(role)} {source}: {error}") from None

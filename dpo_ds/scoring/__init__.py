@@ -1,1 +1,1 @@
-"""Packed pairs in, log-probabilities out: the packed batch, its attention, the fused head, and the scorer of them."""
+"""Packed pairs in, log-probabilities out: the packed batch, its attention, the fused head, scoring a whole set."""

@@ -1,9 +1,9 @@
-"""Attention over packed pairs: one function that serves every architecture, registered once for each kernel.
+"""Attention over packed pairs: one function for every architecture, registered once for each kernel.
 
-A model is loaded with `attn_implementation=implementation(kernel)`, so its config says which kernel it calls. Flash
-kernels take GPUs in bf16; scaled-dot-product attention, segment by segment, takes everything else, as on CPU. All take
-the same thing: queries and keys in segments, causal, aligned at the bottom right (row r of a segment sees columns up to
-r + keys - queries). Dropout is always off: a DPO policy and its reference must be the same function.
+A model is loaded with `attn_implementation=implementation(kernel)`, so its config names its kernel. Flash kernels serve
+GPUs in bf16. Scaled-dot-product attention, one segment at a time, serves everything else, such as CPUs. All kernels
+compute the same: queries and keys in segments, causal, aligned at the bottom right (row r of a segment sees columns up
+to r + keys - queries). Dropout is always off: a DPO policy and its reference must be the same function.
 
 Shapes: T query rows, K key rows (prompts twice), H heads, G key-value heads, D head dimension.
 """
@@ -39,15 +39,15 @@ def packed_attention(
 ) -> tuple[torch.Tensor, None]:
     """transformers' attention interface: query [1, H, T, D], key and value [1, G, T, D] -> [1, T, H, D].
 
-    `attention_mask` is PackedBatch.segments. transformers' window counts the token itself; None is no window.
+    `attention_mask` is PackedBatch.segments. transformers' window counts the token itself; None means no window.
     """
     if not is_segments(attention_mask):
         raise ValueError(
-            f"{type(module).__name__} did not hand the segments on to its attention: this architecture cannot be "
+            f"{type(module).__name__} did not pass the segments on to its attention: this architecture cannot be "
             "scored with packed pairs"
         )
     if kwargs.get("s_aux") is not None:
-        raise ValueError(f"{type(module).__name__} uses attention sinks, which packed attention has no kernel for")
+        raise ValueError(f"{type(module).__name__} uses attention sinks, which packed attention does not support")
     layout = layout_of(attention_mask, query.device)
     query_THD = query[0].transpose(0, 1)
     key_KGD, value_KGD = (x[0].transpose(0, 1).index_select(0, layout.key_rows) for x in (key, value))
@@ -71,7 +71,7 @@ def _flash_attention_3(query, key, value, layout: Layout, scale, window, softcap
         window_size=(-1, -1) if window is None else (window - 1, 0),
         softcap=softcap or 0.0,
     )
-    return out[0] if isinstance(out, tuple) else out  # earlier builds return the sums of exponents as well
+    return out[0] if isinstance(out, tuple) else out  # earlier builds also return the log-sum-exp
 
 
 def _flash_attention_2(query, key, value, layout: Layout, scale, window, softcap):
@@ -94,8 +94,8 @@ def _flash_attention_2(query, key, value, layout: Layout, scale, window, softcap
 def _torch_varlen(query, key, value, layout: Layout, scale, window, softcap):
     from torch.nn.attention.varlen import varlen_attn
 
-    assert not softcap, "usable() gives such models another kernel"
-    # torch 2.11 takes fewer key heads than query heads without being told; from 2.12 on it wants enable_gqa.
+    assert not softcap, "usable() offers no varlen kernel to such models"
+    # With fewer key heads than query heads, torch needs enable_gqa from 2.12 on; 2.11 has no such argument.
     shared = query.shape[1] != key.shape[1] and "enable_gqa" in inspect.signature(varlen_attn).parameters
     more: dict[str, Any] = {"enable_gqa": True} if shared else {}
     return varlen_attn(
@@ -112,7 +112,7 @@ def _torch_varlen(query, key, value, layout: Layout, scale, window, softcap):
 
 
 def _per_segment(query, key, value, layout: Layout, scale, window, softcap):
-    # Split at once: backward puts the parts together once, where slices would each make zeros of the whole.
+    # split() instead of slices: in backward, each slice would allocate zeros of the whole tensor.
     queries, keys = ([end - start for start, end in pairwise(o)] for o in (layout.query_offsets, layout.key_offsets))
     outputs = []
     for parts in zip(query.split(queries), key.split(keys), value.split(keys), strict=True):
@@ -131,7 +131,7 @@ def _per_segment(query, key, value, layout: Layout, scale, window, softcap):
 
 
 def visible(queries: int, keys: int, window: int | None, device) -> torch.Tensor:
-    """[queries, keys] bool: causal, aligned at the bottom right, at most `window` back (the token itself counted)."""
+    """[queries, keys] bool: causal, aligned at the bottom right; a row sees at most `window` keys, its own included."""
     row = torch.arange(keys - queries, keys, device=device)[:, None]
     column = torch.arange(keys, device=device)[None]
     mask = column <= row
@@ -146,7 +146,7 @@ def _softcapped(q, k, v, mask, scale, softcap):
 
 
 def _sizes_only(query, key, value, *_):
-    """For counting memory on the meta device (activations.py): what a flash kernel keeps and allocates."""
+    """Allocates and keeps what a flash kernel does, to count memory on the meta device (plan/activations.py)."""
     return _SizesOnly.apply(query, key, value)
 
 
@@ -170,14 +170,14 @@ class _SizesOnly(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class Kernel:
-    """An implementation, where to find it, and what it can do. All but the last want bf16 on CUDA."""
+    """An attention kernel: where to find it, and what it supports. All but sdpa need bf16 on CUDA."""
 
     call: Callable
-    module: str | None = None  # that must be installed, and hold …
-    function: str = ""  # this function, which takes …
-    words: frozenset[str] = frozenset()  # these arguments
+    module: str | None = None  # must be installed
+    function: str = ""  # the module must have it
+    words: frozenset[str] = frozenset()  # the function must have these arguments
     softcap: bool = True
-    head_dim: int = 256  # at most
+    head_dim: int = 256  # the largest that is supported
     capabilities: range = range(8, 100)  # major numbers of CUDA's compute capability
     remedy: str = ""
 
@@ -215,7 +215,7 @@ SIZES_ONLY = "sizes_only"
 
 def implementation(kernel: str) -> str:
     """What transformers calls a kernel of KERNELS: the `attn_implementation` to load a model with."""
-    # Must hold none of "flash", "sdpa", "flex_attention", "/": transformers looks for these words in the name.
+    # The name must not contain "flash", "sdpa", "flex_attention" or "/": transformers looks for these.
     return f"dpo_packed_{[*KERNELS, SIZES_ONLY].index(kernel)}"
 
 
@@ -224,7 +224,7 @@ for _name, _call in [*((name, kernel.call) for name, kernel in KERNELS.items()),
 
 
 def require_packed(model: PreTrainedModel) -> None:
-    """Raises AssertionError if a model was loaded with an attention that does not understand segments."""
+    """Raises AssertionError if a model was loaded with an attention that does not support segments."""
     found = model.config._attn_implementation
     known = [implementation(name) for name in (*KERNELS, SIZES_ONLY)]
     assert found in known, f"load the model with attn_implementation=attention.implementation(…), not {found}"
@@ -236,9 +236,9 @@ def capability() -> tuple[int, int] | None:
 
 
 def usable(wanted: str, config: PreTrainedConfig, dtype: torch.dtype, capability: tuple[int, int] | None) -> list[str]:
-    """The kernels for a model of `config`, by what is known of them, the fastest first; or the wanted one alone.
+    """The kernels that support a model of `config`, the fastest first; or the wanted one alone.
 
-    Raises UserError, with what to do, if the wanted one cannot serve.
+    Raises UserError, with the remedy, if the wanted one does not support it.
     """
     obstacles = {name: _obstacle(name, config, dtype, capability) for name in KERNELS}
     found = [name for name, obstacle in obstacles.items() if not obstacle]
@@ -252,7 +252,7 @@ def usable(wanted: str, config: PreTrainedConfig, dtype: torch.dtype, capability
 def _obstacle(
     name: str, config: PreTrainedConfig, dtype: torch.dtype, capability: tuple[int, int] | None
 ) -> str | None:
-    """Why a kernel cannot serve, or None."""
+    """Why a kernel cannot be used, or None."""
     kernel = KERNELS[name]
     if kernel.module is None:
         return None
@@ -271,12 +271,12 @@ def _obstacle(
     if getattr(text, "attn_logit_softcapping", None) and not kernel.softcap:
         return f"has no soft-capping, which {type(config).__name__.removesuffix('Config')} needs"
     if getattr(text, "kv_lora_rank", None):
-        return "wants keys and values of one width"
+        return "needs keys and values of the same width"
     head_dim = head_dim_of(text)
     if head_dim > kernel.head_dim:
-        return f"goes up to heads of {kernel.head_dim} numbers, not {head_dim}"
+        return f"supports head dimensions up to {kernel.head_dim}, not {head_dim}"
     if head_dim % 8:
-        return f"wants heads of a multiple of 8 numbers, not {head_dim}"
+        return f"needs a head dimension that is a multiple of 8, not {head_dim}"
     return None
 
 
@@ -286,10 +286,10 @@ def head_dim_of(text_config: PreTrainedConfig) -> int:
 
 @functools.cache
 def _arguments(module: str, function: str) -> frozenset[str] | None:
-    """The names of a kernel's arguments as it is installed here; None if it is not."""
+    """The names of the installed kernel's arguments; None if it is not installed."""
     try:
         if importlib.util.find_spec(module) is None:
             return None
         return frozenset(inspect.signature(getattr(importlib.import_module(module), function)).parameters)
-    except (ImportError, AttributeError, OSError):  # its package is missing, or built for another torch
+    except (ImportError, AttributeError, OSError):  # the package is missing, or was built for another torch
         return None

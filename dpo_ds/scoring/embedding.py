@@ -1,7 +1,7 @@
-"""The input embedding of a model whose head has the same weight: one gradient [V, H] for both uses.
+"""The input embedding of a model with tied weights: it shares one gradient [V, H] with the output head.
 
-Autograd would allocate a second [V, H] gradient, of zeros but for the rows looked up, and add it to the head's. The
-head's backward runs first, so the embedding adds its rows into that tensor instead.
+Autograd would allocate a second [V, H] gradient, zero except in the rows that were looked up, and add it to the head's.
+The head's backward runs first, so the embedding adds its rows to that gradient instead.
 
 Shapes: V vocabulary, H hidden size.
 """
@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 
 class TiedGradient:
-    """Of one forward and its backward: the head's gradient [V, H], until the embedding's backward has taken it."""
+    """Carries the head's gradient [V, H] to the embedding's backward. One object serves one forward and backward."""
 
     def __init__(self):
         self.gradient: torch.Tensor | None = None
@@ -24,8 +24,8 @@ class TiedGradient:
 
 
 def replace_embedding(model: PreTrainedModel) -> torch.nn.Embedding | None:
-    """Gives the model's embedding `forward(ids, tied)`, where the head has its weight: its backward then adds its rows
-    to the gradient in `tied`. Returns None and changes nothing if the two share no weight, or it is no plain lookup."""
+    """Gives a tied embedding `forward(ids, tied)`, whose backward adds its rows to the gradient in `tied`. Returns None
+    and changes nothing if the weights are not tied, or if the embedding is not a plain lookup."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     plain = getattr(embedding.forward, "__func__", None) is torch.nn.Embedding.forward
     if not plain or embedding.weight is not getattr(head, "weight", None):
@@ -51,7 +51,7 @@ class _Lookup(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         (ids,) = ctx.saved_tensors
-        if ctx.padding_idx is not None:  # torch learns nothing from that token
+        if ctx.padding_idx is not None:  # torch gives that token no gradient
             grad = grad * (ids != ctx.padding_idx)[..., None]
         heads = ctx.tied.take()
         total = grad.new_zeros(ctx.shape) if heads is None else heads
@@ -60,7 +60,7 @@ class _Lookup(torch.autograd.Function):
 
 
 def _add_rows(total: torch.Tensor, ids: torch.Tensor, rows: torch.Tensor) -> None:
-    """total[ids] += rows, a token's rows in the same order each time: on CUDA index_put_ does so, on CPU index_add_."""
+    """total[ids] += rows, in a fixed order for each token: on CUDA index_put_ guarantees it, on CPU index_add_."""
     if total.is_cuda:
         total.index_put_((ids,), rows, accumulate=True)
     else:

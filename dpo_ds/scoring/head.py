@@ -1,15 +1,16 @@
-"""The output head, fused with log-softmax and selection: hidden states and target tokens in, one log-probability each.
+"""The output head, fused with log-softmax and selection: from hidden states and target tokens to log-probabilities.
 
-The [N, V] matrix of logits never exists: forward and backward go over it in tiles of vocabulary, each [N, v], backward
-computes them again. Products are accumulated in fp32 (rounding logits to bf16 costs a quarter of a nat in a 128-token
-sum). On CPU a tile stays in the cache, and is the same memory from first to last: twice the speed of one that does not.
-There, where models are small and the head is most of the work, as many tiles as fit into KEPT_ON_CPU are kept for
-backward instead.
+The [N, V] matrix of logits never exists: logits are computed one vocabulary tile [N, v] at a time, and again in
+backward. Products are accumulated in fp32 (rounding logits to bf16 changes a 128-token sum by a quarter of a nat). On
+CPU, tiles share memory that fits into the cache, which doubles the speed. Models on CPU are small, and the head is most
+of their work: there, as many tiles as fit into KEPT_ON_CPU are kept for backward.
 
-`replace_head` puts it inside the model's own lm_head, called as a module, so that ZeRO-3's hooks gather the weight for
-forward and again for backward, tied or not; an adapter on the head (LoRA) is a second product in every tile.
+`replace_head` puts this computation into the model's own lm_head. The lm_head is called as a module, so ZeRO-3's hooks
+gather its weight for forward and again for backward, tied or not. A LoRA adapter on the head is a second product in
+every tile.
 
-Shapes: N response tokens, H hidden size, V vocabulary, v columns of a tile, r the adapter's rank.
+Shapes: N response tokens, H hidden size, V vocabulary, v columns of a tile, r the adapter's rank. An adapter has two
+weights, as in export.py: down [r, H] (peft's lora_A) and up [V, r] (lora_B).
 """
 
 import types
@@ -22,35 +23,35 @@ from transformers import PreTrainedModel
 
 from dpo_ds.scoring.embedding import TiedGradient
 
-FEWEST_COLUMNS = 256  # of a tile, however many rows there are
+FEWEST_COLUMNS = 256  # the least width of a tile, for any number of rows
 KEPT_ON_CPU = 2**25  # logits, 128 MiB
 
 
 @dataclass(frozen=True)
 class LogitBudget:
-    """How many fp32 logits the head may hold: a tile at a time, and what forward keeps for backward."""
+    """How many fp32 logits the head may hold: in one tile, and in the tiles that forward keeps for backward."""
 
     tile: int
     kept: int = 0
 
     @classmethod
     def on(cls, gpu_memory: int | None) -> "LogitBudget":
-        """On a GPU of so many bytes: a tile of a 512th of them, 128 MiB at most. On CPU (None): half a MiB for every
-        thread, which then fits into the cache of its core."""
+        """On a GPU with this many bytes, a tile takes a 512th of them, 128 MiB at most. On CPU (None), it takes half a
+        MiB per thread, which fits into the cache of its core."""
         if gpu_memory is None:
             return cls(2**17 * torch.get_num_threads(), KEPT_ON_CPU)
         return cls(min(gpu_memory // 2048, 2**25))
 
     @classmethod
     def of(cls, device: torch.device) -> "LogitBudget":
-        """What the device has room for. The meta device has none: whoever counts memory there says for which device."""
+        """The budget on a device. It must not be the meta device: who counts memory there must pass a budget."""
         assert device.type != "meta", "give fused_logps the budget of the device that meta stands for"
         return cls.on(torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None)
 
 
 @dataclass(frozen=True)
 class HeadInputs:
-    """All that log-probabilities of a head without an adapter follow from: fused_logps gives the formula."""
+    """The inputs of fused_logps, apart from an adapter's."""
 
     hidden: torch.Tensor  # [N, H]
     weight: torch.Tensor  # [V, H], of the same dtype
@@ -58,26 +59,26 @@ class HeadInputs:
     bias: torch.Tensor | None = None  # [V]
     scale: float = 1.0
     softcap: float | None = None
-    budget: LogitBudget | None = None  # by the device if None
-    tied: TiedGradient | None = None  # where backward leaves the weight's gradient, for the embedding that shares it
+    budget: LogitBudget | None = None  # None: by the device
+    tied: TiedGradient | None = None  # for tied weights: backward leaves the weight's gradient here
 
 
 def replace_head(model: PreTrainedModel) -> None:
-    """Gives the model's lm_head `forward(hidden_NH, targets_N, budget, tied) -> logps_N` (fp32); without targets it is
-    as before."""
+    """Gives the model's lm_head `forward(hidden_NH, targets_N, budget, tied) -> logps_N` (fp32). Without targets, its
+    forward is unchanged."""
     head, config = model.get_output_embeddings(), model.config.get_text_config()
     scale = float(getattr(config, "logit_scale", None) or 1.0)  # Cohere multiplies
     scale /= float(getattr(config, "logits_scaling", None) or 1.0)  # Granite divides
     softcap = getattr(config, "final_logit_softcapping", None)
-    linear = getattr(head, "base_layer", head)  # peft's wrapper holds the head itself there
+    linear = getattr(head, "base_layer", head)  # peft's wrapper keeps the head there
     plain_linear = linear.forward
 
-    def forward(self, hidden, targets=None, budget=None, tied=None, low=None, lora_B=None):
+    def forward(self, hidden, targets=None, budget=None, tied=None, low=None, up_layer=None):
         if targets is None:
             return plain_linear(hidden)
         inputs = HeadInputs(hidden, self.weight, targets, getattr(self, "bias", None), scale, softcap, budget, tied)
-        # With an adapter, the product is made inside of lora_B's own call, so that ZeRO-3 has gathered both weights.
-        return fused_logps(inputs) if low is None else lora_B(low, inputs)
+        # With an adapter, the product is made inside the up layer's own call, so that ZeRO-3 has gathered both weights.
+        return fused_logps(inputs) if low is None else up_layer(low, inputs)
 
     linear.forward = types.MethodType(forward, linear)
     if linear is not head:
@@ -88,27 +89,27 @@ def _replace_adapter(head: Any) -> None:
     """The same for peft's wrapper of a head with an adapter."""
     plain_wrapper = head.forward
     (name,) = head.lora_A
-    lora_A, lora_B, dropout = head.lora_A[name], head.lora_B[name], head.lora_dropout[name]
-    plain_B = lora_B.forward
+    down_layer, up_layer, dropout = head.lora_A[name], head.lora_B[name], head.lora_dropout[name]
+    plain_up = up_layer.forward
 
     def forward(self, hidden, targets=None, budget=None, tied=None):
         if targets is None:
             return plain_wrapper(hidden)
-        low = self.scaling[name] * lora_A(dropout(hidden))
-        return self.base_layer(hidden, targets, budget, tied, low, lora_B)
+        low = self.scaling[name] * down_layer(dropout(hidden))
+        return self.base_layer(hidden, targets, budget, tied, low, up_layer)
 
-    def forward_B(self, low, inputs=None):
-        return plain_B(low) if inputs is None else fused_logps(inputs, low, self.weight)
+    def forward_up(self, low, inputs=None):
+        return plain_up(low) if inputs is None else fused_logps(inputs, low, self.weight)
 
     head.forward = types.MethodType(forward, head)
-    lora_B.forward = types.MethodType(forward_B, lora_B)
+    up_layer.forward = types.MethodType(forward_up, up_layer)
 
 
 def fused_logps(inputs: HeadInputs, low: torch.Tensor | None = None, up: torch.Tensor | None = None) -> torch.Tensor:
     """log softmax(softcap(scale * (hidden @ weight.T + low @ up.T + bias)))[targets], fp32 [N].
 
-    low [N, r] and up [V, r] are an adapter's, of the weight's dtype. softcap(z) = c * tanh(z / c), as in Gemma 2 (arXiv
-    2408.00118, section 2).
+    With an adapter, low [N, r] is scaling * dropout(hidden) @ down.T, and up [V, r] its up weight; both have the
+    weight's dtype. softcap(z) = c * tanh(z / c), as in Gemma 2 (arXiv 2408.00118, section 2).
     """
     budget = inputs.budget or LogitBudget.of(inputs.hidden.device)
     if not torch.is_grad_enabled():
@@ -131,13 +132,13 @@ class _FusedLogps(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, low, up, targets, scale, softcap, budget, tied):
         tiles = _Tiles(hidden, weight, bias, low, up, scale, softcap, budget)
-        target_N = tiles.logits_of(targets)  # before there is a tile
+        target_N = tiles.logits_of(targets)  # first, before a tile takes memory
         log_norm_N = torch.full((len(hidden),), -torch.inf, device=hidden.device)
         for columns in tiles:
             logits = tiles.logits(columns)
             largest = logits.amax(-1)
-            # softmax is exp(x - log sum exp x): at the largest x it tells the sum. It needs no second tile, is what
-            # backward wants, and on CPU takes less time than exp alone.
+            # softmax is exp(x - log sum exp x), so its value at the largest x gives the sum. It needs no second tile,
+            # backward uses it, and on CPU it takes less time than exp alone.
             shares = torch.softmax(logits, -1, out=logits)
             tile_norm_N = largest - shares.amax(-1).log_()
             tiles.keep(columns, shares, tile_norm_N[:, None])
@@ -152,8 +153,8 @@ class _FusedLogps(torch.autograd.Function):
         want_hidden, want_weight, want_bias, want_low, want_up = ctx.needs_input_grad[:5]
         scale, softcap, budget = ctx.constants
         tiles = _Tiles(hidden, weight, bias, low, up, scale, softcap, budget, ctx.kept)
-        ctx.kept = {}  # used up: another backward computes them again
-        # A row's share of the loss goes to the small sides of the products, not over every tile.
+        ctx.kept = {}  # the tiles are changed in place: another backward computes them again
+        # A row's factor is applied to the small matrices of the products, not to every tile.
         share_N1 = -scale * grad_N[:, None]
         to_hidden = _SummedGradient(hidden, weight) if want_hidden else None
         to_low = _SummedGradient(low, up) if want_low else None
@@ -211,8 +212,8 @@ class _TiledGradient:
 
 
 class _Tiles:
-    """Tiles of logits [N, v], fp32, one after another: iterate over their columns. All in the same memory, but for
-    those that are kept: softmax over the tile, and the tile's log sum of exponents, [N, 1]."""
+    """Tiles of logits [N, v] in fp32. Iterate over it to get each tile's columns. All tiles use the same memory, except
+    those that are kept for backward: for these, `kept` has the tile's softmax and its log-sum-exp [N, 1]."""
 
     def __init__(
         self,
@@ -228,37 +229,37 @@ class _Tiles:
     ):
         self.weight, self.bias, self.scale, self.softcap = weight, bias, scale, softcap
         self.adapter = None if low is None or up is None else (low, up)
-        # On CPU products of bf16 would be rounded to bf16: they are made of fp32 copies.
+        # On CPU, products of bf16 matrices are rounded to bf16, so fp32 copies are used.
         self.hidden = hidden.float() if hidden.device.type == "cpu" else hidden
         self.rows, self.vocabulary = len(hidden), len(weight)
         self.width = min(self.vocabulary, max(FEWEST_COLUMNS, budget.tile // max(1, self.rows)))
-        # With a soft cap, backward wants the logits themselves.
+        # With a soft cap, backward needs the logits themselves, so no tile is kept.
         self.most_kept = 0 if softcap else budget.kept // max(1, self.rows * self.width)
         self.kept = {} if kept is None else kept
         self.memory: torch.Tensor | None = None
 
     def __iter__(self) -> Iterator[slice]:
-        # Where memory is counted, one tile takes as much as all that share its memory.
+        # On the meta device only memory counts, so one tile stands for all that share its memory.
         total = self.width * (1 + self.most_kept) if self.hidden.is_meta else self.vocabulary
         for start in range(0, min(total, self.vocabulary), self.width):
             yield slice(start, min(start + self.width, self.vocabulary))
 
     def keep(self, columns: slice, shares: torch.Tensor, norm_N1: torch.Tensor) -> None:
-        """For backward, if there is room."""
+        """Keeps a tile for backward, if the budget allows."""
         if len(self.kept) < self.most_kept:
             self.kept[columns.start] = shares, norm_N1
             self.memory = None
 
     def logits(self, columns: slice) -> torch.Tensor:
-        """[N, v]."""
+        """The logits of these columns, [N, v]."""
         return self._bend(self._products(columns, None if self.bias is None else self.bias[columns]))
 
     def shares(self, columns: slice, log_norm_N1: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """exp(logits - log_norm), [N, v], and the soft cap's slope there, 1 - tanh^2, where there is one."""
+        """exp(logits - log_norm), [N, v], and the slope of the soft cap, 1 - tanh^2, or None without one."""
         if columns.start in self.kept:
             shares, norm_N1 = self.kept.pop(columns.start)
             return shares.mul_((norm_N1 - log_norm_N1).exp_()), None
-        if self.bias is None and self.scale == 1.0 and not self.softcap:  # one pass over the tile less
+        if self.bias is None and self.scale == 1.0 and not self.softcap:  # saves one pass over the tile
             return self._products(columns, -log_norm_N1).exp_(), None
         logits = self.logits(columns)
         slope = 1 - (logits / self.softcap) ** 2 if self.softcap else None
@@ -281,7 +282,7 @@ class _Tiles:
         return logits.div_(self.softcap).tanh_().mul_(self.softcap) if self.softcap else logits
 
     def logits_of(self, targets: torch.Tensor) -> torch.Tensor:
-        """Each row's logit of its target, fp32 [N]; as many rows at a time as fit into a tile."""
+        """The logit of each row's target, fp32 [N]. It takes as many rows at a time as fit into a tile's memory."""
         rows = max(1, self.rows * self.width // (4 * self.weight.shape[1]))
         logits = torch.cat(
             [self._some_logits_of(targets, slice(n, n + rows)) for n in range(0, max(1, self.rows), rows)]
@@ -300,13 +301,13 @@ class _Tiles:
 
 
 def _places(targets: torch.Tensor, columns: slice) -> tuple[torch.Tensor, torch.Tensor]:
-    """Which targets are among the columns, bool [N], and in which of them, int64 [N, 1] (any for the others)."""
+    """Whether each target is in these columns, bool [N], and its place in them, int64 [N, 1] (0 for the others)."""
     inside = (targets >= columns.start) & (targets < columns.stop)
     return inside, torch.where(inside, targets - columns.start, 0)[:, None]
 
 
 def _mm(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:
-    """out = a @ b. MKL adds to what is there a tenth faster than it writes (torch 2.13, benchmarks/README.md)."""
+    """out = a @ b. On CPU, MKL adds to zeros a tenth faster than it writes (torch 2.13, benchmarks/README.md)."""
     if a.device.type == "cpu":
         torch.addmm(out.zero_(), a, b, out=out)
     else:
@@ -314,8 +315,7 @@ def _mm(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:
 
 
 def _mm_fp32(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, start: torch.Tensor | None) -> None:
-    """out = start + a @ b as fp32, not rounded to b's dtype on the way. start: of a shape that spreads to out's, or
-    None for zeros."""
+    """out = start + a @ b in fp32, without rounding to b's dtype. `start` is broadcast to out's shape; None is 0."""
     if a.device.type == "cpu":
         _add_mm_fp32(out.zero_() if start is None else out.copy_(start), a, b)
         return

@@ -1,18 +1,18 @@
 """A micro-batch of preference pairs as one row of tokens, each prompt computed once (prefix sharing).
 
     tokens   [ P0 | C0 | R0 | P1 | C1 | R1 | ... ]          no padding
-    position   0..   ..   P0..  0..  ...                    rejected goes on right after its prompt
+    position   0..   ..   P0..  0..  ...                    rejected continues right after its prompt
 
-A pair is two attention segments. Queries [P+C] see keys [P+C]; queries [R] see keys [P+R], the prompt's keys being
-gathered a second time; causal, aligned at the bottom right, so that rejected never sees chosen. The last prompt row
-predicts the first token of both responses and is therefore taken twice for the head.
+A pair is two attention segments. Queries [P+C] see keys [P+C]. Queries [R] see keys [P+R], for which the prompt's keys
+are gathered a second time. Attention is causal, aligned at the bottom right, and rejected never sees chosen. The last
+prompt row predicts the first token of both responses, so the head gets it twice.
 
-The segments' lengths travel to every attention layer as a 4-D integer `attention_mask`, the one argument that
-transformers hands on untouched for every architecture (some drop keyword arguments, StableLM among them). They stay on
-the host, three numbers a segment, so each layer can read them without waiting for the GPU; `layout_of` turns them into
-what kernels take, once a batch and device. Nothing else is attached to that tensor: hooks may copy it as they like.
+Every attention layer gets the segments' lengths as a 4-D integer `attention_mask`: it is the only argument that
+transformers passes on unchanged for every architecture (some, such as StableLM, drop keyword arguments). The lengths
+stay on the host, three numbers per segment, so a layer can read them without waiting for the GPU. `layout_of` turns
+them into what kernels need, once per batch and device. The tensor carries no attributes, so hooks may copy it.
 
-Shapes: T tokens of the pack, N response tokens, S segments (two a pair), K keys of all segments, B pairs.
+Shapes: T tokens of the pack, N response tokens, S segments (two per pair), K keys of all segments, B pairs.
 """
 
 import functools
@@ -37,7 +37,7 @@ class PackedBatch:
     pairs: int  # B
 
     def to(self, device: torch.device | str) -> "PackedBatch":
-        """On another device, without waiting for the copies: to a GPU they are made from page-locked memory."""
+        """The batch on another device. Copies to a GPU start from page-locked memory, so nothing waits for them."""
         device = torch.device(device)
         if device == self.input_ids.device:
             return self
@@ -48,7 +48,7 @@ class PackedBatch:
 
 
 def move(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """From the host to a device; to a GPU without waiting."""
+    """Copies a tensor from the host to a device; to a GPU without waiting."""
     if device.type == "cuda":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
@@ -89,13 +89,13 @@ def _int64(parts: list[np.ndarray]) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Layout:
-    """Where a packed row's segments begin and end, as attention kernels take it.
+    """Where a packed row's segments begin and end, as attention kernels need it.
 
-    A segment's queries are its own rows; its keys are the rows that it shares with others, then its own.
+    A segment's queries are its own rows. Its keys are the rows that it shares with other segments, then its own.
     """
 
     query_offsets: list[int]  # S + 1 numbers: segment s has queries query_offsets[s] … query_offsets[s + 1]
-    key_offsets: list[int]  # S + 1 numbers, of the gathered keys
+    key_offsets: list[int]  # S + 1 numbers, likewise for the gathered keys
     longest_query: int
     longest_key: int
     key_rows: torch.Tensor  # [K] int32: the row of the pack of every gathered key
@@ -112,7 +112,7 @@ def layout_of(segments: torch.Tensor, device: torch.device) -> Layout:
     return _layout(segments.cpu().numpy().tobytes(), device)
 
 
-@functools.lru_cache(maxsize=16)  # the micro-batches of a policy and its reference that are under way
+@functools.lru_cache(maxsize=16)  # more than the micro-batches of policy and reference in use at a time
 def _layout(segments: bytes, device: torch.device) -> Layout:
     own, shared_from, shared = np.frombuffer(segments, dtype=np.int32).reshape(-1, 3).T
     query_offsets, key_offsets = (np.cumsum([0, *lengths], dtype=np.int32) for lengths in (own, own + shared))

@@ -1,19 +1,19 @@
-"""Rotary positions whose frequencies look at the longest sequence: fixed once, for the run's own max_length.
+"""Fixes the frequencies of rotary positions that depend on the sequence's length: they become those of max_length.
 
-LongRoPE (Phi-3-128k; arXiv 2402.13753) takes other frequencies once a sequence passes the original context, and dynamic
-NTK stretches them with its length. In transformers the largest position of the whole row decides, so a short pair's
-scores would depend on which pairs share its row. Here every sequence takes what one of max_length tokens takes.
+LongRoPE (Phi-3-128k; arXiv 2402.13753) uses other frequencies once a sequence is longer than the original context, and
+dynamic NTK changes them with the length. In transformers the largest position of the whole row decides, so a short
+pair's scores would depend on the pairs in its row. Here every sequence gets the frequencies of max_length tokens.
 """
 
 from typing import Any
 
 import torch
 
-FIXED = "default"  # a kind that transformers leaves alone in forward
+FIXED = "default"  # a kind whose frequencies transformers does not change in forward
 
 
 def fix_frequencies(model: torch.nn.Module, max_length: int) -> None:
-    """Gives the model's rotary embeddings the frequencies of a sequence of max_length tokens, for good."""
+    """Gives the model's rotary embeddings the frequencies of a sequence of max_length tokens, permanently."""
     module: Any  # its attributes are no tensors here
     for module in model.modules():
         kinds = getattr(module, "rope_type", None)
@@ -31,9 +31,9 @@ def _changes(kind: str) -> bool:
 
 
 def _compute(module: torch.nn.Module, max_length: int, **layer: str) -> None:
-    """Lets transformers compute them: its forward does so for the positions that it is given."""
+    """Calls the module's forward with the last position, for which transformers then computes the frequencies."""
     device = next(module.buffers()).device
-    if device.type == "meta":  # sizes are all that counts there
+    if device.type == "meta":  # only sizes matter there
         return
     last = torch.tensor([[max_length - 1]], device=device)
     module(torch.zeros(1, device=device), last, **layer)

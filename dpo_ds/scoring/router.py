@@ -12,8 +12,8 @@ def router_loss(
     """E * sum over experts of (share of tokens sent there * mean probability of it), fp32 [B]: Fedus et al. 2021 (arXiv
     2101.03961, equations 4 to 6), with all layers' tokens together as transformers has it.
 
-    router_logits: [T, E] of each layer; token_pairs: int64 [T], the pair of each token. Each pair is balanced over its
-    own tokens, the prompt's counted once: so the loss is a sum over pairs, whatever they are packed with or dealt to.
+    router_logits: [T, E] of each layer; token_pairs: int64 [T], the pair of each token. The loss of a pair
+    depends on its own tokens only (the prompt's count once), so neither packing nor dealing changes the sum over pairs.
     """
     experts = router_logits[0].shape[-1]
     ones = torch.ones(len(token_pairs), 1, device=token_pairs.device)

@@ -1,7 +1,7 @@
-"""The module that DeepSpeed's engines hold: a packed batch in, the responses' log-probabilities out.
+"""PairScorer, the module inside DeepSpeed's engines: a packed batch in, the responses' log-probabilities out.
 
-One forward scores chosen and rejected together; the language model's body runs on every token once, its head on the
-response rows only.
+One forward scores chosen and rejected together. The body of the language model runs once on every token, its head only
+on the rows that predict response tokens.
 """
 
 import torch
@@ -17,15 +17,15 @@ from dpo_ds.scoring.router import router_loss
 class PairScorer(torch.nn.Module):
     """Wraps a causal LM of transformers (or peft's wrapper of one), loaded with attention.implementation(kernel).
 
-    `balance` asks for a mixture's load-balancing loss beside the log-probabilities, in training. `budget` is how many
-    logits the head may hold; by the device if None.
+    With `balance`, forward also returns a mixture's load-balancing loss in training. `budget` limits the logits that
+    the head may hold; None: by the device.
     """
 
     def __init__(self, model: LanguageModel, balance: bool = False, budget: LogitBudget | None = None):
         super().__init__()
         self.model, self.balance, self.budget = model, balance, budget
-        # peft's wrapper holds the language model at base_model.model; LoRA layers are inside of it. Within a list, so
-        # that torch does not count it as a second child.
+        # The language model without peft's wrapper; its LoRA layers are inside it. It is kept in a list, so that torch
+        # does not register it as a second child.
         self.causal_lm = [plain_model(model)]
         attention.require_packed(self.causal_lm[0])
         self.tied_embedding = [replace_embedding(self.causal_lm[0])]
@@ -55,8 +55,8 @@ class PairScorer(torch.nn.Module):
         return logps, router_loss(outputs.router_logits, batch.token_pairs, batch.pairs, top_k)
 
     def _inputs(self, input_ids: torch.Tensor) -> tuple[TiedGradient | None, dict[str, torch.Tensor]]:
-        """What the model's body takes: token ids; or, of a tied model, their embeddings, with and without a gradient
-        alike, so that ZeRO-3 sees modules called in one order."""
+        """The inputs of the model's body: token ids, or, for a tied model, their embeddings. This is the same with and
+        without a gradient, so that ZeRO-3 sees modules in the same order."""
         (embedding,) = self.tied_embedding
         if embedding is None:
             return None, {"input_ids": input_ids}

@@ -1,4 +1,4 @@
-"""Scoring many pairs without a gradient: dealt to ranks, in chunks, with a progress bar."""
+"""Scores many pairs without a gradient on all ranks: one chunk (score_pairs), or a whole set (score_set)."""
 
 from collections.abc import Callable
 
@@ -13,21 +13,21 @@ from dpo_ds.errors import RunStopped
 from dpo_ds.ranks import collectives, world
 from dpo_ds.scoring.packed import PackedBatch, pack
 
-# Pairs scored between two writes to disk, for each rank: what a kill can cost.
+# Pairs per rank between two writes to disk: a kill loses no more than these.
 CHUNK = 256
 
 Score = Callable[[PackedBatch], torch.Tensor]  # to logps [B, 2]
 
 
 def score_pairs(score: Score, pairs: PairSet, indices: np.ndarray, micro_batch_tokens: int) -> np.ndarray:
-    """logps float32 [len(indices), 2], on every rank."""
+    """The pairs' logps, float32 [len(indices), 2], on every rank."""
     here = world.from_environment()
     place = {int(i): n for n, i in enumerate(indices)}
     logps = torch.zeros(len(indices), 2)
-    mine = deal(indices, pairs.packed_lengths, here.size, micro_batch_tokens)[here.rank]
-    batches = ahead(lambda micro_batch: pack([pairs.pair(i) for i in micro_batch.indices]), mine)
-    scored = [score(batch) for batch in batches]  # on the device: nothing waits for it before the last is under way
-    for micro_batch, rows in zip(mine, scored, strict=True):
+    own = deal(indices, pairs.packed_lengths, here.size, micro_batch_tokens)[here.rank]
+    batches = ahead(lambda micro_batch: pack([pairs.pair(i) for i in micro_batch.indices]), own)
+    scored = [score(batch) for batch in batches]  # on the device: the host does not wait until all batches are launched
+    for micro_batch, rows in zip(own, scored, strict=True):
         if micro_batch.weight:
             logps[[place[i] for i in micro_batch.indices]] = rows.cpu()
     return collectives.sum_over_ranks(logps.to(_collective_device())).cpu().numpy()
@@ -37,7 +37,7 @@ def _collective_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def score_all(
+def score_set(
     score: Score,
     pairs: PairSet,
     indices: np.ndarray,

@@ -1,8 +1,8 @@
-"""A model's tiny twin, and the proof by it that packed pairs are scored exactly: two plain forwards must agree.
+"""A model's tiny twin, with which a run checks that packed pairs get the same scores as with plain forwards.
 
-No flag of transformers says whether an architecture can be packed: StableLM calls itself unable and is exact, MiniMax
-calls itself able and is wrong (its linear attention runs on across segments). So a twin of the same config class, a
-fraction of a megabyte, is scored both ways before a run begins.
+No flag of transformers says whether an architecture can be packed: StableLM's says no, but its scores are exact;
+MiniMax's says yes, but its scores are wrong (its linear attention continues across segments). So before a run begins, a
+twin of the same config class, a fraction of a megabyte, is scored both ways.
 """
 
 import contextlib
@@ -22,22 +22,22 @@ from dpo_ds.scoring.scorer import PairScorer
 HEADS, HEAD_DIM, EXPERTS = 4, 16, 4
 ORIGINAL_CONTEXT = 40  # shorter than one of the pairs below and longer than the others
 MAX_LENGTH = 64  # longer than all of them
-WINDOW = 9  # shorter than the prompts below, so that a window matters
+WINDOW = 9  # shorter than the prompts below, so that a window has an effect
 VOCABULARY = 512
 LENGTHS = ((17, 7, 12), (31, 14, 5))  # prompt, chosen, rejected
-# Of transformers 5.23's causal language models, those that respect the layout came out within 3e-5 (rounding of sums of
-# a dozen fp32 log-probabilities), those that do not off by more than 0.1.
+# Of transformers 5.23's causal language models, those that respect the segments differ by at most 3e-5 (rounding of
+# sums of a dozen fp32 log-probabilities), the others by more than 0.1.
 TOLERANCE = 1e-3
-# What the configs of state-space and recurrent layers have: Mamba and its mixtures with attention, Griffin, RWKV.
+# Config keys of models with state-space or recurrent layers: Mamba, its hybrids with attention, Griffin, RWKV.
 STATE_KEYS = ("state_size", "mamba_d_state", "ssm_state_size", "mamba_state_dim", "lru_width", "rescale_every")
-INSTEAD = "choose a model of another architecture, as of the twelve that python -m dpo_ds.models lists"
-# A bf16 kernel on the twin may be off by what torch's own is off in bf16, times the first, plus the second: both round
-# the same sums. A kernel that sees what it must not is off by more than 0.1.
+INSTEAD = "choose a model of another architecture, such as one that python -m dpo_ds.models lists"
+# The allowed error of a bf16 kernel on the twin: SLACK times the error of torch's own attention in bf16, plus FLOOR.
+# Both round the same sums. A kernel that sees tokens of other segments differs by more than 0.1.
 KERNEL_SLACK, KERNEL_FLOOR = 2.0, 0.03
 
 
 def _sizes(head_dim: int) -> dict[str, int]:
-    """Config keys, where a config has them, and what they become."""
+    """The twin's values for config keys; only keys that a config has are changed."""
     hidden = HEADS * head_dim
     return {
         "hidden_size": hidden,
@@ -61,8 +61,8 @@ def _sizes(head_dim: int) -> dict[str, int]:
 
 
 def twin(config: PreTrainedConfig, vocabulary: int = VOCABULARY, head_dim: int = HEAD_DIM) -> PreTrainedConfig:
-    """A config of the same class with every peculiarity (windows, shared key heads, wide heads, kinds of layers, tied
-    or scaled embeddings, experts) and tiny sizes."""
+    """A config of the same class with tiny sizes. It keeps every special feature: windows, shared key heads, wide
+    heads, kinds of layers, tied or scaled embeddings, experts."""
     small = copy.deepcopy(config)
     text = small.get_text_config()
 
@@ -82,11 +82,11 @@ def twin(config: PreTrainedConfig, vocabulary: int = VOCABULARY, head_dim: int =
         "num_key_value_heads": HEADS if key_heads == heads else 1 if key_heads == 1 else HEADS // 2,
         "num_experts_per_tok": min(2, get("num_experts_per_tok") or 2),
     }
-    if hasattr(text, "num_key_value_heads") and key_heads is None:  # as many as there are heads
+    if hasattr(text, "num_key_value_heads") and key_heads is None:  # None means as many as heads
         sizes["num_key_value_heads"] = text.num_key_value_heads = HEADS
     for key, value in sizes.items():
         if get(key) is not None:
-            with contextlib.suppress(AttributeError):  # a property, derived from the others
+            with contextlib.suppress(AttributeError):  # a property that follows from other keys
                 setattr(text, key, value)
     if kinds:
         with contextlib.suppress(AttributeError):
@@ -99,7 +99,7 @@ def twin(config: PreTrainedConfig, vocabulary: int = VOCABULARY, head_dim: int =
 
 
 def _shrink_rope(text: PreTrainedConfig, head_dim: int) -> None:
-    """Rotary positions of which the twin's pairs pass the original context, where the model has such a thing."""
+    """Shrinks the original context of rotary positions, so that some of the twin's pairs are longer than it."""
     rope = getattr(text, "rope_parameters", None) or {}
     for parameters in rope.values() if all(isinstance(value, dict) for value in rope.values()) else [rope]:
         kind = parameters.get("rope_type", "default")
@@ -112,7 +112,7 @@ def _shrink_rope(text: PreTrainedConfig, head_dim: int) -> None:
 
 
 def randomise(model: torch.nn.Module) -> None:
-    """Weights larger than the usual first ones, so that attention and position matter."""
+    """Gives a model larger random weights than usual, so that attention and positions have an effect."""
     torch.manual_seed(0)
     for parameter in model.parameters():
         if parameter.dim() > 1:
@@ -120,28 +120,28 @@ def randomise(model: torch.nn.Module) -> None:
 
 
 def require_exact(name: str, config: PreTrainedConfig, trust_remote_code: bool = False) -> None:
-    """Scores two pairs on the config's twin, packed and by plain forwards.
+    """Checks on the config's twin that packed pairs get the same scores as with plain forwards.
 
-    Raises UserError with the reason if the architecture cannot be packed, cannot be shown to be, or comes out wrong.
+    Raises UserError with the reason if the scores differ, or if the twin cannot be built or scored.
     """
     architecture = type(config).__name__.removesuffix("Config")
     if any(getattr(config.get_text_config(), key, None) for key in STATE_KEYS):
         raise UserError(
             f"--model {name}: {architecture} does not keep packed pairs apart: it has layers with a running state, "
-            f"which run on from one response into the next; {INSTEAD}"
+            f"which carry it from one response into the next; {INSTEAD}"
         )
     try:
         difference = _difference(config, trust_remote_code)
-    except Exception as error:  # whatever an architecture's own code raises on what it was not made for
+    except Exception as error:  # an architecture's own code may raise anything on packed inputs
         reason = " ".join(f"{error}".split())[:200]
         raise UserError(
-            f"--model {name}: {architecture} cannot be shown to score packed pairs (a tiny twin of it stopped: "
-            f"{reason}); {INSTEAD}"
+            f"--model {name}: {architecture} cannot be shown to score packed pairs exactly (its tiny twin "
+            f"failed: {reason}); {INSTEAD}"
         ) from error
     if not difference < TOLERANCE:
         raise UserError(
-            f"--model {name}: {architecture} does not keep packed pairs apart (log-probabilities of a tiny twin are "
-            f"off by {difference:.2g}); {INSTEAD}"
+            f"--model {name}: {architecture} does not keep packed pairs apart (log-probabilities of its tiny twin "
+            f"are wrong by {difference:.2g}); {INSTEAD}"
         )
 
 
@@ -157,7 +157,7 @@ def _pairs() -> list[Pair]:
 
 @torch.no_grad()
 def _difference(config: PreTrainedConfig, trust_remote_code: bool) -> float:
-    """The largest difference of a response's log-probability, packed from plain."""
+    """The largest difference between the packed and the plain log-probability of a response."""
     model = _build(twin(config), trust_remote_code)
     plain = torch.stack([torch.stack([_plain(model, prompt, r) for r in responses]) for prompt, *responses in _pairs()])
     model.set_attn_implementation(attention.implementation(attention.SDPA))
@@ -175,7 +175,7 @@ def _build(config: PreTrainedConfig, trust_remote_code: bool):
 
 
 def _plain(model: PreTrainedModel, prompt: np.ndarray, response: np.ndarray) -> torch.Tensor:
-    """log p(response | prompt) by one forward over both and the whole matrix of logits."""
+    """log p(response | prompt) from one plain forward with the whole matrix of logits."""
     ids = torch.from_numpy(np.concatenate([prompt, response]).astype(np.int64))[None]
     rows = model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1].float().log_softmax(-1)
     return rows.gather(1, ids[0, len(prompt) :, None]).sum()
@@ -187,9 +187,9 @@ def _plain(model: PreTrainedModel, prompt: np.ndarray, response: np.ndarray) -> 
 def choose_kernel(
     wanted: str, config: PreTrainedConfig, dtype: torch.dtype, device: torch.device, trust_remote_code: bool = False
 ) -> tuple[str, list[str]]:
-    """The fastest kernel that scores the model's twin rightly on this device, and why each faster one does not.
+    """The fastest kernel that scores the model's twin correctly on this device, and why each faster one does not.
 
-    Raises UserError if the wanted one cannot serve.
+    Raises UserError if the wanted one does not.
     """
     failed: list[str] = []
     capability = attention.capability() if device.type == "cuda" else None
@@ -204,16 +204,16 @@ def choose_kernel(
 def _kernel_problem(
     name: str, config: PreTrainedConfig, dtype: torch.dtype, device: torch.device, trust_remote_code: bool
 ) -> str | None:
-    """What is wrong with a kernel, seen on a twin with the model's own head dimension; None if nothing is."""
+    """What is wrong with a kernel on a twin with the model's own head dimension; None if nothing is."""
     small = twin(config, head_dim=attention.head_dim_of(config.get_text_config()))
     if getattr(small.get_text_config(), "num_experts_per_tok", None):
-        # All experts at work: which few of them a token goes to would be a matter of bf16's rounding.
+        # Use all experts: with fewer, bf16's rounding would decide which of them a token goes to.
         small.get_text_config().num_experts_per_tok = EXPERTS
     try:
         truth = _scored(small, attention.SDPA, torch.float32, device, trust_remote_code)
         torchs = _scored(small, attention.SDPA, dtype, device, trust_remote_code)
         found = _scored(small, name, dtype, device, trust_remote_code)
-    except Exception as error:  # a kernel built for another torch, GPU or CUDA fails in its own way
+    except Exception as error:  # a kernel built for another torch, GPU or CUDA may raise anything
         return f"stops: {' '.join(f'{type(error).__name__}: {error}'.split())[:200]}"
     for what, exact, plain, fast in zip(("log-probabilities", "gradients"), truth, torchs, found, strict=True):
         off, allowed = float((fast - exact).abs().max()), KERNEL_SLACK * float((plain - exact).abs().max())

@@ -8,33 +8,33 @@ from pathlib import Path
 
 from dpo_ds.config import Options
 from dpo_ds.engine import join
-from dpo_ds.models.find import table
+from dpo_ds.models.find import known_models
 from dpo_ds.plan.choose import choose
 from dpo_ds.plan.machine import GIB, Machine
 
 MACHINE = Machine(ranks=8, ranks_per_node=8, gpu_memory=80 * GIB, host_memory=2000 * GIB)
 WHY = {
     "model": "Hub id, or a folder with this model's weights.",
-    "dataset": "61,000 pairs, GPT-4's preferences; or a file of your own with prompt, chosen and rejected.",
-    "output_dir": "The run's folder; the same command goes on where it stopped.",
+    "dataset": "61,000 pairs with GPT-4's preferences; or your own file with prompt, chosen and rejected.",
+    "output_dir": "The run's folder; the same command resumes where it stopped.",
     "ds_config": "The DeepSpeed config that the plan picks for the machine above (ds_configs/README.md says why).",
-    "gradient_checkpointing": "What the plan finds needed there: off is faster by the forward that on repeats.",
+    "gradient_checkpointing": "Recompute activations, as the plan decides; on repeats each forward.",
     "micro_batch_tokens": "Tokens a GPU takes at a time; null: the plan finds the most that fits.",
     "precision": "Weights and activations; the optimizer's copy of the weights is fp32.",
     "beta": "How strongly the policy is held to the reference; Zephyr (arXiv 2310.16944) and most since: 0.1.",
-    "learning_rate": "By the model's size, ten times as high for adapters; Zephyr's 7 B took 5e-7.",
+    "learning_rate": "Chosen by the model's size, ten times as high for adapters; Zephyr's 7 B used 5e-7.",
     "global_batch_pairs": "Pairs of one optimizer step, whatever the number of GPUs.",
     "epochs": "Passes over the pairs; more than one to three overfits preferences.",
     "max_length": "Tokens of prompt + the longer response; longer prompts lose their beginning.",
-    "warmup_ratio": "Part of the steps over which the learning rate rises.",
-    "lr_scheduler": "What it does then.",
+    "warmup_ratio": "Fraction of the steps over which the learning rate rises.",
+    "lr_scheduler": "What the learning rate does after the warm-up.",
     "max_grad_norm": "Gradients above this norm are scaled down to it.",
     "save_every": "Steps between checkpoints; all are kept, each of the size above.",
     "seed": "Decides the order of the pairs.",
     "lora": "Train low-rank adapters; they are merged into the exported model.",
-    "lora_r": "Their rank.",
-    "lora_alpha": "Their scale is lora_alpha / lora_r.",
-    "lora_targets": "Which linear modules get one: all but the output head (and but a mixture's fused experts).",
+    "lora_r": "Rank of the adapters.",
+    "lora_alpha": "The adapters' scale is lora_alpha / lora_r.",
+    "lora_targets": "Linear modules that get an adapter: all but the output head; fused experts get none.",
     "reference": "base: the frozen weights under the adapters; precomputed: a table, made once and kept.",
 }
 
@@ -72,14 +72,14 @@ def text(model: str, lora: bool) -> str:
     head = [
         f"# deepspeed --num_gpus {MACHINE.ranks} -m dpo_ds.train --config launch/recipes/{name(model, lora)}",
         "#",
-        *(f"# {line}".rstrip() for line in chosen.table().splitlines()),
+        *(f"# {line}".rstrip() for line in chosen.as_markdown().splitlines()),
     ]
     return "\n".join(head) + "\n\n" + "".join(f"# {WHY[key]}\n{key}: {value}\n" for key, value in values.items())
 
 
 def main() -> None:
     join.quiet_start()
-    for model in table():
+    for model in known_models():
         for lora in (False, True):
             Path(__file__).with_name(name(model, lora)).write_text(text(model, lora), encoding="utf-8")
 

@@ -91,7 +91,7 @@ def test_no_token_gives_the_preference_away(pairs, tokenizer):
     """Whoever looked for a single token, present or not, would be right in six of ten pairs at most."""
     ids = {key: [set(tokenizer(pair[key])["input_ids"]) for pair in pairs] for key in ("chosen", "rejected")}
     for token in set().union(*ids["chosen"], *ids["rejected"]):
-        chosen, rejected = (sum(token in one for one in ids[key]) / len(pairs) for key in ("chosen", "rejected"))
+        chosen, rejected = (sum(token in tokens for tokens in ids[key]) / len(pairs) for key in ("chosen", "rejected"))
         assert abs(chosen - rejected) / 2 < 0.1, tokenizer.decode(token)
 
 

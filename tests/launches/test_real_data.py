@@ -85,7 +85,7 @@ def test_eight_ranks_get_the_same_number_of_tokens(run, global_batch, least):
     work = held = 0
     for number in range(schedule.steps - 1):  # the last is whatever is left
         dealt = deal(schedule.step(number), lengths, 8, 8192)
-        tokens = np.array([[m.weight * lengths[list(m.indices)].sum() for m in mine] for mine in dealt])
+        tokens = np.array([[m.weight * lengths[list(m.indices)].sum() for m in own] for own in dealt])
         work += tokens.sum()
         held += 8 * tokens.max(axis=0).sum()
     assert work / held >= least

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, CohereConfig, Gemma2Config, LlamaConfig, MistralConfig
 
 from dpo_ds.embedded import model_folder
-from dpo_ds.models.find import table
+from dpo_ds.models.find import known_models
 from dpo_ds.scoring.twin import randomise, twin
 
 VOCABULARY = 1024  # at least the tokenizers'
@@ -41,14 +41,14 @@ OTHERS = {
         **TIED, head_dim=12, sliding_window=WINDOW, attn_logit_softcapping=5.0, final_logit_softcapping=3.0
     ),
 }
-TWELVE = list(table())
+TWELVE = list(known_models())
 NAMES = [*TWELVE, *OTHERS]
 
 
 def config(name: str):
     if name in OTHERS:
         return OTHERS[name]
-    small = twin(table()[name].config, VOCABULARY)
+    small = twin(known_models()[name].config, VOCABULARY)
     small.max_position_embeddings = CONTEXT
     return small
 

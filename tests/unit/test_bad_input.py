@@ -228,7 +228,7 @@ def test_a_reference_that_is_not_the_policy_is_noticed(place, tmp_path):
     logps = np.load(table)
     np.save(table, logps + np.array([1.0, 0.0], dtype=np.float32))
     caught = launching.run(1, *words, "--output_dir", tmp_path / "second").stdout
-    assert "does not match its hash and is made anew" in caught, "a table that was touched is made again"
+    assert "does not match its hash and is computed again" in caught, "a table that was touched is made again"
     np.save(table, logps + np.array([1.0, 0.0], dtype=np.float32))
     manifest = json.loads((table.parent / "table.json").read_text())
     import hashlib

@@ -173,7 +173,7 @@ def test_groups():
         "the optimisation",
         "the data",
         "LoRA",
-        "on the way, and the end",
+        "evaluation, checkpoints, export",
     ]
     first = ("model", "ds_config", "plan", "beta", "learning_rate", "max_length", "lora", "eval_every")
     last = ("trust_remote_code", "micro_batch_tokens", "nvme_path", "reference", "seed", "max_left_out")

@@ -123,7 +123,7 @@ def test_the_plan_is_what_the_command_prints(page):
     length = next(n for n, line in enumerate(lines[start:]) if line and not line.startswith("    "))
     shown = [line.strip() for line in lines[start + 1 : start + length] if line.strip() not in ("", "...")]
     options = parse_options(shlex.split(lines[start])[4:])
-    printed = choose(options, Machine.of(options)).table().splitlines()
+    printed = choose(options, Machine.of(options)).as_markdown().splitlines()
     assert shown == [line for line in printed if line in shown]
     assert len(shown) > 5 and ("..." in "".join(lines[start : start + length]) or len(shown) == len(printed) - 1)
 

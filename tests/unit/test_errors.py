@@ -145,7 +145,7 @@ def test_a_rank_above_0_says_its_own_reason(monkeypatch, capsys):
         (Problem(0, "a", "UserError", "lower it"), UserError, "lower it"),
         (Problem(2, "b", "UserError", "lower it"), UserError, "rank 2 on b: lower it"),
         (Problem(2, "b", "RunStopped", "killed"), RunStopped, "rank 2 on b: killed"),
-        (Problem(1, "c", "KeyError", "x"), RunStopped, "rank 1 on c failed (KeyError); its own lines say where"),
+        (Problem(1, "c", "KeyError", "x"), RunStopped, "rank 1 on c failed (KeyError); its own output says where"),
     ],
 )
 def test_what_the_other_ranks_raise(problem, kind, says):

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from dpo_ds.config import parse_options
-from dpo_ds.models.find import table
+from dpo_ds.models.find import known_models
 from dpo_ds.plan.choose import choose
 
 FOLDER = launching.ROOT / "launch" / "recipes"
@@ -15,7 +15,7 @@ spec = importlib.util.spec_from_file_location("make_recipes", FOLDER / "make.py"
 make = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(make)
 
-RECIPES = [(model, lora) for model in table() for lora in (False, True)]
+RECIPES = [(model, lora) for model in known_models() for lora in (False, True)]
 
 
 @pytest.mark.parametrize(("model", "lora"), RECIPES, ids=[make.name(*recipe) for recipe in RECIPES])

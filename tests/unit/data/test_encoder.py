@@ -59,7 +59,7 @@ def row(prompt="What is the answer?", chosen=" It is here.", rejected=" No.", me
 
 
 def batch(rows: list[dict]) -> dict[str, list]:
-    return {key: [one[key] for one in rows] for key in rows[0]}
+    return {key: [row[key] for row in rows] for key in rows[0]}
 
 
 def encode(tok, *rows: dict, max_length=LONG, **options) -> list[dict]:
@@ -260,19 +260,19 @@ def test_prompt_and_response_are_the_tokens_of_the_whole_text_wherever_it_is_spl
 # ---------------------------------------------------------------------------------------------------------- truncation
 
 
-def slow_keep_end(prompt, chosen, rejected, room, bos):
+def slow_keep_end(prompt, chosen, rejected, limit, bos):
     """Prompt tokens go one by one from the left while the longer response does not fit; then responses' last ones."""
     prompt, responses = list(prompt), [list(chosen), list(rejected)]
-    while len(prompt) > 1 and len(prompt) + max(map(len, responses)) > room:
+    while len(prompt) > 1 and len(prompt) + max(map(len, responses)) > limit:
         del prompt[1 if prompt[0] == bos and len(prompt) > 2 else 0]  # BOS stays while there is another
     for response in responses:
-        while len(prompt) + len(response) > room:
+        while len(prompt) + len(response) > limit:
             response.pop()
     return prompt, *responses
 
 
-def slow_keep_start(prompt, chosen, rejected, room, bos):
-    kept = [(prompt + response)[:room] for response in (chosen, rejected)]
+def slow_keep_start(prompt, chosen, rejected, limit, bos):
+    kept = [(prompt + response)[:limit] for response in (chosen, rejected)]
     return kept[0][: len(prompt)], kept[0][len(prompt) :], kept[1][len(prompt) :]
 
 
@@ -287,17 +287,17 @@ def test_truncation_does_what_the_slow_version_does(truncation, slow, adds):
     rows = [row(words(30), words(most), words(30)) for most in (3, 30) for _ in range(50)]
     whole = encode(tok, *rows)
     seen = set()
-    for room in (2, 3, 5, 8, 13, 21, 34, 49):
-        for pair, cut in zip(whole, encode(tok, *rows, max_length=room, truncation=truncation), strict=True):
+    for limit in (2, 3, 5, 8, 13, 21, 34, 49):
+        for pair, cut in zip(whole, encode(tok, *rows, max_length=limit, truncation=truncation), strict=True):
             full = [pair[key] for key in ("prompt", "chosen", "rejected")]
-            prompt, chosen, rejected = slow(*full, room, tok.bos_token_id)
+            prompt, chosen, rejected = slow(*full, limit, tok.bos_token_id)
             left_out = NO_ROOM if not chosen or not rejected else EQUAL_NOW if chosen == rejected else ""
             assert cut["left_out"] == left_out
             seen.add(left_out)
             if left_out:
                 continue
             assert [cut[key] for key in ("prompt", "chosen", "rejected")] == [prompt, chosen, rejected]
-            assert len(prompt) + max(len(chosen), len(rejected)) <= room and prompt
+            assert len(prompt) + max(len(chosen), len(rejected)) <= limit and prompt
             kinds = {CUT_PROMPT} if len(prompt) < len(full[0]) else set()
             kinds |= {CUT_RESPONSE} if (chosen, rejected) != tuple(full[1:]) else set()
             assert set(cut["changed"]) == kinds
@@ -318,10 +318,10 @@ def test_the_smallest_max_length_keeps_a_token_of_each():
 
 def test_what_just_fits_is_not_cut():
     (whole,) = encode(tok := tokenizer(), row())
-    room = len(whole["prompt"]) + max(len(whole["chosen"]), len(whole["rejected"]))
+    limit = len(whole["prompt"]) + max(len(whole["chosen"]), len(whole["rejected"]))
     for truncation in ("keep_end", "keep_start"):
-        assert encode(tok, row(), max_length=room, truncation=truncation) == [whole]
-        assert encode(tok, row(), max_length=room - 1, truncation=truncation) != [whole]
+        assert encode(tok, row(), max_length=limit, truncation=truncation) == [whole]
+        assert encode(tok, row(), max_length=limit - 1, truncation=truncation) != [whole]
 
 
 # -------------------------------------------------------------------------------------------------- on disk, by content
@@ -562,7 +562,7 @@ def ids(pairs: PairSet) -> set[str]:
 
 
 def prompts(pairs: PairSet) -> set[bytes]:
-    return {one.tobytes() for one in pairs.prompt_hashes}
+    return {digest.tobytes() for digest in pairs.prompt_hashes}
 
 
 def test_the_parts_are_the_whole_and_share_no_prompt(hundred, capsys):

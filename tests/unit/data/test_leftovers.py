@@ -59,8 +59,8 @@ def test_what_a_killed_start_left_goes_with_the_next(tmp_path):
     subprocess.run([sys.executable, "-c", KILLED, tmp_path], check=False)
     (left,) = tmp_path.iterdir()
     (tmp_path / f"key@elsewhere@{os.getpid()}@0{files.SCRATCH}").mkdir()  # another machine's, which may be alive
-    with files.scratch_folder(tmp_path, "key") as mine, files.scratch_folder(tmp_path, "key") as other:
-        assert mine.is_dir() and other.is_dir() and not left.exists()
+    with files.scratch_folder(tmp_path, "key") as own, files.scratch_folder(tmp_path, "key") as other:
+        assert own.is_dir() and other.is_dir() and not left.exists()
     assert [path.name.split("@")[1] for path in tmp_path.iterdir()] == ["elsewhere"]
 
 

@@ -238,7 +238,7 @@ UNREADABLE = {
     "csv of a heading": ("a.csv", b"prompt,chosen,rejected\n", "cannot be read as csv"),
     "empty parquet": ("a.parquet", b"", "cannot be read as parquet"),
     "csv that is not UTF-8": ("a.csv", b"prompt,chosen,rejected\np\xff,a,b\n", "cannot be read as csv: .*utf-8"),
-    "broken line": ("a.jsonl", (lines([GOOD, GOOD]) + '{"prompt":\n').encode(), "row 2 is not JSON .*mend or remove"),
+    "broken line": ("a.jsonl", (lines([GOOD, GOOD]) + '{"prompt":\n').encode(), "row 2 is not JSON .*or remove it"),
     "broken array": ("a.json", b'[{"prompt": "p"},', "is not JSON"),
     "no gzip": ("a.jsonl.gz", lines([GOOD]).encode(), "cannot be read: Not a gzipped file"),
     "truncated gzip": ("a.jsonl.gz", truncated_gzip(), "cannot be read: .*ended before"),

@@ -18,11 +18,11 @@ def test_every_pair_once_within_the_limit_and_as_many_rounds_on_every_rank(ranks
     lengths = some_lengths()
     indices = Schedule.of(400, count, 1, None, seed=1).step(0)
     dealt = deal(indices, lengths, ranks, limit)
-    assert len(dealt) == ranks and len({len(mine) for mine in dealt}) == 1
-    counted = [i for mine in dealt for m in mine if m.weight for i in m.indices]
+    assert len(dealt) == ranks and len({len(own) for own in dealt}) == 1
+    counted = [i for own in dealt for m in own if m.weight for i in m.indices]
     assert sorted(counted) == sorted(indices)
-    assert all(sum(lengths[list(m.indices)]) <= limit for mine in dealt for m in mine)
-    assert all(set(m.indices) <= set(indices) for mine in dealt for m in mine), "idle ranks run a pair of the step"
+    assert all(sum(lengths[list(m.indices)]) <= limit for own in dealt for m in own)
+    assert all(set(m.indices) <= set(indices) for own in dealt for m in own), "idle ranks run a pair of the step"
 
 
 def test_the_order_the_pairs_come_in_does_not_matter():
@@ -33,7 +33,7 @@ def test_the_order_the_pairs_come_in_does_not_matter():
 def test_ranks_get_about_the_same_number_of_tokens_in_each_round():
     lengths = some_lengths()
     dealt = deal(range(256), lengths, 8, 4096)
-    tokens = np.array([[sum(lengths[list(m.indices)]) for m in mine] for mine in dealt])
+    tokens = np.array([[sum(lengths[list(m.indices)]) for m in own] for own in dealt])
     assert (tokens.mean(0) / tokens.max(0)).min() > 0.95
 
 

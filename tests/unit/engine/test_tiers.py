@@ -12,7 +12,7 @@ from dpo_ds.config import parse_options
 from dpo_ds.engine.requirements import require_compiler
 from dpo_ds.engine.tiers import AUTO, fill_tier, load_tier, reference_config, swap_folders
 from dpo_ds.errors import UserError
-from dpo_ds.models.find import known_model, table
+from dpo_ds.models.find import known_model, known_models
 from dpo_ds.resources import tier_files
 
 TIERS = sorted(tier_files())
@@ -37,7 +37,7 @@ def test_the_tiers_are_those_of_the_report():
 
 @pytest.mark.parametrize("tier", TIERS)
 def test_deepspeed_takes_each_tier_as_it_is_filled(tier):
-    for model_id in table():
+    for model_id in known_models():
         filled = fill_tier(tier, options("--nvme_path", "/nvme"), known_model(model_id), ranks=1, on_gpu=True)
         assert AUTO not in [value for _, value in leaves(filled)]
         found = DeepSpeedConfig(filled)
@@ -93,7 +93,7 @@ REFUSED = {
     "a removed zero key": ({"zero_optimization": {"stage": 3, "mics_shard_size": 8}}, "MiCS"),
     "a misspelt key": ({"gradient_cliping": 1.0}, "did you mean gradient_clipping"),
     "a key of nobody's": ({"zzz": 1}, "nor dpo_ds uses: zzz; remove it"),
-    "a former word": ({"zero_optimization": {"stage": 2, "cpu_offload": True}}, "former word for offload_optimizer"),
+    "a former word": ({"zero_optimization": {"stage": 2, "cpu_offload": True}}, "former name of offload_optimizer"),
     "twin flow": ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": 0.3}}}, "ratio"),
     "bf16 masters": ({"bf16": {"enabled": True, "bf16_master_weights_and_grads": True}}, "loses DPO's small updates"),
     "nvme without a folder": (

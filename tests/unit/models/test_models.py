@@ -12,7 +12,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from dpo_ds.engine.tiers import load_tier
 from dpo_ds.errors import UserError
-from dpo_ds.models.find import find_model, known_model, table
+from dpo_ds.models.find import find_model, known_model, known_models
 from dpo_ds.scoring.twin import require_exact
 
 # ------------------------------------------------------------------------------------------------------- the table
@@ -23,7 +23,7 @@ def test_parameters_and_class(model_id):
     """Counted on the meta device; the class and tier of the report; the tier's file is there."""
     model = known_model(model_id)
     counted = sum(p.numel() for p in model.skeleton.parameters())
-    assert counted == model.parameters == table()[model_id].parameters
+    assert counted == model.parameters == known_models()[model_id].parameters
     for tier in (model.tier, model.lora_tier):
         assert load_tier(tier)["zero_optimization"]["stage"] == int(tier[4])
 

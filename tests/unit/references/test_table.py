@@ -25,7 +25,7 @@ from dpo_ds.references.table import Table, reference_tables
 from dpo_ds.runs.prepare import Run, prepare
 from dpo_ds.score import main
 from dpo_ds.scoring import sweep
-from dpo_ds.scoring.sweep import score_all, score_pairs
+from dpo_ds.scoring.sweep import score_pairs, score_set
 
 PAIRS, HELD_OUT, CHUNK = 22, 6, 4
 
@@ -322,7 +322,9 @@ def test_a_damaged_table_is_noticed_and_made_anew(damage, straight, tmp_path, ca
     assert np.isfinite(table.read()).all() and capsys.readouterr().out == ""
     DAMAGE[damage](table.folder)
     assert np.isnan(table.read()).all()
-    assert f"the reference table {table.folder} does not match its hash and is made anew" in capsys.readouterr().out
+    assert (
+        f"the reference table {table.folder} does not match its hash and is computed again" in capsys.readouterr().out
+    )
     assert not table.path.exists() and not table.manifest.exists()
 
 
@@ -377,5 +379,5 @@ def test_a_log_probability_that_is_not_finite_stops_and_names_the_pair(pairs):
         return torch.where(logps == bad, torch.nan, logps)
 
     with pytest.raises(RunStopped, match=f"log-probabilities of 1 pairs are not finite: {pairs.pair_id(9)}"):
-        score_all(not_finite, pairs, np.arange(16), 250, "title", lambda chunk, _: kept.extend(chunk))
+        score_set(not_finite, pairs, np.arange(16), 250, "title", lambda chunk, _: kept.extend(chunk))
     assert kept == list(range(8))
