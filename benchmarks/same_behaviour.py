@@ -4,7 +4,8 @@
     python benchmarks/same_behaviour.py compare FILE FILE        exit code 1 where a number or a byte differs
 
 Only the public commands are used, so the two checkouts may look quite different inside. The tiny models are made once,
-in --models, by the first checkout recorded; a later recording takes them as they are.
+in --models, by the first checkout recorded; a later recording takes them as they are. Bind both to one core each
+(`taskset -c 0 python …`): with several threads, sums in older checkouts have no fixed order.
 """
 
 import argparse
@@ -80,7 +81,7 @@ def record(checkout: Path, models: Path) -> dict:
             out = Path(folder, str(number))
             start = ["-m", "dpo_ds.train"]
             if ranks > 1:
-                port = 21_000 + number
+                port = 20_000 + os.getpid() % 9_000 + number  # two recordings may run side by side
                 start = ["-m", "dpo_ds.deepspeed_command", "--num_gpus", ranks, "--master_port", port, *start]
             execute(checkout, *start, f"--model={models / model}", f"--output_dir={out}",
                     f"--cache_dir={folder}/cache", *COMMON, *options)  # fmt: skip

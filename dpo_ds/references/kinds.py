@@ -8,6 +8,7 @@ import torch
 from dpo_ds.data.steps import MicroBatch
 from dpo_ds.engine.build import reference_engine
 from dpo_ds.engine.engine import Engine
+from dpo_ds.ranks import console
 from dpo_ds.references.table import reference_tables
 from dpo_ds.runs.prepare import Run
 from dpo_ds.scoring.packed import PackedBatch, move
@@ -66,7 +67,8 @@ class Live:
 
     def __init__(self, run: Run):
         self.run = run
-        self.engine = reference_engine(run.weights, run.ds_config, run.options, run.attention)
+        with console.working("loading the reference"):
+            self.engine = reference_engine(run.weights, run.ds_config, run.options, run.attention)
 
     def attach(self, policy: Engine) -> None:
         pass

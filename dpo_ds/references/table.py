@@ -83,7 +83,10 @@ def reference_tables(run: Run, everything: bool = False) -> list[np.ndarray]:
     Scores the rows that no earlier run has scored: of the training pairs, only those in the schedule (the others stay
     NaN), or all of them with `everything`. On return, the engine is closed and its memory free.
     """
-    weights = _weights_facts(run) if world.from_environment().speaks else None
+    weights = None
+    if world.from_environment().speaks:
+        with console.working("hashing the reference's weights"):
+            weights = _weights_facts(run)
     needed = np.ones(len(run.train_pairs), dtype=bool) if everything else run.schedule.visited()
     sets = [
         ("reference: training pairs", run.train_pairs, needed),
@@ -93,7 +96,8 @@ def reference_tables(run: Run, everything: bool = False) -> list[np.ndarray]:
 
     def score(batch: PackedBatch) -> torch.Tensor:
         if not engine:
-            engine.append(reference_engine(run.weights, run.ds_config, run.options, run.attention))
+            with console.working("loading the reference"):
+                engine.append(reference_engine(run.weights, run.ds_config, run.options, run.attention))
         return engine[0].score(batch)
 
     results = [_reference_table(run, weights, score, *named_set) for named_set in sets]
