@@ -196,6 +196,11 @@ def _refuse_broken(name: str, config: dict) -> None:
         raise UserError(
             f"--ds_config {name}: bf16_master_weights_and_grads loses DPO's small updates to rounding; remove it"
         )
+    if at(config, "bf16.check_grad_overflow") is False:
+        raise UserError(
+            f"--ds_config {name}: without bf16.check_grad_overflow a gradient that is not finite would be applied; "
+            "remove it"
+        )
     ratio = at(config, "zero_optimization.offload_optimizer.ratio")
     if _is(ratio, float) and ratio < 1:
         raise UserError(
