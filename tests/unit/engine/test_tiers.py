@@ -96,7 +96,8 @@ REFUSED = {
     "a former word": ({"zero_optimization": {"stage": 2, "cpu_offload": True}}, "former name of offload_optimizer"),
     "twin flow": ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": 0.3}}}, "ratio"),
     "bf16 masters": ({"bf16": {"enabled": True, "bf16_master_weights_and_grads": True}}, "loses DPO's small updates"),
-    "unchecked gradients": ({"bf16": {"enabled": True, "check_grad_overflow": False}}, "that is not finite would be applied"),
+    "unchecked gradients": (
+        {"bf16": {"enabled": True, "check_grad_overflow": False}}, "that is not finite would be applied"),
     "nvme without a folder": (
         {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}}, "--nvme_path"),
     "nvme at stage 2": ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "nvme"}}}, "stage 3"),
