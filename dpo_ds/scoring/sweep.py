@@ -30,11 +30,7 @@ def score_pairs(score: Score, pairs: PairSet, indices: np.ndarray, micro_batch_t
     for micro_batch, rows in zip(own, scored, strict=True):
         if micro_batch.weight:
             logps[[place[i] for i in micro_batch.indices]] = rows.cpu()
-    return collectives.sum_over_ranks(logps.to(_collective_device())).cpu().numpy()
-
-
-def _collective_device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    return collectives.sum_over_ranks(logps.to(collectives.device())).cpu().numpy()
 
 
 def score_set(
