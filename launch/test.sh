@@ -10,4 +10,4 @@ if [ "${1:-}" = --fast ]; then
     shift
 fi
 # Two files at a time: much of a launch is one core's work. A file's launches are shared by its tests.
-python -m pytest --numprocesses 2 --dist loadfile "${what[@]}" "$@"
+python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder "${what[@]}" "$@"

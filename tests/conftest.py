@@ -6,3 +6,15 @@ from pathlib import Path
 # Before anything imports DeepSpeed or transformers; the launches of a test inherit both.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path("~/.cache/dpo_ds-tests/torch_extensions").expanduser()))
+
+# The longest first, so that two workers end at about the same time (launch/test.sh keeps this order).
+LONGEST = ("test_models", "test_wheel", "test_nvme", "test_plan_measured", "test_resume", "test_curves", "test_export")
+
+
+def pytest_collection_modifyitems(items):
+    def place(item) -> int:
+        name = item.path.stem
+        launch = "launches" in item.path.parts
+        return LONGEST.index(name) if launch and name in LONGEST else len(LONGEST)
+
+    items.sort(key=place)
