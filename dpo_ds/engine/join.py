@@ -82,7 +82,7 @@ def patience(minutes: float) -> Iterator[None]:
     _wait_at_most(datetime.timedelta(minutes=minutes))
     try:
         yield
-    except (RuntimeError, torch.distributed.DistError) as error:  # gloo's and nccl's own words
+    except RuntimeError as error:  # gloo's and nccl's own words
         if "timed out" not in str(error).lower() and "timeout" not in str(error).lower():
             raise
         raise RunStopped(

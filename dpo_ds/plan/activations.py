@@ -102,7 +102,7 @@ class Counter:
                 attn_implementation=attention.implementation(attention.SIZES_ONLY),
                 trust_remote_code=self.options.trust_remote_code,
             )
-            fix_frequencies(model, config.get_text_config().max_position_embeddings)
+            fix_frequencies(model, max_length=1)  # on meta the length does not matter
             if self.options.lora:
                 model = add_lora(model, self.options)
                 for name, parameter in model.named_parameters():

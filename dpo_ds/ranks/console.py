@@ -28,14 +28,13 @@ def say(message: str) -> None:
 
 @contextlib.contextmanager
 def working(on: str) -> Iterator[None]:
-    """Wraps work that may take long: after QUIET_SECONDS, rank 0 reports from time to time that it is still running."""
-    started, done = time.monotonic(), threading.Event()
+    """Wraps work that may take long: every QUIET_SECONDS, rank 0 reports that it is still running."""
+    # The stream as it is now: DeepSpeed's start is run with stdout redirected, which other threads see as well.
+    started, done, stream = time.monotonic(), threading.Event(), sys.stdout
 
     def report() -> None:
-        wait = QUIET_SECONDS
-        while not done.wait(wait):
-            say(f"{on}: {time.monotonic() - started:.0f} s so far")
-            wait = 2 * QUIET_SECONDS
+        while not done.wait(QUIET_SECONDS):
+            print(f"dpo_ds: {on}: {time.monotonic() - started:.0f} s so far", file=stream, flush=True)
 
     if world.from_environment().speaks:
         threading.Thread(target=report, daemon=True).start()

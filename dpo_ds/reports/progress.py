@@ -20,8 +20,9 @@ class Progress(Watcher):
 
     def __init__(self, folder: Path):
         self.path = folder / "metrics.jsonl"
+        self.steps = 0  # known once training starts, as is the bar
         self.on_terminal = sys.stderr.isatty()
-        self.bar = tqdm(disable=True)  # until the number of steps is known
+        self.bar = tqdm(disable=True)
         self.last_line = time.monotonic()
 
     def starting(self, steps_done: int, steps: int) -> None:
