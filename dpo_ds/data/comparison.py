@@ -42,3 +42,12 @@ class Comparison:
     rendered: bool = False  # the texts hold a chat template's own tokens: they are tokenised as they are
     implicit: bool = False  # the prompt was found as what the answers have in common
     changed: list[str] = field(default_factory=list)  # kinds for the report: what was changed to read the row
+    unused: list[str] = field(default_factory=list)  # for the report: columns and message keys that were not used
+
+
+@dataclass(frozen=True)
+class Markers:
+    """What shows that a text has been through the model's chat template already."""
+
+    specials: frozenset[str]  # the special tokens that the template writes
+    opening: str  # what the template writes before an answer of the assistant's; "" if that cannot be told

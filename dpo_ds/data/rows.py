@@ -20,14 +20,9 @@ import datasets
 import numpy as np
 
 from dpo_ds.data.counts import Report, counted
+from dpo_ds.data.dialogue import ROLES, TURN, as_text, parse_dialogue
 from dpo_ds.data.sources import RAW
 from dpo_ds.errors import UserError
-
-ROLES = {"user": "Human", "assistant": "Assistant", "system": "System"}
-
-
-TURN = re.compile(r"\n\n(Human|Assistant|System):")
-
 
 MISSING = "a field is missing"
 
@@ -209,26 +204,6 @@ def _pair(text: str, messages: list[dict], chosen: str, rejected: str) -> dict:
     except UnicodeEncodeError:  # half of a surrogate pair, or bytes that were not UTF-8
         raise _LeftOut(NOT_UNICODE) from None
     return {"text": text, "messages": messages, "chosen": chosen, "rejected": rejected}
-
-
-def parse_dialogue(text: str) -> list[dict] | None:
-    """The messages of a dialogue as text, without the open answer at its end; None if it is not one."""
-    if not TURN.match(text):
-        return None
-    parts = TURN.split(text)[1:]
-    names = {name: role for role, name in ROLES.items()}
-    messages = [
-        {"role": names[name], "content": content.strip()} for name, content in zip(parts[::2], parts[1::2], strict=True)
-    ]
-    if messages[-1] == {"role": "assistant", "content": ""}:
-        messages.pop()
-    return messages
-
-
-def as_text(messages: list[dict]) -> str:
-    """A chat as text, open for the next answer."""
-    turns = [f"\n\n{ROLES[message['role']]}: {message['content']}" for message in messages]
-    return "".join(turns) + "\n\nAssistant:"
 
 
 def prompt_hash(text: str) -> bytes:
