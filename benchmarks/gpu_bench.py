@@ -145,7 +145,7 @@ def layer_times(small: bool) -> dict:
 
     from dpo_ds.scoring import attention
     from dpo_ds.scoring.packed import pack
-    from dpo_ds.scoring.scorer import PairScorer
+    from dpo_ds.scoring.scorer import Scorer
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -161,7 +161,7 @@ def layer_times(small: bool) -> dict:
         torch.set_default_dtype(torch.float32)
         model.train()
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        scorer = PairScorer(model)
+        scorer = Scorer(model)
         batch = pack([tuple(np.ones(n, dtype=np.int32) for n in lengths)] * pairs).to(device)
 
         def learn(scorer=scorer, batch=batch, model=model):

@@ -27,7 +27,7 @@ import oracle
 from dpo_ds.models.find import known_models
 from dpo_ds.scoring import attention, head
 from dpo_ds.scoring.packed import PackedBatch, layout_of, pack
-from dpo_ds.scoring.scorer import PairScorer
+from dpo_ds.scoring.scorer import Scorer
 from dpo_ds.scoring.twin import randomise, twin
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -80,7 +80,7 @@ def packed(config, pairs, dtype, kernel: str, broken: bool = False):
     batch = pack(pairs)
     if broken:  # rejected goes on after chosen
         batch.position_ids = torch.arange(batch.input_ids.shape[1])[None]
-    return graded(model, PairScorer(model)(batch.to(DEVICE)))
+    return graded(model, Scorer(model)(batch.to(DEVICE)))
 
 
 def kernels(config, dtype) -> list[str]:

@@ -23,7 +23,7 @@ from transformers.models.llama import modeling_llama as llama
 from dpo_ds.models.flops import peak_of
 from dpo_ds.scoring import attention
 from dpo_ds.scoring.packed import pack
-from dpo_ds.scoring.scorer import PairScorer
+from dpo_ds.scoring.scorer import Scorer
 
 ON_GPU = torch.cuda.is_available()
 DEVICE, DTYPE = (torch.device("cuda"), torch.bfloat16) if ON_GPU else (torch.device("cpu"), torch.float32)
@@ -42,7 +42,7 @@ def use(how: str) -> None:
         llama.LlamaMLP.forward = lambda self, x: self.down_proj(silu_mul(self.gate_proj(x), self.up_proj(x)))
 
 
-def build(shape: dict, layers: int, how: str, recompute: bool) -> PairScorer:
+def build(shape: dict, layers: int, how: str, recompute: bool) -> Scorer:
     use(how)
     shape = {**shape, "num_hidden_layers": layers, "tie_word_embeddings": False, "max_position_embeddings": 8192}
     config = LlamaConfig(**shape)
@@ -59,7 +59,7 @@ def build(shape: dict, layers: int, how: str, recompute: bool) -> PairScorer:
     model.train()
     if recompute:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return PairScorer(model)
+    return Scorer(model)
 
 
 def layer(shape: dict, lengths: tuple[int, int, int], pairs: int, how: str, recompute: bool) -> dict:

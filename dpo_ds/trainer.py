@@ -21,7 +21,7 @@ from dpo_ds.references.kinds import Reference
 from dpo_ds.reports.watcher import Watcher
 from dpo_ds.runs import checkpoint
 from dpo_ds.runs.prepare import Run
-from dpo_ds.scoring.packed import PackedBatch, pack
+from dpo_ds.scoring.packed import PackedBatch, move, pack
 from dpo_ds.scoring.sweep import score_set
 
 MOST_SKIPPED = 10  # steps in a row without an update
@@ -30,7 +30,7 @@ MOST_SKIPPED = 10  # steps in a row without an update
 ROUNDING = {"fp32": 2e-4, "bf16": 0.3}
 
 
-def first_loss_tolerance(precision: str, beta: float, pairs: int) -> float:
+def first_loss_tolerance(precision: str, beta: float, pairs: float) -> float:
     """How far the first step's loss may be from ln 2: six standard deviations of the mean of `pairs` rounding errors.
     To first order, a pair's loss changes by beta / 2 times the error of its margin."""
     return 6 * beta / 2 * ROUNDING[precision] / math.sqrt(pairs)
@@ -43,12 +43,13 @@ class Dealt:
     step: int  # from 0
     micro_batch: MicroBatch
     batch: PackedBatch
+    weights: torch.Tensor  # [B] fp32, of the batch's pairs
     last: bool  # of its step
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What training returns: the last metrics, and the held-out pairs' logps, [pairs, 2] each."""
+    """What training returns: the last metrics, and the held-out answers' logps, float32 [answers] each."""
 
     metrics: dict
     policy_logps: np.ndarray
@@ -72,7 +73,7 @@ class Trainer:
         self.metrics = [*METRICS, *(["router_aux_loss"] if self.router_coefficient > 0 else [])]
         self.flops, self.peak = Flops(run.model, self.options), peak_of(policy.device)
         self.skipped = 0  # steps in a row
-        nothing = np.zeros((0, 2), dtype=np.float32)
+        nothing = np.zeros(0, dtype=np.float32)
         self.held_out_policy = self.held_out_reference = nothing  # the latest evaluation's
 
     def train(self) -> Outcome:
@@ -124,39 +125,43 @@ class Trainer:
 
     def micro_batches(self, first_step: int) -> Iterator[tuple[int, MicroBatch, bool]]:
         """Yields this rank's micro-batches from `first_step` on, each with its step and whether it is the last."""
-        lengths = self.run.train_pairs.packed_lengths
+        limit = self.options.micro_batch_tokens
         for number in range(first_step, self.run.schedule.steps):
-            indices = self.run.schedule.step(number)
-            own = deal(indices, lengths, self.here.size, self.options.micro_batch_tokens)[self.here.rank]
+            parts = self.run.train_pairs.parts(self.run.schedule.step(number), limit)
+            own = deal(parts, self.here.size, limit)[self.here.rank]
             for place, micro_batch in enumerate(own):
                 yield number, micro_batch, place == len(own) - 1
 
     def pack(self, dealt: tuple[int, MicroBatch, bool]) -> Dealt:
         """Packs a micro-batch and moves it to the device."""
         number, micro_batch, last = dealt
-        batch = pack([self.run.train_pairs.pair(i) for i in micro_batch.indices]).to(self.policy.device)
-        return Dealt(number, micro_batch, batch, last)
+        pairs, device = self.run.train_pairs, self.policy.device
+        batch = pack([pairs.group(part) for part in micro_batch.parts]).to(device)
+        weights = move(torch.from_numpy(pairs.weights[micro_batch.pairs]), device)
+        return Dealt(number, micro_batch, batch, weights, last)
 
     def step(self, number: int, upcoming: Iterator[Dealt]) -> dict:
         """One optimizer step over all its pairs, on all ranks. Returns its metrics."""
         started = time.perf_counter()
         self.notify("step_begins", number + 1)
         indices = self.run.schedule.step(number)
+        weight = float(self.run.train_pairs.weights[indices].sum(dtype=np.float64))
         sums = torch.zeros(len(self.metrics), device=self.policy.device)
         for dealt in upcoming:
             assert dealt.step == number
-            sums += self.learn(dealt, len(indices))
+            sums += self.learn(dealt, weight)
             self.notify("learned", dealt.batch)
             if dealt.last:
                 break
         learning_rate = self.policy.learning_rate
         grad_norm, applied = self.policy.step()
         # dpo_ds's only collective in a step (DeepSpeed has its own for gradients), and the only wait for the device.
-        means = collectives.sum_over_ranks(sums) / len(indices)
+        means = collectives.sum_over_ranks(sums) / weight
         *values, grad_norm = torch.cat([means, grad_norm.to(means).view(1)]).tolist()
         self.check(number, indices, values[0], applied)
         seconds = time.perf_counter() - started
-        flops = self.flops.step(self.run.train_pairs.lengths[indices]) / seconds / self.here.size
+        tokens, flops = self.work(indices)
+        flops /= seconds * self.here.size
         metrics = {
             "step": number + 1,
             "epoch": round((number + 1) / self.run.schedule.steps_per_epoch, 4),
@@ -164,7 +169,7 @@ class Trainer:
             "grad_norm": grad_norm,
             "learning_rate": learning_rate,
             "applied": applied,
-            "tokens/s": round(int(self.run.train_pairs.packed_lengths[indices].sum()) / seconds, 1),
+            "tokens/s": round(tokens / seconds, 1),
             "pairs/s": round(len(indices) / seconds, 2),
             "TFLOP/s a rank": round(flops / 1e12, 4),
             **({"mfu": round(flops / self.peak, 4)} if self.peak else {}),
@@ -172,20 +177,29 @@ class Trainer:
         self.notify("step_ended", metrics)
         return metrics
 
-    def learn(self, dealt: Dealt, step_pairs: int) -> torch.Tensor:
-        """Forward and backward of one micro-batch. Returns the sums of `self.metrics` over its pairs, on the device."""
-        reference = self.reference.logps(dealt.micro_batch, dealt.batch)
-        logps, balance = self.policy(dealt.batch)
+    def work(self, indices: np.ndarray) -> tuple[int, float]:
+        """The packed tokens and the FLOPs of a step on these pairs."""
+        pairs = self.run.train_pairs
+        answers = np.unique(pairs.pairs[indices])
+        groups, of_answer = np.unique(pairs.answer_groups[answers], return_inverse=True)
+        prompts, lengths = pairs.prompts[groups, 1], pairs.answers[answers, 1]
+        return int(prompts.sum() + lengths.sum()), self.flops.step(prompts, lengths, of_answer.reshape(-1))
+
+    def learn(self, dealt: Dealt, step_weight: float) -> torch.Tensor:
+        """Forward and backward of one micro-batch. Returns the weighted sums of `self.metrics` over its pairs, on the
+        device. step_weight: the sum of the weights of all the step's pairs."""
+        pairs, weights = dealt.batch.pairs, dealt.micro_batch.weight * dealt.weights
+        reference = self.reference.logps(dealt.micro_batch, dealt.batch)[pairs]
+        answers, balance = self.policy(dealt.batch)
+        logps = answers[pairs]
         losses = dpo_loss(logps[:, 0] - logps[:, 1], reference[:, 0] - reference[:, 1], self.options.beta)
-        total = losses.sum()
-        if balance is not None:
-            total = total + self.router_coefficient * balance.sum()
+        total = losses if balance is None else losses + self.router_coefficient * balance
         # DeepSpeed averages gradients over ranks; multiplied by their number, the average is the sum over all pairs.
-        self.policy.backward(dealt.micro_batch.weight * total * self.here.size / step_pairs, dealt.last)
+        self.policy.backward((weights * total).sum() * self.here.size / step_weight, dealt.last)
         rows = preference_metrics(logps.detach(), reference, losses.detach(), self.options.beta)
         if balance is not None:
             rows = torch.cat([rows, balance.detach()[:, None]], dim=1)
-        return dealt.micro_batch.weight * rows.sum(0)
+        return (weights[:, None] * rows).sum(0)
 
     def check(self, number: int, indices: np.ndarray, loss: float, applied: bool) -> None:
         """Stops a run whose loss is not finite, whose first loss is not ln 2, or that no longer learns."""
@@ -200,7 +214,9 @@ class Trainer:
             raise RunStopped(
                 f"the loss is {loss} at step {number + 1}: lower --learning_rate, or look at its pairs: {ids}"
             )
-        allowed = first_loss_tolerance(self.options.precision, self.options.beta, len(indices))
+        weights = self.run.train_pairs.weights[indices].astype(np.float64)
+        effective = weights.sum() ** 2 / (weights**2).sum()  # so many pairs of equal weight have as uncertain a mean
+        allowed = first_loss_tolerance(self.options.precision, self.options.beta, effective)
         if number == 0 and self.starts_equal and abs(loss - math.log(2)) > allowed:
             raise RunStopped(
                 f"the first loss is {loss:.6f}, but policy and reference start equal, so it must be ln 2 = 0.693147: "
@@ -213,12 +229,14 @@ class Trainer:
         pairs = self.run.eval_pairs
         if len(pairs) == 0:
             return {}
-        everything = np.arange(len(pairs))
+        everything = np.arange(len(pairs.answers))
         logps = score_set(self.policy.score, pairs, everything, self.options.micro_batch_tokens, "held-out pairs")
         self.held_out_policy = logps
-        policy, reference = torch.from_numpy(logps), torch.from_numpy(self.held_out_reference)
+        policy, reference = (torch.from_numpy(own[pairs.pairs]) for own in (logps, self.held_out_reference))
         losses = dpo_loss(policy[:, 0] - policy[:, 1], reference[:, 0] - reference[:, 1], self.options.beta)
-        means = preference_metrics(policy, reference, losses, self.options.beta).double().mean(0).tolist()
+        rows = preference_metrics(policy, reference, losses, self.options.beta).double()
+        weights = torch.from_numpy(pairs.weights).double()
+        means = ((weights[:, None] * rows).sum(0) / weights.sum()).tolist()
         metrics = {"step": steps_done, **{f"eval/{key}": value for key, value in zip(METRICS, means, strict=True)}}
         self.notify("evaluated", metrics)
         return metrics

@@ -3,162 +3,338 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterator
-from dataclasses import asdict
-from itertools import chain
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 import datasets
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
-from dpo_ds.data.counts import Report, counted
-from dpo_ds.data.encoder import Encoder, Tokenizing
+from dpo_ds.data.comparison import LeftOut
+from dpo_ds.data.counts import Report
+from dpo_ds.data.dialogue import as_text
+from dpo_ds.data.encoder import Encoded, Encoder, Tokenizing
+from dpo_ds.data.forms import Reading, read_row
+from dpo_ds.data.held_out import KEYS, prompt_hash, prompt_keys
 from dpo_ds.data.pairs import read_manifest
-from dpo_ds.data.rows import prompt_hash
+from dpo_ds.data.sources import RAW
 from dpo_ds.errors import files_of
 from dpo_ds.files import scratch_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-FORMAT = 2  # raise it when the cached files change, or the code that decides their content
-
-
+FORMAT = 3  # raise it when the cached files change, or the code that decides their content
 SMALL = 20_000  # rows; for fewer, starting processes costs more than it saves
+BATCH = 1000  # rows that are in memory at a time
+
+
+@dataclass(frozen=True)
+class Source:
+    """Rows of one data set."""
+
+    name: str
+    rows: datasets.Dataset
 
 
 def tokenize_pairs(
-    rows: datasets.Dataset,
+    sources: Sequence[Source],
     tokenizer: "PreTrainedTokenizerBase",
     tokenizing: Tokenizing,
+    reading: Reading,
+    join: bool,
     cache_folder: Path,
-    report: Report,
     num_proc: int | None = None,
-) -> Path:
-    """Returns the cache folder of the rows' PairSet, and tokenises them if it is not there. Adds counts to `report`.
+) -> tuple[Path, list[Report]]:
+    """Returns the cache folder of the sources' PairSet, and each source's report. Tokenises what is not there.
 
-    Raises UserError if all rows or too many are left out, together with those that the report already has.
+    join: rows of one prompt become one group.
     """
     encoder = Encoder(tokenizer, tokenizing)
-    folder = cache_folder / _key(rows, tokenizer, tokenizing)[:32]
+    folder = cache_folder / _key(sources, tokenizer, [asdict(tokenizing), asdict(reading), join])[:32]
     if not folder.is_dir():
         with files_of("--cache_dir", cache_folder), scratch_folder(cache_folder, folder.name) as partial:
-            _write(partial, rows, encoder, num_proc)
+            _Writer(partial, join).write(sources, reading, encoder, num_proc)
             try:
                 partial.rename(folder)
             except OSError:
                 if not folder.is_dir():  # otherwise another process was faster and made the same set
                     raise
-    manifest = read_manifest(folder)
-    for counts, more in ((report.left_out, manifest["left_out"]), (report.changed, manifest["changed"])):
-        counts.update({kind: (count, first) for kind, (count, first) in more.items()})
-    report.check()
-    return folder
+    reports = [Report.read(report) for report in read_manifest(folder)["report"]]
+    return folder, reports
 
 
-def _key(rows: datasets.Dataset, tokenizer: "PreTrainedTokenizerBase", tokenizing: Tokenizing) -> str:
+def _key(sources: Sequence[Source], tokenizer: "PreTrainedTokenizerBase", options: list) -> str:
     """sha256 of everything that decides the tokens: rows, tokenizer, options."""
     digest = hashlib.sha256()
     facts = {
         "format": FORMAT,
-        "options": asdict(tokenizing),
+        "options": options,
         "template": tokenizer.chat_template,
         "special": {key: str(value) for key, value in tokenizer.special_tokens_map.items()},
     }
-    digest.update(json.dumps(facts, sort_keys=True).encode())
+    digest.update(json.dumps(facts, sort_keys=True, default=sorted).encode())
     backend = getattr(tokenizer, "backend_tokenizer", None)
     digest.update(
         (backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)).encode()
     )
-    for batch in rows.with_format("arrow").iter(batch_size=10_000):
-        chunk = batch.combine_chunks().replace_schema_metadata(None)
-        sink = pa.BufferOutputStream()
-        with pa.ipc.new_stream(sink, chunk.schema) as writer:
-            writer.write_table(chunk)
-        digest.update(sink.getvalue())
+    for source in sources:
+        for batch in source.rows.with_format("arrow").iter(batch_size=10_000):
+            chunk = batch.combine_chunks().replace_schema_metadata(None)
+            sink = pa.BufferOutputStream()
+            with pa.ipc.new_stream(sink, chunk.schema) as writer:
+                writer.write_table(chunk)
+            digest.update(sink.getvalue())
     return digest.hexdigest()
 
 
-def _write(folder: Path, rows: datasets.Dataset, encoder: Encoder, num_proc: int | None) -> None:
+# A row of the data once it is encoded. Lists of lists are flat: `lengths` says where each sequence ends.
+_FEATURES = datasets.Features(
+    {
+        "row": datasets.Value("int64"),
+        "tokens": datasets.List(datasets.Value("int32")),  # the prompt, then its answers
+        "scored": datasets.List(datasets.Value("uint8")),  # of the answers' tokens; empty: all
+        "lengths": datasets.List(datasets.Value("int32")),  # of the prompt and of each answer
+        "answer_ids": datasets.List(datasets.Value("binary")),
+        "pairs": datasets.List(datasets.Value("int32")),  # chosen, rejected, chosen, rejected, ...
+        "pair_ids": datasets.List(datasets.Value("binary")),
+        "weights": datasets.List(datasets.Value("float32")),
+        "margins": datasets.List(datasets.Value("float32")),
+        "prompt_hash": datasets.Value("binary"),
+        "prompt_keys": datasets.Value("binary"),
+        "left_out": datasets.Value("string"),
+        "changed": datasets.List(datasets.Value("string")),
+        "unused": datasets.List(datasets.Value("string")),
+        "cut_prompt": datasets.Value("int32"),
+        "cut_answers": datasets.List(datasets.Value("int32")),
+        "dropped_pairs": datasets.Value("int32"),
+    }
+)
+# Of these, what the report counts.
+COUNTED = ["row", "left_out", "changed", "unused", "cut_prompt", "cut_answers", "weights", "dropped_pairs"]
+
+
+def _encode_batch(batch: dict[str, list], indices: list[int], reading: Reading, encoder: Encoder) -> dict[str, list]:
+    """Reads and encodes a batch of rows. A row that is left out stays in place, without tokens."""
+    out: dict[str, list] = {name: [] for name in _FEATURES}
+    comparisons, reasons = [], []
+    for n in range(len(indices)):
+        fields = json.loads(batch[RAW][n]) if RAW in batch else {key: column[n] for key, column in batch.items()}
+        try:
+            comparisons.append(read_row(fields, reading))
+            reasons.append("")
+        except LeftOut as reason:
+            reasons.append(str(reason))
+    encoded = iter(zip(comparisons, encoder.encode(comparisons), strict=True))
+    for row, reason in zip(indices, reasons, strict=True):
+        facts = {"row": row, "left_out": reason}
+        if not reason:
+            comparison, found = next(encoded)
+            facts |= {"left_out": found.left_out, "unused": comparison.unused}
+            if not found.left_out:
+                text = comparison.text if comparison.text is not None else as_text(comparison.messages)
+                facts |= _flat(found) | {
+                    "prompt_hash": prompt_hash(text),
+                    "prompt_keys": prompt_keys(comparison, text, found.prompt),
+                    "changed": list(dict.fromkeys([*comparison.changed, *found.changed])),
+                    "dropped_pairs": len(comparison.pairs) - len(found.pairs),
+                }
+        for name, feature in _FEATURES.items():
+            empty: list | int | bytes = [] if isinstance(feature, datasets.List) else 0
+            if name in ("prompt_hash", "prompt_keys"):
+                empty = b""
+            out[name].append(facts.get(name, empty))
+    return out
+
+
+def _flat(found: Encoded) -> dict:
+    """An encoded row's tokens and pairs, as _FEATURES has them."""
+    sequences = [found.prompt, *found.answers]
+    masks = [
+        [True] * len(answer) if scored is None else scored
+        for answer, scored in zip(found.answers, found.scored, strict=True)
+    ]
+    partly = any(scored is not None for scored in found.scored)
+    places = [(pair.chosen, pair.rejected) for pair in found.pairs]
+    return {
+        "tokens": [token for sequence in sequences for token in sequence],
+        "scored": [int(learned) for mask in masks for learned in mask] if partly else [],
+        "lengths": [len(sequence) for sequence in sequences],
+        "answer_ids": [
+            _id([found.prompt, answer], scored) for answer, scored in zip(found.answers, found.scored, strict=True)
+        ],
+        "pairs": [place for pair in places for place in pair],
+        "pair_ids": [
+            _id(
+                [found.prompt, found.answers[chosen], found.answers[rejected]],
+                None if not partly else [*masks[chosen], *masks[rejected]],
+            )
+            for chosen, rejected in places
+        ],
+        "weights": [pair.weight for pair in found.pairs],
+        "margins": [float("nan") if pair.margin is None else pair.margin for pair in found.pairs],
+        "cut_prompt": found.cut_prompt,
+        "cut_answers": found.cut_answers,
+    }
+
+
+def _id(sequences: list[list[int]], scored: list[bool] | None) -> bytes:
+    numbers = [*map(len, sequences), *(token for sequence in sequences for token in sequence)]
+    content = np.array(numbers, dtype=np.int32).tobytes()
+    if scored is not None and not all(scored):
+        content += np.array(scored, dtype=np.uint8).tobytes()
+    return hashlib.sha256(content).digest()[:16]
+
+
+@dataclass
+class _Writer:
+    """Writes the arrays of a PairSet. Tokens go to the disk as they come; the rest is a few dozen bytes a row."""
+
+    folder: Path
+    join: bool
+    columns: dict[str, list[np.ndarray]] = field(default_factory=lambda: defaultdict(list))
+    total: int = 0  # tokens so far
+    partly: bool = False  # whether a token of an answer is not learned
+
+    def write(self, sources: Sequence[Source], reading: Reading, encoder: Encoder, num_proc: int | None) -> None:
+        reports = []
+        with open(self.folder / "tokens.int32", "wb") as tokens, open(self.folder / "scored.uint8", "wb") as scored:
+            for number, source in enumerate(sources):
+                report = Report(len(source.rows))
+                for batch in _encoded(source.rows, reading, encoder, num_proc, f"{self.folder.name}-{number}"):
+                    for facts in batch.select(COUNTED).to_pylist():
+                        report.add(facts)
+                    self._add(batch, number, tokens, scored)
+                reports.append(report)
+        if not self.partly:
+            (self.folder / "scored.uint8").unlink()
+        arrays = self._arrays()
+        for name, array in arrays.items():
+            np.save(self.folder / f"{name}.npy", array)
+        manifest = {
+            "pairs": len(arrays["pairs"]),
+            "answers": len(arrays["answers"]),
+            "groups": len(arrays["prompts"]),
+            "tokens": self.total,
+            "report": [report.saved() for report in reports],
+        }
+        (self.folder / "manifest.json").write_text(json.dumps(manifest, indent=1))
+
+    def _add(self, batch: pa.Table, source: int, tokens: IO[bytes], scored: IO[bytes]) -> None:
+        """Adds the rows of a batch that are used. Numbers of rows and answers count from the first batch on."""
+        values = _flat_numbers(batch, "tokens", np.int32)
+        tokens.write(values.tobytes())
+        row_lengths = batch["lengths"].to_pylist()
+        used = [n for n, lengths in enumerate(row_lengths) if lengths]
+        self._score(batch, row_lengths, len(values), scored)
+        lengths = _flat_numbers(batch, "lengths", np.int64)
+        starts = self.total + np.cumsum(lengths) - lengths
+        self.total += len(values)
+        sizes = np.array([len(row_lengths[n]) for n in used], dtype=np.int64)  # of prompt and answers
+        prompts = np.cumsum(sizes) - sizes  # their places among the sequences
+        sequences = np.stack([starts, lengths], axis=1)
+        first_row, first_answer = (sum(map(len, self.columns[name])) for name in ("prompts", "answers"))
+        is_answer = np.ones(len(lengths), dtype=bool)
+        is_answer[prompts] = False
+        answers_before = first_answer + np.cumsum(sizes - 1) - (sizes - 1)
+        pairs_of = [len(batch["pair_ids"][n]) for n in used]
+        kept = batch.take(used)
+        pairs = _flat_numbers(kept, "pairs", np.int64).reshape(-1, 2)
+        added = {
+            "prompts": sequences[prompts],
+            "prompt_hashes": _bytes(kept["prompt_hash"], 16),
+            "prompt_keys": _bytes(kept["prompt_keys"], 16 * KEYS).reshape(-1, KEYS, 16),
+            "answers": sequences[is_answer],
+            "answer_rows": first_row + np.repeat(np.arange(len(used)), sizes - 1),
+            "answer_ids": _bytes(pc.list_flatten(kept["answer_ids"]), 16),
+            "pairs": pairs + np.repeat(answers_before, pairs_of)[:, None],
+            "rows": np.repeat(_flat_numbers(kept, "row", np.int64), pairs_of),
+            "sources": np.full(len(pairs), source),
+            "weights": _flat_numbers(kept, "weights", np.float32),
+            "margins": _flat_numbers(kept, "margins", np.float32),
+            "pair_ids": _bytes(pc.list_flatten(kept["pair_ids"]), 16),
+        }
+        for name, array in added.items():
+            self.columns[name].append(array)
+
+    def _score(self, batch: pa.Table, row_lengths: list[list[int]], tokens: int, scored: IO[bytes]) -> None:
+        """Writes which tokens are learned: those of answers, less what a row's mask leaves out."""
+        learned = np.ones(tokens, dtype=np.uint8)
+        at = 0
+        for mask, lengths in zip(batch["scored"], row_lengths, strict=True):
+            end = at + sum(lengths)
+            if len(mask):
+                learned[at + lengths[0] : end] = mask.values.to_numpy()
+                self.partly = True
+            at = end
+        scored.write(learned.tobytes())
+
+    def _arrays(self) -> dict[str, np.ndarray]:
+        """The arrays of the PairSet: rows of one prompt joined, each answer once, pairs in their groups' order."""
+        columns = {name: np.concatenate(parts) for name, parts in self.columns.items()}
+        rows = np.arange(len(columns["prompts"]), dtype=np.int64)
+        first, group_of_row = _numbered(columns["prompt_keys"][:, 0] if self.join else rows[:, None])
+        of_answer = group_of_row[columns["answer_rows"]]
+        # The same answer to the same prompt is there once.
+        marks = np.concatenate([of_answer[:, None].view(np.uint8).reshape(-1, 8), columns["answer_ids"]], axis=1)
+        first_answer, number = _numbered(marks)
+        by_group = np.argsort(of_answer[first_answer], kind="stable")
+        place = np.empty(len(by_group), dtype=np.int64)
+        place[by_group] = np.arange(len(by_group))
+        answers = first_answer[by_group]
+        pairs = place[number][columns["pairs"]]
+        order = np.argsort(of_answer[columns["pairs"][:, 0]], kind="stable")
+        return {
+            **{name: columns[name][first] for name in ("prompts", "prompt_hashes", "prompt_keys")},
+            **{name: columns[name][answers] for name in ("answers", "answer_ids")},
+            "answer_groups": of_answer[answers],
+            "pairs": pairs[order],
+            **{name: columns[name][order] for name in ("rows", "sources", "weights", "margins", "pair_ids")},
+        }
+
+
+def _encoded(
+    rows: datasets.Dataset, reading: Reading, encoder: Encoder, num_proc: int | None, name: str
+) -> Iterator[pa.Table]:
+    """Yields the encoded rows, in batches."""
     if num_proc is None:
         num_proc = min(8, len(os.sched_getaffinity(0)))
     encoded = rows.map(
         _encode_batch,
         batched=True,
-        fn_kwargs={"encoder": encoder},
+        with_indices=True,
+        fn_kwargs={"encoder": encoder, "reading": reading},
         remove_columns=rows.column_names,
         features=_FEATURES,
         load_from_cache_file=False,
         num_proc=num_proc if len(rows) >= SMALL and num_proc > 1 else None,
-        new_fingerprint=folder.name.partition("@")[0],
+        new_fingerprint=name.replace("@", "-"),
     )
-    # Columns are streamed one by one: lists of a million rows would take half a GB.
-    numbers = np.fromiter(_column(encoded, "row"), np.int64, len(encoded))
-    left_out = counted(zip(_column(encoded, "left_out"), numbers, strict=True))
-    kinds = ((kind, row) for row, found in zip(numbers, _column(encoded, "changed"), strict=True) for kind in found)
-    changed = counted(kinds)
-    lengths = np.fromiter(chain.from_iterable(_column(encoded, "lengths")), np.int32, 3 * len(encoded)).reshape(-1, 3)
-    used = lengths.sum(axis=1) > 0
-    lengths = lengths[used]
-    total = int(lengths.sum(dtype=np.int64))
-    tokens = np.lib.format.open_memmap(folder / "tokens.npy", mode="w+", dtype=np.int32, shape=(total,))
-    at = 0
-    for batch in encoded.select_columns(["tokens"]).with_format("arrow").iter(batch_size=1000):
-        values = pa.concat_arrays(batch["tokens"].chunks).flatten().to_numpy(zero_copy_only=False)
-        tokens[at : at + len(values)] = values
-        at += len(values)
-    tokens.flush()
-    ends = np.cumsum(lengths.sum(axis=1, dtype=np.int64))
-    arrays = {
-        "lengths": lengths,
-        "starts": ends - lengths.sum(axis=1, dtype=np.int64),
-        "rows": numbers[used],
-        "pair_ids": _bytes(encoded, "pair_id")[used],
-        "prompt_hashes": _bytes(encoded, "prompt_hash")[used],
-    }
-    for name, array in arrays.items():
-        np.save(folder / f"{name}.npy", array)
-    manifest = {"pairs": len(lengths), "tokens": total, "left_out": left_out, "changed": changed}
-    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1))
+    yield from encoded.with_format("arrow").iter(batch_size=BATCH)
 
 
-_FEATURES = datasets.Features(
-    {
-        "row": datasets.Value("int64"),
-        "tokens": datasets.List(datasets.Value("int32")),
-        "lengths": datasets.List(datasets.Value("int32")),
-        "pair_id": datasets.Value("binary"),
-        "prompt_hash": datasets.Value("binary"),
-        "left_out": datasets.Value("string"),
-        "changed": datasets.List(datasets.Value("string")),
-    }
-)
+def _numbered(content: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Numbers equal rows alike, in the order in which they first appear: the place of each number's first row, and the
+    number of every row."""
+    whole = np.ascontiguousarray(content).view(np.uint8).reshape(len(content), -1)
+    _, first, inverse = np.unique(whole.view(f"V{whole.shape[1]}"), return_index=True, return_inverse=True)
+    order = np.argsort(first)
+    number = np.empty(len(order), dtype=np.int64)
+    number[order] = np.arange(len(order))
+    return first[order], number[inverse.reshape(-1)]
 
 
-def _encode_batch(rows: dict[str, list], encoder: Encoder) -> dict[str, list]:
-    """Encodes a batch of rows. A row that is left out stays in place, without tokens."""
-    out: dict[str, list] = {name: [] for name in _FEATURES}
-    for row, text, pair in zip(rows["row"], rows["text"], encoder.encode(rows), strict=True):
-        parts = [[], [], []] if pair["left_out"] else [pair["prompt"], pair["chosen"], pair["rejected"]]
-        tokens, lengths = [token for part in parts for token in part], [len(part) for part in parts]
-        out["row"].append(row)
-        out["tokens"].append(tokens)
-        out["lengths"].append(lengths)
-        out["pair_id"].append(hashlib.sha256(np.array([*lengths, *tokens], dtype=np.int32).tobytes()).digest()[:16])
-        out["prompt_hash"].append(prompt_hash(text))
-        out["left_out"].append(pair["left_out"])
-        out["changed"].append([] if pair["left_out"] else pair["changed"])
-    return out
+def _flat_numbers(batch: pa.Table, name: str, dtype: type) -> np.ndarray:
+    column = batch[name].combine_chunks()
+    if pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
+        column = column.flatten()
+    return column.to_numpy(zero_copy_only=False).astype(dtype)
 
 
-def _column(rows: datasets.Dataset, name: str) -> Iterator:
-    """Yields one column's values, with 10,000 in memory at a time."""
-    for batch in rows.select_columns([name]).with_format("arrow").iter(batch_size=10_000):
-        yield from batch[name].to_pylist()
-
-
-def _bytes(rows: datasets.Dataset, name: str) -> np.ndarray:
-    """A column whose values are 16 bytes each, as uint8 [n, 16]."""
-    return np.fromiter(chain.from_iterable(_column(rows, name)), np.uint8, 16 * len(rows)).reshape(-1, 16)
+def _bytes(column: pa.ChunkedArray, width: int) -> np.ndarray:
+    """A column whose values are `width` bytes each, as uint8 [n, width]."""
+    return np.frombuffer(b"".join(column.to_pylist()), dtype=np.uint8).reshape(-1, width)

@@ -1,42 +1,82 @@
-"""The report on a set's rows: how many are used, left out and changed, for which reasons, and in which rows."""
+"""The report on a source's rows: how many are used, left out, changed and cut, for which reasons, and in which rows."""
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from dpo_ds.errors import UserError
 
 FIRST_ROWS = 5  # how many row numbers a report names for each kind
 
+Kinds = dict[str, tuple[int, list[int]]]  # kind: how many rows, and the numbers of the first ones
+
 
 @dataclass
 class Report:
-    """How many rows there are, and how many were left out or changed, by kind, with the first row numbers of each."""
+    """What became of a source's rows."""
 
-    total: int
-    max_left_out: float = 0.1
-    left_out: dict[str, tuple[int, list[int]]] = field(default_factory=dict)
-    changed: dict[str, tuple[int, list[int]]] = field(default_factory=dict)
+    rows: int
+    pairs: int = 0
+    left_out: Kinds = field(default_factory=dict)
+    changed: Kinds = field(default_factory=dict)
+    unused: Kinds = field(default_factory=dict)  # columns and message keys that nothing reads
+    # Rows of which something was cut, and the tokens that were cut from prompts or answers.
+    cut: Kinds = field(default_factory=dict)
+    cut_tokens: dict[str, int] = field(default_factory=dict)
+    dropped_pairs: int = 0  # whose answers no longer differ, of rows that are used
+
+    @classmethod
+    def read(cls, saved: dict[str, Any]) -> "Report":
+        return cls(**saved)
+
+    def saved(self) -> dict[str, Any]:
+        return asdict(self)
 
     @property
-    def kept(self) -> int:
-        return self.total - sum(count for count, _ in self.left_out.values())
+    def used(self) -> int:
+        return self.rows - sum(count for count, _ in self.left_out.values())
+
+    def add(self, facts: dict[str, Any]) -> None:
+        """Counts a row, encoded as data/cache.py's _FEATURES describes."""
+        row = facts["row"]
+        if facts["left_out"]:
+            _count(self.left_out, facts["left_out"], row)
+        for kind in facts["changed"]:
+            _count(self.changed, kind, row)
+        for name in facts["unused"]:
+            _count(self.unused, name, row)
+        for what, tokens in (("prompts", facts["cut_prompt"]), ("answers", sum(facts["cut_answers"]))):
+            if tokens:
+                _count(self.cut, what, row)
+                self.cut_tokens[what] = self.cut_tokens.get(what, 0) + tokens
+        self.pairs += len(facts["weights"])
+        self.dropped_pairs += facts["dropped_pairs"]
 
     def lines(self) -> list[str]:
-        lines = [f"{self.kept} of {self.total} pairs are used"]
+        pairs = f": {self.pairs} pairs" if self.pairs != self.used else ""
+        lines = [f"{self.used} of {self.rows} rows are used{pairs}"]
         for verb, kinds in (("left out", self.left_out), ("changed", self.changed)):
             lines += [f"{count} {verb}: {kind} ({_named(count, rows)})" for kind, (count, rows) in kinds.items()]
+        for what, (count, rows) in self.cut.items():
+            mean = self.cut_tokens[what] / count
+            lines.append(f"{count} rows with {what} cut, by {mean:.0f} tokens on average ({_named(count, rows)})")
+        if self.dropped_pairs:
+            lines.append(f"{self.dropped_pairs} pairs dropped: their answers are equal once cut")
+        if self.unused:
+            names = ", ".join(f"{name} ({count} rows)" for name, (count, _) in self.unused.items())
+            lines.append(f"not used: {names}")
         return lines
 
-    def check(self) -> None:
+    def check(self, max_left_out: float) -> None:
         """Raises UserError if no row is left, or if more than `max_left_out` of the rows are left out."""
-        left_out = self.total - self.kept
-        if left_out and (self.kept == 0 or left_out / self.total > self.max_left_out):
+        left_out = self.rows - self.used
+        if left_out and (self.used == 0 or left_out / self.rows > max_left_out):
             kinds = "; ".join(
                 f"{count} x {kind} ({_named(count, rows)})" for kind, (count, rows) in self.left_out.items()
             )
             raise UserError(
-                f"{left_out} of {self.total} rows cannot be used: {kinds}; correct the data, or raise "
-                f"--max_left_out (now {self.max_left_out}) if the remaining rows are enough"
+                f"{left_out} of {self.rows} rows cannot be used: {kinds}; correct the data, or raise "
+                f"--max_left_out (now {max_left_out}) if the remaining rows are enough"
             )
 
 
@@ -44,11 +84,7 @@ def _named(count: int, rows: Sequence[int]) -> str:
     return f"row{'s' if count > 1 else ''} {', '.join(map(str, rows))}{', …' if count > len(rows) else ''}"
 
 
-def counted(found: Iterable[tuple[str, int]]) -> dict[str, tuple[int, list[int]]]:
-    """{kind: (how many, the first row numbers)} from (kind, row) items; items with the kind "" are not counted."""
-    counts: dict[str, tuple[int, list[int]]] = {}
-    for kind, row in found:
-        if kind:
-            count, first = counts.get(kind, (0, []))
-            counts[kind] = (count + 1, [*first, int(row)] if len(first) < FIRST_ROWS else first)
-    return counts
+def _count(kinds: Kinds, kind: str, row: int) -> None:
+    count, first = kinds.get(kind, (0, []))
+    kinds[kind] = (count + 1, [*first, row] if len(first) < FIRST_ROWS else first)
+

@@ -24,7 +24,7 @@ from dpo_ds.models.model import torch_dtype
 from dpo_ds.ranks import world
 from dpo_ds.scoring import attention
 from dpo_ds.scoring.rotary import fix_frequencies
-from dpo_ds.scoring.scorer import PairScorer
+from dpo_ds.scoring.scorer import Scorer
 
 FIRST_PARAMETER_ID = 1_000_000  # far above those of a reference, whose engine may exist at the same time
 
@@ -40,7 +40,7 @@ def policy_engine(folder: Path, config: dict, options: Planned, kernel: str, tot
     if options.gradient_checkpointing == "on":
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.train()
-    scorer = PairScorer(model, balance=float(options.router_aux_loss_coef) > 0)
+    scorer = Scorer(model, balance=float(options.router_aux_loss_coef) > 0)
     engine = _initialize(
         model=scorer,
         model_parameters=_parameter_groups(scorer, options.weight_decay),
@@ -80,7 +80,7 @@ def reference_engine(folder: Path, config: dict, options: Planned, kernel: str) 
     clear_swap_folders(swap_folders(config))
     model = _load(folder, config, options, kernel)
     model.requires_grad_(False)
-    return Engine(_initialize(model=PairScorer(model), config=config), config)
+    return Engine(_initialize(model=Scorer(model), config=config), config)
 
 
 def _load(folder: Path, config: dict, options: Planned, kernel: str) -> PreTrainedModel:
@@ -113,7 +113,7 @@ def _load(folder: Path, config: dict, options: Planned, kernel: str) -> PreTrain
     return model
 
 
-def _parameter_groups(scorer: PairScorer, weight_decay: float) -> list[dict]:
+def _parameter_groups(scorer: Scorer, weight_decay: float) -> list[dict]:
     """The trained parameters. With weight decay, biases and norms (one dimension) form a group without it."""
     trained = [p for p in scorer.parameters() if p.requires_grad]
     if weight_decay == 0:

@@ -38,12 +38,12 @@ class Engine:
         return self.deepspeed.module.model
 
     def __call__(self, batch: PackedBatch) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Returns logps [B, 2] with a graph, and the router's loss [B] if the run uses it. `backward` must follow."""
+        """Returns logps [A] with a graph, and the router's loss [B] if the run uses it. `backward` must follow."""
         found = self.deepspeed(batch.to(self.device))
         return found if isinstance(found, tuple) else (found, None)
 
     def score(self, batch: PackedBatch) -> torch.Tensor:
-        """Scores one packed batch: logps [B, 2], without a graph. Under ZeRO-3 a policy must run `backward` first."""
+        """Scores one packed batch: logps [A], without a graph. Under ZeRO-3 a policy must run `backward` first."""
         self.deepspeed.eval()
         try:
             with torch.no_grad():
@@ -52,7 +52,7 @@ class Engine:
             self.deepspeed.train()
 
     def score_base(self, batch: PackedBatch) -> torch.Tensor:
-        """Scores one packed batch with LoRA's base weights: logps [B, 2]. The adapters are scaled to 0, because peft's
+        """Scores one packed batch with LoRA's base weights: logps [A]. The adapters are scaled to 0, because peft's
         disable_adapter would invalidate ZeRO-3's trace at every switch."""
         modules: Iterator[Any] = self.model.modules()
         layers = [(module, dict(module.scaling)) for module in modules if hasattr(module, "lora_A")]

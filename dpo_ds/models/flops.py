@@ -28,7 +28,7 @@ def peak_of(device: torch.device) -> float | None:
 
 
 class Flops:
-    """Counts a model's FLOPs on pairs of given lengths."""
+    """Counts a model's FLOPs on groups of given lengths."""
 
     def __init__(self, model: Model, options: Options):
         text = model.config.get_text_config()
@@ -61,23 +61,26 @@ class Flops:
         kinds = (list(kinds) * text.num_hidden_layers)[: text.num_hidden_layers]
         self.windows = [window if kind == "sliding_attention" else None for kind in kinds]
 
-    def step(self, lengths: np.ndarray) -> float:
-        """FLOPs of DPO on pairs of `lengths` [pairs, 3]: prompt, chosen, rejected tokens."""
-        lengths = np.asarray(lengths, dtype=np.int64).reshape(-1, 3)
-        tokens, responses = lengths.sum(), lengths[:, 1:].sum()
+    def step(self, prompts: np.ndarray, answers: np.ndarray, groups: np.ndarray) -> float:
+        """FLOPs of a step on packed groups. prompts: tokens of each prompt, [G]; answers: tokens of each answer, [A];
+        groups: the prompt of each answer, int [A]."""
+        prompts, answers = np.asarray(prompts, dtype=np.int64), np.asarray(answers, dtype=np.int64)
+        tokens, responses = prompts.sum() + answers.sum(), answers.sum()
         products = 2.0 * self.body * tokens + 2.0 * self.head * responses
-        attention = self._attention(lengths)
+        attention = self._attention(prompts, prompts[groups], answers)
         adapters = 2.0 * self.adapters * tokens
         policy = (1 + self.backward) * products + 3 * (attention + adapters)
         return policy + (products + attention if self.reference else 0.0)
 
-    def _attention(self, lengths: np.ndarray) -> float:
+    def _attention(self, prompts: np.ndarray, own_prompts: np.ndarray, answers: np.ndarray) -> float:
         """FLOPs of a forward: for each visible key, a product of query and key and one of weight and value."""
-        P, C, R = lengths.T
         return sum(
             4.0
             * self.attention_width
-            * (_seen(P + C, window) + _seen(P + R, window) - _seen(P, window)).sum(dtype=np.float64)
+            * (
+                _seen(prompts, window).sum(dtype=np.float64)
+                + (_seen(own_prompts + answers, window) - _seen(own_prompts, window)).sum(dtype=np.float64)
+            )
             for window in self.windows
         )
 

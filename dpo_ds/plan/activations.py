@@ -17,12 +17,13 @@ from torch.utils._pytree import tree_iter
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from dpo_ds.config import Options
+from dpo_ds.data.pairs import Group
 from dpo_ds.models.lora import add_lora
 from dpo_ds.scoring import attention
 from dpo_ds.scoring.head import LogitBudget
-from dpo_ds.scoring.packed import PackedBatch, Pair, pack
+from dpo_ds.scoring.packed import PackedBatch, pack
 from dpo_ds.scoring.rotary import fix_frequencies
-from dpo_ds.scoring.scorer import PairScorer
+from dpo_ds.scoring.scorer import Scorer
 
 
 class LiveBytes(TorchDispatchMode):
@@ -89,7 +90,7 @@ class Counter:
             dtype, self.scale = torch.bfloat16, 2
         self.scorers = [self._scorer(config, count, dtype) for count in self.counts]
 
-    def _scorer(self, config: PreTrainedConfig, layers: int, dtype: torch.dtype) -> PairScorer:
+    def _scorer(self, config: PreTrainedConfig, layers: int, dtype: torch.dtype) -> Scorer:
         config = copy.deepcopy(config)
         text = config.get_text_config()
         text.num_hidden_layers = layers
@@ -115,7 +116,7 @@ class Counter:
         for parameter in model.parameters():
             if parameter.requires_grad and not self.keep_gradients:  # ZeRO moves a gradient away as soon as it exists
                 parameter.register_post_accumulate_grad_hook(_drop_gradient)
-        return PairScorer(model)
+        return Scorer(model)
 
     def count(self, tokens: int, pair_tokens: int, checkpointing: bool, budget: LogitBudget) -> Activations:
         """Counts for a micro-batch of `tokens` packed tokens in pairs of `pair_tokens`. `budget` limits the head's
@@ -131,11 +132,11 @@ def _drop_gradient(parameter: torch.nn.Parameter) -> None:
 
 
 def _batch(tokens: int, pair_tokens: int) -> PackedBatch:
-    pairs: list[Pair] = []
+    pairs: list[Group] = []
     while tokens > 2:
         size = min(tokens, pair_tokens)
         prompt, chosen, rejected = (np.zeros(n, dtype=np.int32) for n in _lengths(size))
-        pairs.append((prompt, chosen, rejected))
+        pairs.append(Group.of_pair(prompt, chosen, rejected))
         tokens -= size
     return pack(pairs).to("meta")
 
@@ -147,7 +148,7 @@ def _lengths(size: int) -> tuple[int, int, int]:
     return prompt, chosen, max(1, size - prompt - chosen)
 
 
-def _peak(scorer: PairScorer, batch: PackedBatch, checkpointing: bool, budget: LogitBudget) -> int:
+def _peak(scorer: Scorer, batch: PackedBatch, checkpointing: bool, budget: LogitBudget) -> int:
     model, scorer.budget = scorer.model, budget
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

@@ -23,10 +23,10 @@ class Reference(Protocol):
         """Takes the policy's engine. Called once, before the other methods."""
 
     def logps(self, micro_batch: MicroBatch, batch: PackedBatch) -> torch.Tensor:
-        """logps [B, 2] of a micro-batch of training pairs, on the policy's device."""
+        """logps [A] of the answers of a micro-batch of training pairs, on the policy's device."""
 
     def held_out_logps(self) -> np.ndarray:
-        """logps of all held-out pairs, float32 [pairs, 2]. Under ZeRO-3 the policy must have run `backward` once."""
+        """logps of all held-out answers, float32 [answers]. Under ZeRO-3 the policy must have run `backward` once."""
 
     def close(self) -> None:
         """Frees what the reference holds."""
@@ -53,7 +53,7 @@ class Precomputed:
         self.device = policy.device
 
     def logps(self, micro_batch: MicroBatch, batch: PackedBatch) -> torch.Tensor:
-        return move(torch.from_numpy(self.training[list(micro_batch.indices)]), self.device)
+        return move(torch.from_numpy(self.training[micro_batch.answers]), self.device)
 
     def held_out_logps(self) -> np.ndarray:
         return self.held_out
@@ -108,21 +108,21 @@ class NoReference:
     """Log-probabilities of 0: the loss depends on the policy alone."""
 
     def __init__(self, run: Run):
-        self.pairs = len(run.eval_pairs)
+        self.held_out = len(run.eval_pairs.answers)
 
     def attach(self, policy: Engine) -> None:
         pass
 
     def logps(self, micro_batch: MicroBatch, batch: PackedBatch) -> torch.Tensor:
-        return torch.zeros(batch.pairs, 2, device=batch.input_ids.device)
+        return torch.zeros(batch.answers, device=batch.input_ids.device)
 
     def held_out_logps(self) -> np.ndarray:
-        return np.zeros((self.pairs, 2), dtype=np.float32)
+        return np.zeros(self.held_out, dtype=np.float32)
 
     def close(self) -> None:
         pass
 
 
 def _score_held_out(run: Run, score: Score) -> np.ndarray:
-    everything = np.arange(len(run.eval_pairs))
+    everything = np.arange(len(run.eval_pairs.answers))
     return score_set(score, run.eval_pairs, everything, run.options.micro_batch_tokens, "reference: held-out pairs")

@@ -1,7 +1,7 @@
 """The table of the reference's log-probabilities: computed once and reused by every run that needs the same ones.
 
-A table is float32 [pairs, 2] (chosen, rejected). Its key is made of what decides its values: the hashes of the weights'
-files, the pairs' token ids, the precision. It is filled chunk by chunk, so a killed scoring resumes at the next chunk.
+A table is float32 [answers]. Its key is made of what decides its values: the hashes of the weights' files, the answers'
+and their prompts' token ids, the precision. It is filled chunk by chunk, so a killed scoring resumes at the next chunk.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ from dpo_ds.runs.prepare import Run
 from dpo_ds.scoring.packed import PackedBatch
 from dpo_ds.scoring.sweep import Score, score_set
 
-FORMAT = 1
+FORMAT = 2
 
 
 class Table:
@@ -46,11 +46,11 @@ class Table:
         self.lock = FileLock(self.folder / "lock")
 
     def read(self) -> np.ndarray:
-        """The rows, float32 [rows, 2]; all NaN if there is no valid table."""
+        """The rows, float32 [rows]; all NaN if there is no valid table."""
         if self.path.is_file():
             try:
                 logps = np.load(self.path)
-                whole = logps.shape == (self.rows, 2)
+                whole = logps.shape == (self.rows,)
                 if self.manifest.is_file():
                     whole &= json.loads(self.manifest.read_text())["sha256"] == sha256_of(self.path)
             except (ValueError, EOFError, KeyError, TypeError):  # the array or the manifest is damaged
@@ -60,7 +60,7 @@ class Table:
             console.say(f"the reference table {self.folder} does not match its hash and is computed again")
             self.path.unlink()
         self.manifest.unlink(missing_ok=True)
-        return np.full((self.rows, 2), np.nan, dtype=np.float32)
+        return np.full(self.rows, np.nan, dtype=np.float32)
 
     def open_to_fill(self) -> np.memmap:
         """The rows, writable."""
@@ -72,25 +72,26 @@ class Table:
         return np.load(self.path, mmap_mode="r+")
 
     def close(self) -> None:
-        scored = int(np.isfinite(np.load(self.path)).all(axis=1).sum())
+        scored = int(np.isfinite(np.load(self.path)).sum())
         facts = {**self.facts, "rows": self.rows, "scored": scored, "sha256": sha256_of(self.path)}
         write_whole(self.manifest, json.dumps(facts, indent=1))
 
 
 def reference_tables(run: Run, everything: bool = False) -> list[np.ndarray]:
-    """The reference's logps of the training and of the held-out pairs, float32 [pairs, 2] each, on every rank.
+    """The reference's logps of the training and of the held-out answers, float32 [answers] each, on every rank.
 
-    Scores the rows that no earlier run has scored: of the training pairs, only those in the schedule (the others stay
+    Scores the answers that no earlier run has scored: of the training pairs', only those in the schedule (the others stay
     NaN), or all of them with `everything`. On return, the engine is closed and its memory free.
     """
     weights = None
     if world.from_environment().speaks:
         with console.working("hashing the reference's weights"):
             weights = _weights_facts(run)
-    needed = np.ones(len(run.train_pairs), dtype=bool) if everything else run.schedule.visited()
+    visited = np.ones(len(run.train_pairs), dtype=bool) if everything else run.schedule.visited()
+    needed = np.isin(np.arange(len(run.train_pairs.answers)), run.train_pairs.pairs[visited])
     sets = [
         ("reference: training pairs", run.train_pairs, needed),
-        ("reference: held-out pairs", run.eval_pairs, np.ones(len(run.eval_pairs), dtype=bool)),
+        ("reference: held-out pairs", run.eval_pairs, np.ones(len(run.eval_pairs.answers), dtype=bool)),
     ]
     engine: list[Engine] = []  # built when the first pair must be scored
 
@@ -115,24 +116,24 @@ def _reference_table(
     run: Run, weights: dict | None, score: Score, title: str, pairs: PairSet, needed: np.ndarray
 ) -> np.ndarray:
     if len(pairs) == 0:
-        return np.zeros((0, 2), dtype=np.float32)
+        return np.zeros(0, dtype=np.float32)
     table = None
     with contextlib.ExitStack() as held:
         if world.from_environment().speaks:
-            facts = {"format": FORMAT, "weights": weights, "pairs": pairs.digest, "precision": run.options.precision}
-            table = Table(Path(run.options.cache_dir).expanduser(), facts, len(pairs))
+            facts = {"format": FORMAT, "weights": weights, "answers": pairs.answers_digest, "precision": run.options.precision}
+            table = Table(Path(run.options.cache_dir).expanduser(), facts, len(pairs.answers))
             held.enter_context(table.lock)
-        logps = array_from_rank_0(table.read() if table else np.empty((len(pairs), 2), dtype=np.float32))
-        left = np.flatnonzero(needed & np.isnan(logps).any(axis=1))
+        logps = array_from_rank_0(table.read() if table else np.empty(len(pairs.answers), dtype=np.float32))
+        left = np.flatnonzero(needed & np.isnan(logps))
         if len(left) == 0:
-            console.say(f"{title}: all {needed.sum()} found in the table")
+            console.say(f"{title}: all {needed.sum()} answers found in the table")
             return logps
-        console.say(f"{title}: {len(left)} of {needed.sum()} to score")
+        console.say(f"{title}: {len(left)} of {needed.sum()} answers to score")
         rows = table.open_to_fill() if table else None
 
-        def keep(indices: np.ndarray, scored: np.ndarray) -> None:
+        def keep(answers: np.ndarray, scored: np.ndarray) -> None:
             if rows is not None:
-                rows[indices] = scored
+                rows[answers] = scored
                 rows.flush()
 
         logps[left] = score_set(score, pairs, left, run.options.micro_batch_tokens, title, keep)

@@ -18,7 +18,8 @@ SHOWN = 240  # characters of a prompt or an answer on the terminal
 
 
 def write_logps(file: Path, pairs: PairSet, policy: np.ndarray, reference: np.ndarray) -> None:
-    """Writes a JSON line for each pair: its row in the data and its logps. policy and reference: [pairs, 2]."""
+    """Writes a JSON line for each pair: its row in the data and its logps. policy and reference: [answers]."""
+    policy, reference = policy[pairs.pairs], reference[pairs.pairs]
     lines = []
     for n in range(len(pairs)):
         facts = {

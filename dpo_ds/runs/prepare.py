@@ -3,7 +3,6 @@
 Mistakes of the user's are found here, in seconds, and raised as UserError with the remedy.
 """
 
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,12 +10,11 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from dpo_ds.config import Decided, Options, Planned
-from dpo_ds.data.pairs import PairSet, held_out
-from dpo_ds.data.steps import Schedule, too_small
+from dpo_ds.data.pairs import PairSet, too_small
+from dpo_ds.data.steps import Schedule
 from dpo_ds.engine.requirements import require_compiler, require_nvme
 from dpo_ds.engine.tiers import fill_tier, swap_folders
 from dpo_ds.errors import UserError
-from dpo_ds.files import scratch_folder
 from dpo_ds.models.files import fetch_weights, load_tokenizer
 from dpo_ds.models.find import find_model, known_model
 from dpo_ds.models.model import Model, torch_dtype
@@ -25,9 +23,9 @@ from dpo_ds.plan.plan import Plan
 from dpo_ds.plan.refuse import for_run
 from dpo_ds.ranks import console
 from dpo_ds.ranks.collectives import on_rank_0, one_after_another
-from dpo_ds.ranks.process import in_a_child
 from dpo_ds.ranks.world import World
 from dpo_ds.runs import folders
+from dpo_ds.runs.data import load_pairs
 from dpo_ds.scoring.twin import choose_kernel, require_exact
 
 
@@ -74,10 +72,11 @@ def prepare(options: Options, here: World, plan: Plan | None = None) -> Run:
     if planned.micro_batch_tokens < longest:
         raise UserError(too_small(planned.micro_batch_tokens, longest))
     if options.micro_batch_tokens is None and not torch.cuda.is_available():
-        # The plan assumed the longest pair that --max_length allows. Now the longest pair of the data is known.
+        # The plan assumed the longest pair that --max_length allows. Now the longest group of the data is known.
+        longest = max(int(pairs.group_lengths.max()) for pairs in (train_pairs, eval_pairs) if len(pairs))
         planned = planned.replace(micro_batch_tokens=min(planned.micro_batch_tokens, tokens_on_cpu(longest)))
     schedule = Schedule.of(
-        len(train_pairs), planned.global_batch_pairs, planned.epochs, planned.max_steps, planned.seed
+        train_pairs.pair_groups, planned.global_batch_pairs, planned.epochs, planned.max_steps, planned.seed
     )
     decided = planned.decided(
         output_dir=planned.output_dir or str(folder),
@@ -123,62 +122,3 @@ def _folder_of(options: Options) -> Path:
 def _generations(options: Options) -> int:
     """How many answers to show by default: small models give them in seconds."""
     return 3 if known_model(options.model, options.trust_remote_code).parameters < 1e9 else 0
-
-
-def load_pairs(options: Planned, tokenizer: PreTrainedTokenizerBase, here: World) -> tuple[PairSet, PairSet]:
-    """The tokenised training and held-out pairs. Reports what was left out or changed."""
-    sources = [(options.dataset, options.dataset_split, "train")]
-    if options.eval_dataset is not None:
-        sources.append((options.eval_dataset, "auto", "eval"))
-    with console.working("reading and tokenising the pairs"):
-        found = in_a_child(
-            "reading and tokenising the pairs",
-            lambda: _tokenise(options, tokenizer, sources),
-            here.all_cores,
-        )
-    for (source, *_), (_, lines) in zip(sources, found, strict=True):
-        for line in lines:
-            console.say(f"{source}: {line}")
-    train, *others = (PairSet.open(folder) for folder, _ in found)
-    if others:
-        (evaluation,) = others
-        most = len(evaluation) if options.eval_pairs is None else options.eval_pairs
-        return train, evaluation.subset(range(min(most, len(evaluation))))
-    if options.eval_pairs == 0 or len(train) < 2:
-        return train, train.subset([])
-    if options.eval_pairs is not None and options.eval_pairs > len(train) / 2:
-        raise UserError(
-            f"--eval_pairs {options.eval_pairs} would hold out more than half of the {len(train)} pairs: lower it, or "
-            "name an --eval_dataset"
-        )
-    fraction, most = (0.05, 500) if options.eval_pairs is None else (1.0, options.eval_pairs)
-    mask = held_out(train.prompt_hashes, fraction, most)
-    return train.subset((~mask).nonzero()[0]), train.subset(mask.nonzero()[0])
-
-
-def _tokenise(
-    options: Planned, tokenizer: PreTrainedTokenizerBase, sources: list[tuple[str, str, str]]
-) -> list[tuple[Path, list[str]]]:
-    """Each source's folder of tokenised pairs and the lines of its report. Runs in a child process."""
-    with scratch_folder(Path(tempfile.gettempdir()), "dpo_ds-data") as folder:
-        tempfile.tempdir = str(folder)  # `datasets` copies rows there, and does not remove them in a forked process
-        return [_tokenised(options, tokenizer, *source) for source in sources]
-
-
-def _tokenised(
-    options: Planned, tokenizer: PreTrainedTokenizerBase, source: str, split: str, role: str
-) -> tuple[Path, list[str]]:
-    """One source's folder of tokenised pairs, and the lines of its report."""
-    from dpo_ds.data.cache import tokenize_pairs
-    from dpo_ds.data.encoder import Tokenizing
-    from dpo_ds.data.rows import check_preferences
-    from dpo_ds.data.sources import flag, load_preferences
-
-    rows = load_preferences(source, split, role)
-    tokenizing = Tokenizing(options.max_length, options.truncation, options.chat_template)
-    cache = Path(options.cache_dir).expanduser() / "tokens"
-    try:
-        rows, report = check_preferences(rows, options.max_left_out)
-        return tokenize_pairs(rows, tokenizer, tokenizing, cache, report), report.lines()
-    except UserError as error:  # names the source, because a run may read two
-        raise UserError(f"{flag(role)} {source}: {error}") from None

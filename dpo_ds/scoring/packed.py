@@ -1,18 +1,19 @@
-"""A micro-batch of preference pairs as one row of tokens, each prompt computed once (prefix sharing).
+"""A micro-batch of groups as one row of tokens, each prompt computed once (prefix sharing).
 
-    tokens   [ P0 | C0 | R0 | P1 | C1 | R1 | ... ]          no padding
-    position   0..   ..   P0..  0..  ...                    rejected continues right after its prompt
+    tokens   [ P0 | A | B | C | P1 | D | E | ... ]          no padding; A, B, C answer P0, and so on
+    position   0.. P0.. P0.. P0.. 0..  ...                  every answer continues right after its prompt
 
-A pair is two attention segments. Queries [P+C] see keys [P+C]. Queries [R] see keys [P+R], for which the prompt's keys
-are gathered a second time. Attention is causal, aligned at the bottom right, and rejected never sees chosen. The last
-prompt row predicts the first token of both responses, so the head gets it twice.
+A group of k answers is k attention segments. Queries [P+A] see keys [P+A]. Queries [B] see keys [P+B], for which the
+prompt's keys are gathered once more. Attention is causal, aligned at the bottom right, and no answer sees another. The
+last prompt row predicts the first token of every answer, so the head gets it as often.
 
 Every attention layer gets the segments' lengths as a 4-D integer `attention_mask`: it is the only argument that
 transformers passes on unchanged for every architecture (some, such as StableLM, drop keyword arguments). The lengths
 stay on the host, three numbers per segment, so a layer can read them without waiting for the GPU. `layout_of` turns
 them into what kernels need, once per batch and device. The tensor carries no attributes, so hooks may copy it.
 
-Shapes: T tokens of the pack, N response tokens, S segments (two per pair), K keys of all segments, B pairs.
+Shapes: T tokens of the pack, N learned tokens of answers, S segments (one per answer), K keys of all segments, A answers,
+B pairs, Q sequences (the prompts and the answers, in the order of their tokens).
 """
 
 import functools
@@ -22,7 +23,7 @@ from dataclasses import dataclass, fields
 import numpy as np
 import torch
 
-Pair = tuple[np.ndarray, np.ndarray, np.ndarray]  # prompt, chosen and rejected token ids
+from dpo_ds.data.pairs import Group
 
 
 @dataclass
@@ -30,11 +31,14 @@ class PackedBatch:
     input_ids: torch.Tensor  # [1, T] int64
     position_ids: torch.Tensor  # [1, T] int64
     segments: torch.Tensor  # [1, 1, S, 3] int32, on the host: own rows, first row shared with others, rows shared
-    rows: torch.Tensor  # [N] int64: the row of the pack that predicts each response token
-    targets: torch.Tensor  # [N] int64: the response tokens
-    responses: torch.Tensor  # [N] int64: 2b for chosen of pair b, 2b + 1 for its rejected
-    token_pairs: torch.Tensor  # [T] int64: the pair of each token
-    pairs: int  # B
+    rows: torch.Tensor  # [N] int64: the row of the pack that predicts each learned token
+    targets: torch.Tensor  # [N] int64: the learned tokens
+    token_answers: torch.Tensor  # [N] int64: the answer of each learned token
+    pairs: torch.Tensor  # [B, 2] int64: the chosen and the rejected answer of each pair
+    token_sequences: torch.Tensor  # [T] int64: the sequence of each token
+    pair_sequences: torch.Tensor  # [B, 3] int64: prompt, chosen and rejected of each pair, as sequences
+    answers: int  # A
+    sequences: int  # Q
 
     def to(self, device: torch.device | str) -> "PackedBatch":
         """The batch on another device. Copies to a GPU start from page-locked memory, so nothing waits for them."""
@@ -44,7 +48,7 @@ class PackedBatch:
         tensors = [f.name for f in fields(self) if f.type is torch.Tensor and f.name != "segments"]
         moved = {name: move(getattr(self, name), device) for name in tensors}
         layout_of(self.segments, device)  # made here, so that no layer has to wait for it
-        return PackedBatch(**moved, segments=self.segments, pairs=self.pairs)
+        return PackedBatch(**moved, segments=self.segments, answers=self.answers, sequences=self.sequences)
 
 
 def move(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -54,22 +58,33 @@ def move(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     return tensor.to(device)
 
 
-def pack(pairs: Sequence[Pair]) -> PackedBatch:
-    """Packs pairs, in order, into one row. Prompts and responses must not be empty."""
-    tokens, positions, segments, rows, targets, responses = [], [], [], [], [], []
-    start = 0
-    for b, (prompt, chosen, rejected) in enumerate(pairs):
-        P, C, R = len(prompt), len(chosen), len(rejected)
-        assert P and C and R, "the data wing leaves no empty prompt or response"
-        last_prompt_row = np.array([start + P - 1])
-
-        tokens += [prompt, chosen, rejected]
-        positions += [np.arange(P + C), np.arange(P, P + R)]
-        segments += [(P + C, start, 0), (R, start, P)]
-        rows += [last_prompt_row, start + P + np.arange(C - 1), last_prompt_row, start + P + C + np.arange(R - 1)]
-        targets += [chosen, rejected]
-        responses += [np.full(C, 2 * b), np.full(R, 2 * b + 1)]
-        start += P + C + R
+def pack(groups: Sequence[Group]) -> PackedBatch:
+    """Packs groups, in order, into one row. Prompts and answers must not be empty."""
+    tokens, positions, segments, rows, targets, token_answers, pairs, pair_sequences = ([] for _ in range(8))
+    start = answers = sequences = 0
+    for group in groups:
+        P = len(group.prompt)
+        assert P and group.answers, "the data wing leaves no empty prompt"
+        tokens.append(group.prompt)
+        positions.append(np.arange(P))
+        end = start + P  # of what is packed so far
+        for number, (answer, scored) in enumerate(zip(group.answers, group.scored, strict=True)):
+            R = len(answer)
+            assert R, "the data wing leaves no empty answer"
+            tokens.append(answer)
+            positions.append(np.arange(P, P + R))
+            # The first answer is in one segment with its prompt. The others share the prompt's keys.
+            segments.append((R, start, P) if number else (P + R, start, 0))
+            predicting = np.concatenate([[start + P - 1], np.arange(end, end + R - 1)])
+            learned = slice(None) if scored is None else scored
+            rows.append(predicting[learned])
+            targets.append(answer[learned])
+            token_answers.append(np.full(len(targets[-1]), answers + number))
+            end += R
+        pairs.append(group.pairs + answers)
+        prompt = np.full((len(group.pairs), 1), sequences)
+        pair_sequences.append(np.concatenate([prompt, sequences + 1 + group.pairs], axis=1))
+        start, answers, sequences = end, answers + len(group.answers), sequences + 1 + len(group.answers)
 
     return PackedBatch(
         input_ids=_int64(tokens)[None],
@@ -77,9 +92,12 @@ def pack(pairs: Sequence[Pair]) -> PackedBatch:
         segments=torch.tensor(segments, dtype=torch.int32)[None, None],
         rows=_int64(rows),
         targets=_int64(targets),
-        responses=_int64(responses),
-        token_pairs=torch.repeat_interleave(torch.tensor([sum(map(len, pair)) for pair in pairs])),
-        pairs=len(pairs),
+        token_answers=_int64(token_answers),
+        pairs=_int64(pairs),
+        token_sequences=torch.repeat_interleave(torch.tensor([len(sequence) for sequence in tokens])),
+        pair_sequences=_int64(pair_sequences),
+        answers=answers,
+        sequences=sequences,
     )
 
 

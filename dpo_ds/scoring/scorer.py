@@ -1,7 +1,7 @@
-"""PairScorer, the module inside DeepSpeed's engines: a packed batch in, the responses' log-probabilities out.
+"""Scorer, the module inside DeepSpeed's engines: a packed batch in, the answers' log-probabilities out.
 
-One forward scores chosen and rejected together. The body of the language model runs once on every token, its head only
-on the rows that predict response tokens.
+One forward scores all answers together. The body of the language model runs once on every token, its head only
+on the rows that predict learned tokens.
 """
 
 import torch
@@ -14,7 +14,7 @@ from dpo_ds.scoring.packed import PackedBatch
 from dpo_ds.scoring.router import router_loss
 
 
-class PairScorer(torch.nn.Module):
+class Scorer(torch.nn.Module):
     """Wraps a causal LM of transformers (or peft's wrapper of one), loaded with attention.implementation(kernel).
 
     With `balance`, forward also returns a mixture's load-balancing loss in training. `budget` limits the logits that
@@ -32,8 +32,8 @@ class PairScorer(torch.nn.Module):
         replace_head(self.causal_lm[0])
 
     def forward(self, batch: PackedBatch) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """logps [B, 2] fp32: the sum over each response's tokens of log p(token), chosen and rejected. With `balance`
-        and in training also the router's loss, fp32 [B]."""
+        """logps [A] fp32: the sum over each answer's learned tokens of log p(token). With `balance` and in training also
+        the router's loss of each pair, fp32 [B]."""
         causal_lm = self.causal_lm[0]
         balance = self.balance and self.training
         tied, inputs = self._inputs(batch.input_ids)
@@ -47,12 +47,12 @@ class PairScorer(torch.nn.Module):
         hidden_NH = outputs.last_hidden_state[0].index_select(0, batch.rows)
         head = causal_lm.get_output_embeddings()
         logps_N = head(hidden_NH, targets=batch.targets, budget=self.budget, tied=tied)
-        logps = torch.zeros(2 * batch.pairs, dtype=torch.float32, device=logps_N.device)
-        logps = logps.index_add(0, batch.responses, logps_N).view(-1, 2)
+        logps = torch.zeros(batch.answers, dtype=torch.float32, device=logps_N.device)
+        logps = logps.index_add(0, batch.token_answers, logps_N)
         if not balance:
             return logps
         top_k = causal_lm.config.get_text_config().num_experts_per_tok
-        return logps, router_loss(outputs.router_logits, batch.token_pairs, batch.pairs, top_k)
+        return logps, router_loss(outputs.router_logits, batch, top_k)
 
     def _inputs(self, input_ids: torch.Tensor) -> tuple[TiedGradient | None, dict[str, torch.Tensor]]:
         """The inputs of the model's body: token ids, or, for a tied model, their embeddings. This is the same with and

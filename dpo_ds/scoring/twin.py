@@ -13,18 +13,19 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from dpo_ds.data.pairs import Group
 from dpo_ds.errors import UserError
 from dpo_ds.scoring import attention
-from dpo_ds.scoring.packed import Pair, pack
+from dpo_ds.scoring.packed import pack
 from dpo_ds.scoring.rotary import fix_frequencies
-from dpo_ds.scoring.scorer import PairScorer
+from dpo_ds.scoring.scorer import Scorer
 
 HEADS, HEAD_DIM, EXPERTS = 4, 16, 4
 ORIGINAL_CONTEXT = 40  # shorter than one of the pairs below and longer than the others
 MAX_LENGTH = 64  # longer than all of them
 WINDOW = 9  # shorter than the prompts below, so that a window has an effect
 VOCABULARY = 512
-LENGTHS = ((17, 7, 12), (31, 14, 5))  # prompt, chosen, rejected
+LENGTHS = ((17, 7, 12), (31, 14, 5, 9))  # of a prompt and its answers
 # Of transformers 5.23's causal language models, those that respect the segments differ by at most 3e-5 (rounding of
 # sums of a dozen fp32 log-probabilities), the others by more than 0.1.
 TOLERANCE = 1e-3
@@ -146,22 +147,25 @@ def require_exact(name: str, config: PreTrainedConfig, trust_remote_code: bool =
 
 
 @functools.cache
-def _pairs() -> list[Pair]:
+def _groups() -> list[Group]:
     generator = np.random.default_rng(0)
 
     def tokens(count: int) -> np.ndarray:
         return generator.integers(1, VOCABULARY, count).astype(np.int32)
 
-    return [(tokens(prompt), tokens(chosen), tokens(rejected)) for prompt, chosen, rejected in LENGTHS]
+    return [
+        Group(tokens(prompt), [tokens(n) for n in answers], np.array([[0, 1]]), [None] * len(answers))
+        for prompt, *answers in LENGTHS
+    ]
 
 
 @torch.no_grad()
 def _difference(config: PreTrainedConfig, trust_remote_code: bool) -> float:
     """The largest difference between the packed and the plain log-probability of a response."""
     model = _build(twin(config), trust_remote_code)
-    plain = torch.stack([torch.stack([_plain(model, prompt, r) for r in responses]) for prompt, *responses in _pairs()])
+    plain = torch.stack([_plain(model, group.prompt, answer) for group in _groups() for answer in group.answers])
     model.set_attn_implementation(attention.implementation(attention.SDPA))
-    return float((PairScorer(model)(pack(_pairs())) - plain).abs().max())
+    return float((Scorer(model)(pack(_groups())) - plain).abs().max())
 
 
 def _build(config: PreTrainedConfig, trust_remote_code: bool):
@@ -226,9 +230,9 @@ def _kernel_problem(
 def _scored(
     config: PreTrainedConfig, kernel: str, dtype: torch.dtype, device: torch.device, trust_remote_code: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The twin's logps [B, 2] and the gradient of its embedding [V, H], both fp32."""
+    """The twin's logps [A] and the gradient of its embedding [V, H], both fp32."""
     model = _build(config, trust_remote_code).to(device, dtype)
     model.set_attn_implementation(attention.implementation(kernel))
-    logps = PairScorer(model)(pack(_pairs()).to(device))
-    (logps[:, 0] - logps[:, 1]).sum().backward()
+    logps = Scorer(model)(pack(_groups()).to(device))
+    (logps * torch.arange(1, 1 + len(logps), device=device)).sum().backward()
     return logps.detach().float(), model.get_input_embeddings().weight.grad.float()

@@ -26,7 +26,7 @@ from dpo_ds.models.lora import add_lora
 from dpo_ds.runs.folders import describe
 from dpo_ds.scoring.attention import SDPA, implementation
 from dpo_ds.scoring.packed import pack
-from dpo_ds.scoring.scorer import PairScorer
+from dpo_ds.scoring.scorer import Scorer
 
 STEPS, STOP, SAVE = 5, 3, 2
 SHARD = 200_000  # bytes: several shards of each twin
@@ -102,7 +102,7 @@ def packed_scoring(model_id, place):
     plain = oracle.load(folder)
     expected = oracle.pairs_logps(plain, pairs)
     oracle.losses(expected, torch.zeros_like(expected), 0.1).sum().backward()
-    packed = PairScorer(AutoModelForCausalLM.from_pretrained(folder, attn_implementation=implementation(SDPA)).eval())
+    packed = Scorer(AutoModelForCausalLM.from_pretrained(folder, attn_implementation=implementation(SDPA)).eval())
     logps = packed(pack(pairs))
     oracle.losses(logps, torch.zeros_like(expected), 0.1).sum().backward()
     lengths = torch.tensor([[len(chosen), len(rejected)] for _, chosen, rejected in pairs])

@@ -6,7 +6,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from dpo_ds.scoring import attention
-from dpo_ds.scoring.scorer import PairScorer
+from dpo_ds.scoring.scorer import Scorer
 
 PACKED = attention.implementation(attention.SDPA)
 LENGTHS = [(17, 7, 12), (31, 14, 5), (1, 3, 4), (24, 1, 1)]
@@ -19,4 +19,4 @@ def random_pairs(lengths=LENGTHS, seed=3):
 
 def packed_model(folder, dtype=torch.float32):
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=PACKED)
-    return PairScorer(model.eval())
+    return Scorer(model.eval())

@@ -12,7 +12,7 @@ from dpo_ds.models.flops import Flops
 from dpo_ds.models.model import Model
 from dpo_ds.scoring import attention
 from dpo_ds.scoring.packed import pack
-from dpo_ds.scoring.scorer import PairScorer
+from dpo_ds.scoring.scorer import Scorer
 
 LENGTHS = ((17, 7, 12), (31, 14, 5))
 
@@ -26,7 +26,7 @@ def test_products_of_a_forward(name):
     config = tiny.config(name)
     model = AutoModelForCausalLM.from_config(config, attn_implementation=attention.implementation(attention.SDPA))
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        PairScorer(model)(pack(pairs()))
+        Scorer(model)(pack(pairs()))
     products = sum(
         count
         for kind, count in counter.get_flop_counts()["Global"].items()

@@ -17,7 +17,7 @@ from dpo_ds.scoring import attention
 from dpo_ds.scoring.head import FEWEST_COLUMNS, HeadInputs, LogitBudget, fused_logps
 from dpo_ds.scoring.packed import layout_of, pack
 from dpo_ds.scoring.rotary import fix_frequencies
-from dpo_ds.scoring.scorer import PairScorer
+from dpo_ds.scoring.scorer import Scorer
 from dpo_ds.scoring.twin import _kernel_problem, choose_kernel, randomise, require_exact
 
 
@@ -239,7 +239,7 @@ def test_frequencies_are_those_of_max_length_whatever_shares_the_row(kind):
         with torch.no_grad():
             plain = oracle.pairs_logps(model, pairs)
             model.set_attn_implementation(PACKED)
-            return plain, PairScorer(model)(pack(pairs))
+            return plain, Scorer(model)(pack(pairs))
 
     plain, packed = scores(fixed=True)
     torch.testing.assert_close(packed, plain, atol=1e-4, rtol=1e-6)
@@ -252,7 +252,7 @@ def test_frequencies_are_those_of_max_length_whatever_shares_the_row(kind):
 def test_a_model_loaded_without_a_packed_kernel_is_a_bug_not_a_slow_path(tmp_path):
     model = AutoModelForCausalLM.from_pretrained(tiny.make("llama", tmp_path))
     with pytest.raises(AssertionError, match="attn_implementation"):
-        PairScorer(model)
+        Scorer(model)
 
 
 class Somewhere:
@@ -395,7 +395,7 @@ def test_an_adapter_on_the_head_scores_and_learns_as_peft_has_it(tmp_path):
 
     plain, packed = adapted("eager"), adapted(PACKED)
     pairs = random_pairs()
-    expected, logps = oracle.pairs_logps(plain, pairs), PairScorer(packed)(pack(pairs))
+    expected, logps = oracle.pairs_logps(plain, pairs), Scorer(packed)(pack(pairs))
     torch.testing.assert_close(logps, expected, atol=1e-4, rtol=1e-5)
     for found in (expected, logps):
         (found[:, 0] - found[:, 1]).sum().backward()
@@ -406,7 +406,7 @@ def test_an_adapter_on_the_head_scores_and_learns_as_peft_has_it(tmp_path):
             torch.testing.assert_close(parameter.grad, theirs[name], atol=2e-4, rtol=1e-3)
     head = packed.get_base_model().lm_head
     head.scaling["default"] = 0.0  # as Engine.score_base does
-    assert (PairScorer(packed)(pack(pairs)) - expected).abs().max() > 0.1
+    assert (Scorer(packed)(pack(pairs)) - expected).abs().max() > 0.1
 
 
 def test_backwards_in_any_order_find_their_own_forwards_gradient(tmp_path):
@@ -444,7 +444,7 @@ def test_a_tied_weight_has_one_gradient_at_a_time():
     with torch.device("meta"):
         sizes_only = attention.implementation(attention.SIZES_ONLY)
         model = AutoModelForCausalLM.from_config(config, attn_implementation=sizes_only)
-        scorer = PairScorer(model, budget=LogitBudget(2**20))
+        scorer = Scorer(model, budget=LogitBudget(2**20))
     with LiveBytes([*scorer.parameters(), *scorer.buffers()]) as live:
         scorer(pack(random_pairs()).to("meta")).sum().backward()
     gradient, tile = 4 * 50_000 * tiny.COMMON["hidden_size"], 4 * 2**20

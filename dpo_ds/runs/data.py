@@ -1,0 +1,106 @@
+"""The pairs of a run: read and tokenised, mixed, and held out for evaluation."""
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from dpo_ds.config import Planned
+from dpo_ds.data.held_out import families, held_out, shared
+from dpo_ds.data.pairs import PairSet
+from dpo_ds.errors import UserError
+from dpo_ds.files import scratch_folder
+from dpo_ds.ranks import console
+from dpo_ds.ranks.process import in_a_child
+from dpo_ds.ranks.world import World
+
+MOST_HELD_OUT = 500  # pairs, unless --eval_pairs says otherwise
+
+
+@dataclass(frozen=True)
+class Tokenised:
+    """What the child process hands back: it has imported `datasets`, which the ranks don't need."""
+
+    folder: Path  # of the PairSet
+    weights: list[float] | None  # each source's share of the mix
+    lines: list[str]  # of the report
+
+
+def load_pairs(options: Planned, tokenizer: PreTrainedTokenizerBase, here: World) -> tuple[PairSet, PairSet]:
+    """The tokenised training and held-out pairs. Reports what was left out or changed."""
+    title = "reading and tokenising the pairs"
+    with console.working(title):
+        training, evaluation = in_a_child(title, lambda: _tokenise(options, tokenizer), here.all_cores)
+    for found in filter(None, (training, evaluation)):
+        for line in found.lines:
+            console.say(line)
+    train = PairSet.open(training.folder)
+    if training.weights is not None:
+        train = mixed(train, training.weights, options.seed)
+    if evaluation is None:
+        return _split(train, options.eval_pairs)
+    return _without_shared(train, _first(PairSet.open(evaluation.folder), options, whole=options.eval_dataset is not None))
+
+
+def mixed(pairs: PairSet, weights: list[float], seed: int) -> PairSet:
+    """The largest mix in which each source has its share of the pairs, and no pair is there twice.
+
+    Which pairs of a source are taken follows from the seed. Pairs of one prompt are taken one after another.
+    """
+    counts = np.bincount(pairs.sources, minlength=len(weights))
+    total = min(count / weight for count, weight in zip(counts, weights, strict=True) if weight)
+    chosen = []
+    for source, weight in enumerate(weights):
+        own = np.flatnonzero(pairs.sources == source)
+        _, group = np.unique(pairs.pair_groups[own], return_inverse=True)
+        rank = np.random.default_rng([seed, source]).permutation(group.max(initial=-1) + 1)
+        chosen.append(own[np.argsort(rank[group.reshape(-1)], kind="stable")][: round(total * weight)])
+        console.say(f"source {source + 1}: {len(chosen[-1])} of {len(own)} pairs are in the mix")
+    return pairs.subset(np.sort(np.concatenate(chosen)))
+
+
+def _split(train: PairSet, eval_pairs: int | None) -> tuple[PairSet, PairSet]:
+    """Holds out some of the training pairs."""
+    if eval_pairs == 0 or len(train) < 2:
+        return train, train.subset([])
+    if eval_pairs is not None and eval_pairs > len(train) / 2:
+        raise UserError(
+            f"--eval_pairs {eval_pairs} would hold out more than half of the {len(train)} pairs: lower it, or name an "
+            "--eval_dataset"
+        )
+    fraction, most = (0.05, MOST_HELD_OUT) if eval_pairs is None else (1.0, eval_pairs)
+    sizes = np.bincount(train.pair_groups, minlength=len(train.prompts))
+    groups = held_out(train.prompt_hashes, families(train.prompt_keys), sizes, fraction, most)
+    mask = groups[train.pair_groups]
+    return train.subset(np.flatnonzero(~mask)), train.subset(np.flatnonzero(mask))
+
+
+def _first(pairs: PairSet, options: Planned, whole: bool) -> PairSet:
+    """As many pairs as --eval_pairs asks for. By default all pairs of an --eval_dataset (`whole`), or 500 of a split."""
+    most = len(pairs) if whole else MOST_HELD_OUT
+    most = most if options.eval_pairs is None else options.eval_pairs
+    return pairs.subset(np.arange(min(most, len(pairs))))
+
+
+def _without_shared(train: PairSet, evaluation: PairSet) -> tuple[PairSet, PairSet]:
+    """Takes out the training pairs whose prompt is also among the held-out ones."""
+    if not len(evaluation):
+        return train, evaluation
+    both = shared(train.prompt_keys, evaluation.prompt_keys)[train.pair_groups]
+    if both.all():
+        raise UserError("every prompt of --dataset is also in --eval_dataset: name different data, or --eval_pairs 0")
+    if both.any():
+        console.say(f"{both.sum()} training pairs are left out: their prompts are among the held-out ones")
+    return train.subset(np.flatnonzero(~both)), evaluation
+
+
+def _tokenise(options: Planned, tokenizer: PreTrainedTokenizerBase) -> tuple[Tokenised, Tokenised | None]:
+    """Tokenises what the run reads: the training sources, and the held-out ones if they are named or come with them.
+
+    Runs in a child process.
+    """
+    with scratch_folder(Path(tempfile.gettempdir()), "dpo_ds-data") as folder:
+        tempfile.tempdir = str(folder)  # `datasets` copies rows there, and does not remove them in a forked process
+        return _tokenised(options, tokenizer)
