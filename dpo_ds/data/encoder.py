@@ -43,6 +43,18 @@ class Tokenizing:
     chat_template: str = "auto"  # or none
 
 
+@dataclass
+class Encoded:
+    prompt: list
+    answers: list
+    scored: list
+    pairs: list
+    left_out: str
+    changed: list
+    cut_prompt: int = 0
+    cut_answers: list = None
+
+
 class Encoder:
     """Encodes rows for one tokenizer. Raises UserError if it has no EOS or its template refuses a plain dialogue."""
 
@@ -81,7 +93,15 @@ class Encoder:
         assert isinstance(text, str)  # it returns tokens where it is asked for them
         return text
 
-    def encode(self, rows: dict[str, list]) -> list[dict]:
+    markers = None
+
+    def encode(self, comparisons):
+        rows = {"row": [0] * len(comparisons), "text": [c.text for c in comparisons], "messages": [c.messages for c in comparisons],
+                "chosen": [c.answers[0].text for c in comparisons], "rejected": [c.answers[1].text for c in comparisons]}
+        return [Encoded(r["prompt"], [r["chosen"], r["rejected"]], [None, None], c.pairs, r["left_out"], r["changed"], 0, [0, 0])
+                for c, r in zip(comparisons, self.encode_old(rows))] if comparisons else []
+
+    def encode_old(self, rows: dict[str, list]) -> list[dict]:
         """Encodes a batch of checked rows: each gives prompt, chosen, rejected (lists of ids), left_out, changed."""
         texts, notes = [], []
         for n in range(len(rows["row"])):

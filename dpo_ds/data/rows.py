@@ -19,7 +19,8 @@ import re
 import datasets
 import numpy as np
 
-from dpo_ds.data.counts import Report, counted
+from dpo_ds.data.counts import Report
+counted = None
 from dpo_ds.data.dialogue import ROLES, TURN, as_text, parse_dialogue
 from dpo_ds.data.sources import RAW
 from dpo_ds.errors import UserError

@@ -104,3 +104,19 @@ def _tokenise(options: Planned, tokenizer: PreTrainedTokenizerBase) -> tuple[Tok
     with scratch_folder(Path(tempfile.gettempdir()), "dpo_ds-data") as folder:
         tempfile.tempdir = str(folder)  # `datasets` copies rows there, and does not remove them in a forked process
         return _tokenised(options, tokenizer)
+
+
+def _tokenised(options, tokenizer):
+    from dpo_ds.data.cache import Source, tokenize_pairs
+    from dpo_ds.data.encoder import Tokenizing
+    from dpo_ds.data.forms import Reading
+    from dpo_ds.data.sources import load_preferences
+
+    def one(source, split, role):
+        rows = load_preferences(source, split, role)
+        folder, reports = tokenize_pairs([Source(source, rows)], tokenizer, Tokenizing(options.max_length, options.truncation, options.chat_template), Reading(), True, Path(options.cache_dir).expanduser() / "tokens")
+        for r in reports:
+            r.check(options.max_left_out)
+        return Tokenised(folder, None, [f"{source}: {line}" for r in reports for line in r.lines()])
+
+    return one(options.dataset, options.dataset_split, "train"), (one(options.eval_dataset, "auto", "eval") if options.eval_dataset else None)
