@@ -17,6 +17,7 @@ join.join()
 from dpo_ds.config import parse_options
 from dpo_ds.engine.build import policy_engine
 from dpo_ds.engine.build import reference_engine
+from dpo_ds.data.pairs import Group
 from dpo_ds.scoring.packed import pack
 from dpo_ds.models.find import find_model
 from dpo_ds.engine.tiers import fill_tier
@@ -29,7 +30,7 @@ options = parse_options(
 )
 config = fill_tier(str(tier), options, find_model(str(folder)), ranks=1, on_gpu=False)
 generator = np.random.default_rng(0)
-batch = pack([tuple(generator.integers(0, 900, n).astype(np.int32) for n in (17, 7, 12))])
+batch = pack([Group.of_pair(*(generator.integers(0, 900, n).astype(np.int32) for n in (17, 7, 12)))])
 sizes = []
 
 def reference():
@@ -41,7 +42,7 @@ def policy():
     engine = policy_engine(folder, config, options, "sdpa", total_steps=10)
     logps, _ = engine(batch)
     before = {n: p.detach().float().clone() for n, p in engine.model.named_parameters() if p.dim() > 1}
-    engine.backward((logps[:, 0] - logps[:, 1]).sum(), True)
+    engine.backward((logps[0] - logps[1]), True)
     engine.step()
     if stage == 0:
         moved = {n: (p.detach().float() - before[n]).abs() for n, p in engine.model.named_parameters() if n in before}

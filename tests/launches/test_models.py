@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from dpo_ds.config import Options
-from dpo_ds.data.pairs import PairSet
+from dpo_ds.data.pairs import Group, PairSet
 from dpo_ds.embedded import sample_file
 from dpo_ds.engine.shards import TAG, CheckpointWeights
 from dpo_ds.models.lora import add_lora
@@ -103,7 +103,7 @@ def packed_scoring(model_id, place):
     expected = oracle.pairs_logps(plain, pairs)
     oracle.losses(expected, torch.zeros_like(expected), 0.1).sum().backward()
     packed = Scorer(AutoModelForCausalLM.from_pretrained(folder, attn_implementation=implementation(SDPA)).eval())
-    logps = packed(pack(pairs))
+    logps = packed(pack([Group.of_pair(*pair) for pair in pairs])).view(-1, 2)
     oracle.losses(logps, torch.zeros_like(expected), 0.1).sum().backward()
     lengths = torch.tensor([[len(chosen), len(rejected)] for _, chosen, rejected in pairs])
     torch.testing.assert_close(logps / lengths, expected / lengths, atol=1e-5, rtol=0)  # a token, on average

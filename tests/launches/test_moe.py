@@ -8,7 +8,7 @@ import oracle
 import pytest
 import tiny
 import torch
-from packed_pairs import packed_model, random_pairs
+from packed_pairs import packed_model, random_groups
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from dpo_ds.config import parse_options
@@ -41,7 +41,8 @@ def plain_loss(model, pair) -> torch.Tensor:
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
 def test_the_loss_on_packed_rows_is_the_plain_one(folder, checkpointing):
-    pairs = random_pairs()
+    groups = random_groups()
+    pairs = [(g.prompt, g.answers[chosen], g.answers[rejected]) for g in groups for chosen, rejected in g.pairs]
     plain = oracle.load(folder)
     expected = torch.stack([plain_loss(plain, pair) for pair in pairs])
     expected.sum().backward()
@@ -50,7 +51,7 @@ def test_the_loss_on_packed_rows_is_the_plain_one(folder, checkpointing):
     scorer.train()
     if checkpointing:
         scorer.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    logps, losses = scorer(pack(pairs))
+    logps, losses = scorer(pack(groups))
     torch.testing.assert_close(losses, expected, atol=1e-5, rtol=0)
     (losses.sum() + 0 * logps.sum()).backward()
     ours = dict(scorer.model.named_parameters())
@@ -64,7 +65,7 @@ def test_evaluation_and_other_models_have_none_of_it(folder):
     scorer = packed_model(folder)
     scorer.balance = True
     scorer.eval()
-    assert isinstance(scorer(pack(random_pairs())), torch.Tensor)
+    assert isinstance(scorer(pack(random_groups())), torch.Tensor)
     options = parse_options(["--model", "gpt2", "--router_aux_loss_coef", "0.1"])
     with pytest.raises(UserError, match="gpt2 is no mixture of experts"):
         decide(options, known_model("gpt2"), False)

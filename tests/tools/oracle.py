@@ -29,6 +29,16 @@ def pairs_logps(model, pairs) -> torch.Tensor:
     return torch.stack([pair_logps(model, pair) for pair in pairs])
 
 
+def answers_logps(model, groups) -> torch.Tensor:
+    """[A]: the summed logps of every answer's learned tokens, one forward over prompt and answer each."""
+    logps = []
+    for group in groups:
+        for answer, scored in zip(group.answers, group.scored, strict=True):
+            tokens = token_logps(model, group.prompt, answer)
+            logps.append((tokens if scored is None else tokens[torch.from_numpy(scored)]).sum())
+    return torch.stack(logps)
+
+
 def losses(policy: torch.Tensor, reference: torch.Tensor, beta: float) -> torch.Tensor:
     margins = (policy[:, 0] - policy[:, 1]) - (reference[:, 0] - reference[:, 1])
     return F.softplus(-beta * margins)

@@ -3,47 +3,38 @@
 import numpy as np
 import pytest
 
+from dpo_ds.data.pairs import Part
 from dpo_ds.data.steps import Schedule, deal
-from dpo_ds.errors import UserError
+
+ALONE = np.arange(70)  # every pair is a group of its own
 
 
-def some_lengths(n=400, seed=0):
-    return np.random.default_rng(seed).integers(20, 900, n)
+def some_parts(count, seed=0) -> list[Part]:
+    lengths = np.random.default_rng(seed).integers(20, 900, count)
+    return [Part(n, (2 * n, 2 * n + 1), (n,), int(tokens), int(tokens)) for n, tokens in enumerate(lengths)]
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 8])
 @pytest.mark.parametrize("limit", [900, 2000, 100_000])
 @pytest.mark.parametrize("count", [1, 2, 7, 32])
-def test_every_pair_once_within_the_limit_and_as_many_rounds_on_every_rank(ranks, limit, count):
-    lengths = some_lengths()
-    indices = Schedule.of(400, count, 1, None, seed=1).step(0)
-    dealt = deal(indices, lengths, ranks, limit)
+def test_every_part_once_within_the_limit_and_as_many_rounds_on_every_rank(ranks, limit, count):
+    parts = some_parts(count)
+    dealt = deal(parts, ranks, limit)
     assert len(dealt) == ranks and len({len(own) for own in dealt}) == 1
-    counted = [i for own in dealt for m in own if m.weight for i in m.indices]
-    assert sorted(counted) == sorted(indices)
-    assert all(sum(lengths[list(m.indices)]) <= limit for own in dealt for m in own)
-    assert all(set(m.indices) <= set(indices) for own in dealt for m in own), "idle ranks run a pair of the step"
-
-
-def test_the_order_the_pairs_come_in_does_not_matter():
-    lengths = some_lengths()
-    assert deal(range(40), lengths, 3, 2000) == deal(reversed(range(40)), lengths, 3, 2000)
+    counted = [i for own in dealt for m in own if m.weight for i in m.pairs]
+    assert sorted(counted) == list(range(count))
+    assert all(m.tokens == sum(part.tokens for part in m.parts) <= limit for own in dealt for m in own)
+    assert all(set(m.parts) <= set(parts) for own in dealt for m in own), "idle ranks run a part of the step"
 
 
 def test_ranks_get_about_the_same_number_of_tokens_in_each_round():
-    lengths = some_lengths()
-    dealt = deal(range(256), lengths, 8, 4096)
-    tokens = np.array([[sum(lengths[list(m.indices)]) for m in own] for own in dealt])
+    dealt = deal(some_parts(256), 8, 4096)
+    tokens = np.array([[m.tokens for m in own] for own in dealt])
     assert (tokens.mean(0) / tokens.max(0)).min() > 0.95
 
 
-def test_a_limit_below_the_longest_pair_names_both_numbers():
-    with pytest.raises(UserError, match=r"micro_batch_tokens 500 .* 812 tokens"):
-        deal([0, 1], np.array([300, 812]), 2, 500)
-
-
 def test_an_epoch_is_every_pair_once_and_its_last_step_is_smaller():
-    schedule = Schedule.of(pairs=70, global_batch=32, epochs=2, max_steps=None, seed=5)
+    schedule = Schedule.of(ALONE, global_batch=32, epochs=2, max_steps=None, seed=5)
     steps = [schedule.step(number) for number in range(schedule.steps)]
     assert [len(step) for step in steps] == [32, 32, 6, 32, 32, 6]
     assert sorted(np.concatenate(steps[:3])) == list(range(70)) == sorted(np.concatenate(steps[3:]))
@@ -51,11 +42,28 @@ def test_an_epoch_is_every_pair_once_and_its_last_step_is_smaller():
 
 
 def test_a_step_follows_from_seed_and_number_alone():
-    first = Schedule.of(70, 32, 1, 9, seed=5).step(4)
-    assert list(first) == list(Schedule.of(70, 32, 3, None, seed=5).step(4))
-    assert list(first) != list(Schedule.of(70, 32, 3, None, seed=6).step(4))
+    first = Schedule.of(ALONE, 32, 1, 9, seed=5).step(4)
+    assert list(first) == list(Schedule.of(ALONE, 32, 3, None, seed=5).step(4))
+    assert list(first) != list(Schedule.of(ALONE, 32, 3, None, seed=6).step(4))
 
 
 @pytest.mark.parametrize(("epochs", "steps"), [(1, 3), (0.34, 1), (0.01, 1), (2, 6)])
 def test_epochs_may_be_a_fraction(epochs, steps):
-    assert Schedule.of(70, 32, epochs, None, 0).steps == steps
+    assert Schedule.of(ALONE, 32, epochs, None, 0).steps == steps
+
+
+@pytest.mark.parametrize("batch", [1, 4, 8, 32, 1000])
+@pytest.mark.parametrize(
+    "sizes", [[6] * 50, [1, 2, 3] * 40, [21] * 9, [100, 1, 1], [1] * 7 + [30], [1]], ids=lambda s: f"{len(s)}x{s[0]}"
+)
+def test_a_groups_pairs_are_in_one_step_where_a_step_can_hold_them(sizes, batch):
+    groups = np.repeat(np.arange(len(sizes)), sizes)
+    schedule = Schedule.of(groups, batch, 1, None, seed=3)
+    for epoch in range(3):
+        steps = [schedule.step(epoch * schedule.steps_per_epoch + n) for n in range(schedule.steps_per_epoch)]
+        assert sorted(np.concatenate(steps)) == list(range(len(groups))), "every pair once"
+        assert all(len(step) for step in steps), "no step without a pair"
+        # A step ends less than half a group from where `batch` pairs would end it.
+        assert all(len(step) <= batch + min(batch, max(sizes)) for step in steps)
+        split = [g for g in range(len(sizes)) if sum(g in groups[step] for step in steps) > 1 and sizes[g] <= batch]
+        assert len(split) <= 1, "only the last step of an epoch may begin within a group"

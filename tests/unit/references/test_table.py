@@ -25,9 +25,9 @@ from dpo_ds.references.table import Table, reference_tables
 from dpo_ds.runs.prepare import Run, prepare
 from dpo_ds.score import main
 from dpo_ds.scoring import sweep
-from dpo_ds.scoring.sweep import score_pairs, score_set
+from dpo_ds.scoring.sweep import score_answers, score_set
 
-PAIRS, HELD_OUT, CHUNK = 22, 6, 4
+PAIRS, HELD_OUT, CHUNK = 22, 6, 8  # a chunk is of answers: four pairs
 
 
 @pytest.fixture(scope="module")
@@ -52,11 +52,11 @@ def small_chunks(monkeypatch):
 
 @pytest.fixture
 def scored(monkeypatch):
-    """The number of pairs in each micro-batch that engines have scored."""
+    """The number of answers in each micro-batch that engines have scored."""
     plain, batches = Engine.score, []
 
     def counting(self, batch):
-        batches.append(batch.pairs)
+        batches.append(batch.answers)
         return plain(self, batch)
 
     monkeypatch.setattr(Engine, "score", counting)
@@ -98,10 +98,10 @@ def test_a_table_holds_what_the_model_says_of_each_pair(place, straight):
     model = oracle.load(place / "llama")
     run = prepared(place, straight[0])
     for pairs, table in zip((run.train_pairs, run.eval_pairs), straight[1], strict=True):
-        assert table.shape == (len(pairs), 2) and table.dtype == np.float32
+        assert table.shape == (2 * len(pairs),) and table.dtype == np.float32
         with torch.no_grad():
             expected = oracle.pairs_logps(model, [pairs.pair(i) for i in range(len(pairs))])
-        np.testing.assert_allclose(table, expected.numpy(), rtol=1e-5)
+        np.testing.assert_allclose(table[pairs.pairs], expected.numpy(), rtol=1e-5)
 
 
 def test_the_second_run_finds_the_table(place, straight, scored, monkeypatch, capsys):
@@ -111,24 +111,24 @@ def test_the_second_run_finds_the_table(place, straight, scored, monkeypatch, ca
     again = tables(place, cache)
     assert scored == [] and files(cache) == before
     assert all(np.array_equal(one, other) for one, other in zip(first, again, strict=True))
-    assert "reference: training pairs: all 16 found in the table" in capsys.readouterr().out
+    assert "reference: training pairs: all 32 answers found in the table" in capsys.readouterr().out
 
 
 def test_the_command_fills_the_same_table_whatever_the_schedule(place, straight, scored, tmp_path):
     main(argv(place, tmp_path, max_steps=1))
-    assert sum(scored) == PAIRS and files(tmp_path) == files(straight[0])
+    assert sum(scored) == 2 * PAIRS and files(tmp_path) == files(straight[0])
 
 
 def test_a_run_scores_what_its_schedule_comes_to_and_a_later_one_the_rest(place, scored, tmp_path):
     train, held = tables(place, tmp_path, everything=False, max_steps=2)
-    assert sum(scored) == 8 + HELD_OUT and not np.isnan(held).any()
-    assert np.isfinite(train).all(axis=1).sum() == 8 == np.isfinite(train).any(axis=1).sum()
+    assert sum(scored) == 2 * (8 + HELD_OUT) and not np.isnan(held).any()
+    assert np.isfinite(train).sum() == 2 * 8
     manifests = [json.loads(path.read_text()) for path in tmp_path.glob("reference/*/table.json")]
-    assert sorted((one["rows"], one["scored"]) for one in manifests) == [(HELD_OUT, HELD_OUT), (16, 8)]
+    assert sorted((one["rows"], one["scored"]) for one in manifests) == [(2 * HELD_OUT, 2 * HELD_OUT), (32, 16)]
     scored.clear()
     shutil.rmtree(tmp_path / "run")
     later, _ = tables(place, tmp_path, everything=False, max_steps=4)
-    assert sum(scored) == 8 and np.isfinite(later).all()
+    assert sum(scored) == 2 * 8 and np.isfinite(later).all()
     assert np.array_equal(later[np.isfinite(train)], train[np.isfinite(train)])
 
 
@@ -155,11 +155,11 @@ def test_an_interrupted_scoring_goes_on_to_the_same_table(batches, place, straig
     """Chunks that were whole are not scored again; the table is the undisturbed one's, bit for bit."""
     run = prepared(place, tmp_path)
     interrupt(run, scored, batches)
-    kept = sum(np.isfinite(np.load(path)).all(axis=1).sum() for path in tmp_path.glob("reference/*/logps.npy"))
+    kept = sum(np.isfinite(np.load(path)).sum() for path in tmp_path.glob("reference/*/logps.npy"))
     assert kept == sum(scored) // CHUNK * CHUNK
     scored.clear()
     reference_tables(run, True)
-    assert sum(scored) == PAIRS - kept and files(tmp_path) == files(straight[0])
+    assert sum(scored) == 2 * PAIRS - kept and files(tmp_path) == files(straight[0])
 
 
 def test_an_interruption_while_rows_are_added_loses_none_that_were_there(place, scored, tmp_path):
@@ -167,7 +167,7 @@ def test_an_interruption_while_rows_are_added_loses_none_that_were_there(place, 
     run = prepared(place, tmp_path, max_steps=2)
     scored.clear()
     interrupt(run, scored, 2)
-    left = PAIRS - HELD_OUT - 8 - sum(scored) // CHUNK * CHUNK
+    left = 2 * (PAIRS - HELD_OUT - 8) - sum(scored) // CHUNK * CHUNK
     scored.clear()
     train, _ = reference_tables(run, True)
     there = np.isfinite(first)
@@ -204,7 +204,7 @@ def test_a_killed_scoring_goes_on_to_the_same_table(place, straight, scored, tmp
     assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
     assert not list(tmp_path.glob("reference/*/table.json")), "the table was not finished"
     main(words)
-    assert CHUNK <= PAIRS - sum(scored) <= 16, "whole chunks were kept, and not the one it was killed in"
+    assert CHUNK <= 2 * PAIRS - sum(scored) <= 32, "whole chunks were kept, and not the one it was killed in"
     assert files(tmp_path) == files(straight[0])
 
 
@@ -215,7 +215,7 @@ def keys(place, cache, **options) -> set[str]:
     """The tables' keys; made with a stand-in for the engine, because only the keys matter."""
 
     class Engine:
-        score = staticmethod(lambda batch: torch.zeros(batch.pairs, 2))
+        score = staticmethod(lambda batch: torch.zeros(batch.answers))
         close = staticmethod(lambda: None)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -336,7 +336,7 @@ def test_a_table_whose_rows_are_gone_is_made_anew(straight, tmp_path):
 
 def copy_of_a_table(cache, to) -> Table:
     facts = json.loads(next(cache.glob("reference/*/table.json")).read_text())
-    table = Table(to, {key: facts[key] for key in ("format", "weights", "pairs", "precision")}, facts["rows"])
+    table = Table(to, {key: facts[key] for key in ("format", "weights", "answers", "precision")}, facts["rows"])
     shutil.copytree(cache / "reference" / table.folder.name, table.folder, dirs_exist_ok=True)
     return table
 
@@ -358,16 +358,16 @@ def pairs(place, straight) -> PairSet:
 
 
 def sums(batch) -> torch.Tensor:
-    """Stands in for a model: the sum of each response's token ids."""
-    return torch.zeros(2 * batch.pairs).index_add_(0, batch.responses, batch.targets.float()).view(-1, 2)
+    """Stands in for a model: the sum of each answer's token ids."""
+    return torch.zeros(batch.answers).index_add_(0, batch.token_answers, batch.targets.float())
 
 
 def test_rows_come_back_in_the_order_they_were_asked_for(pairs):
     """However they are dealt: longest first, several in a micro-batch, or one alone."""
-    indices = np.array([9, 2, 14, 3, 11, 0])
-    expected = np.array([[pairs.pair(i)[1].sum(), pairs.pair(i)[2].sum()] for i in indices])
+    answers = np.array([19, 2, 28, 3, 11, 0])
+    expected = np.array([pairs.answer(a).sum() for a in answers])
     for limit in (int(pairs.packed_lengths.max()), 10_000):
-        assert np.array_equal(score_pairs(sums, pairs, indices, limit), expected)
+        assert np.array_equal(score_answers(sums, pairs, answers, limit), expected)
 
 
 def test_a_log_probability_that_is_not_finite_stops_and_names_the_pair(pairs):
@@ -378,6 +378,6 @@ def test_a_log_probability_that_is_not_finite_stops_and_names_the_pair(pairs):
         logps = sums(batch)
         return torch.where(logps == bad, torch.nan, logps)
 
-    with pytest.raises(RunStopped, match=f"log-probabilities of 1 pairs are not finite: {pairs.pair_id(9)}"):
-        score_set(not_finite, pairs, np.arange(16), 250, "title", lambda chunk, _: kept.extend(chunk))
-    assert kept == list(range(8))
+    with pytest.raises(RunStopped, match=f"of 1 answers are not finite, of the pairs {pairs.pair_id(9)}"):
+        score_set(not_finite, pairs, np.arange(32), 250, "title", lambda chunk, _: kept.extend(chunk))
+    assert kept == list(range(16))

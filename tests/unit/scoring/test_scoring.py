@@ -5,10 +5,11 @@ import oracle
 import pytest
 import tiny
 import torch
-from packed_pairs import LENGTHS, PACKED, packed_model, random_pairs
+from packed_pairs import GROUPS, PACKED, packed_model, random_groups, random_pairs
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from dpo_ds.config import Options
+from dpo_ds.data.pairs import Group
 from dpo_ds.errors import UserError
 from dpo_ds.losses.dpo import dpo_loss
 from dpo_ds.models.lora import add_lora
@@ -28,10 +29,11 @@ def folder(request, tmp_path_factory):
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
 def test_values_and_gradients_equal_two_plain_forwards(folder, checkpointing):
-    pairs = random_pairs()
+    groups = random_groups()
     plain = oracle.load(folder)
-    expected = oracle.pairs_logps(plain, pairs)
-    oracle.losses(expected, torch.zeros_like(expected), 0.1).sum().backward()
+    batch = pack(groups)
+    expected = oracle.answers_logps(plain, groups)
+    oracle.losses(expected[batch.pairs], torch.zeros(len(batch.pairs), 2), 0.1).sum().backward()
 
     scorer = packed_model(folder)
     if checkpointing:
@@ -40,8 +42,9 @@ def test_values_and_gradients_equal_two_plain_forwards(folder, checkpointing):
         for module in scorer.modules():
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0
-    logps = scorer(pack(pairs))
-    dpo_loss(logps[:, 0] - logps[:, 1], torch.zeros(len(pairs)), 0.1).sum().backward()
+    logps = scorer(batch)
+    margins = logps[batch.pairs[:, 0]] - logps[batch.pairs[:, 1]]
+    dpo_loss(margins, torch.zeros(len(margins)), 0.1).sum().backward()
 
     torch.testing.assert_close(logps, expected, atol=1e-4, rtol=1e-6)  # sums of up to 14 token log-probabilities
     gradients = dict(scorer.model.named_parameters())
@@ -50,10 +53,14 @@ def test_values_and_gradients_equal_two_plain_forwards(folder, checkpointing):
 
 
 def test_each_token_within_1e5(folder):
-    pairs = random_pairs()
-    expected = [oracle.token_logps(oracle.load(folder), p, r) for p, c, d in pairs for r in (c, d)]
+    groups = random_groups()
+    expected = [
+        oracle.token_logps(oracle.load(folder), group.prompt, answer)[slice(None) if scored is None else scored]
+        for group in groups
+        for answer, scored in zip(group.answers, group.scored, strict=True)
+    ]
     scorer = packed_model(folder)
-    batch = pack(pairs)
+    batch = pack(groups)
     hidden = scorer.model.base_model(
         input_ids=batch.input_ids, position_ids=batch.position_ids, attention_mask=batch.segments, use_cache=False
     ).last_hidden_state[0]
@@ -61,52 +68,67 @@ def test_each_token_within_1e5(folder):
     torch.testing.assert_close(tokens, torch.cat(expected), atol=1e-5, rtol=0)
 
 
-def test_a_pair_scores_the_same_in_any_pack(folder):
-    pairs = random_pairs()
+def test_an_answer_scores_the_same_in_any_pack(folder):
+    """Together, group by group, each answer alone with its prompt, and in another order."""
+    groups = random_groups()
     scorer = packed_model(folder)
+    alone = [
+        Group(group.prompt, [answer], np.zeros((0, 2), dtype=np.int64), [scored])
+        for group in groups
+        for answer, scored in zip(group.answers, group.scored, strict=True)
+    ]
+    turned = [Group(g.prompt, g.answers[::-1], g.pairs, g.scored[::-1]) for g in groups[::-1]]
     with torch.no_grad():
-        together = scorer(pack(pairs))
-        alone = torch.cat([scorer(pack([pair])) for pair in pairs])
-        reversed_ = scorer(pack(pairs[::-1])).flip(0)
-    torch.testing.assert_close(together, alone, atol=2e-5, rtol=1e-6)
-    torch.testing.assert_close(together, reversed_, atol=2e-5, rtol=1e-6)
+        together = scorer(pack(groups))
+        by_group = torch.cat([scorer(pack([group])) for group in groups])
+        by_answer = torch.cat([scorer(pack([group])) for group in alone])
+        reversed_ = scorer(pack(turned)).flip(0)
+    for other in (by_group, by_answer, reversed_):
+        torch.testing.assert_close(together, other, atol=2e-5, rtol=1e-6)
 
 
 def positions_not_reset(batch):
     batch.position_ids = torch.arange(batch.input_ids.shape[1])[None]
 
 
-def rejected_sees_chosen(batch):
-    own = batch.segments[0, 0, :, 0].view(-1, 2).sum(1, dtype=torch.int32)
-    batch.segments = torch.stack([own, 0 * own, 0 * own], dim=1)[None, None]
+def an_answer_sees_the_one_before(batch):
+    """The second answer of the first group joins the segment of the first one."""
+    first, second, *others = batch.segments[0, 0].tolist()
+    batch.segments = torch.tensor([[first[0] + second[0], 0, 0], *others], dtype=torch.int32)[None, None]
 
 
-def rejected_scored_from_chosens_last_row(batch):
-    first_rejected = int((batch.responses == 1).nonzero()[0])
-    batch.rows[first_rejected] = batch.rows[first_rejected - 1] + 1
+def an_answer_scored_from_anothers_last_row(batch):
+    second = int((batch.token_answers == 1).nonzero()[0])
+    batch.rows[second] = batch.rows[second - 1] + 1
 
 
-def rejected_without_its_prompt(batch):
+def an_answer_without_its_prompt(batch):
     batch.segments[..., 2] = 0
+
+
+def a_token_that_is_not_learned_is_scored(batch):
+    masked = int((batch.token_answers == 4).nonzero()[0])
+    batch.rows[masked], batch.targets[masked] = batch.rows[masked] - 1, batch.input_ids[0, batch.rows[masked]]
 
 
 @pytest.mark.parametrize(
     "broken",
     [
         positions_not_reset,
-        rejected_sees_chosen,
-        rejected_scored_from_chosens_last_row,
-        rejected_without_its_prompt,
+        an_answer_sees_the_one_before,
+        an_answer_scored_from_anothers_last_row,
+        an_answer_without_its_prompt,
+        a_token_that_is_not_learned_is_scored,
     ],
 )
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
 def test_negative_controls_move_the_scores(name, broken, tmp_path):
     folder = tiny.make(name, tmp_path)
-    pairs = random_pairs(LENGTHS[:2])
-    batch = pack(pairs)
+    groups = random_groups(GROUPS[:2])
+    batch = pack(groups)
     broken(batch)
     with torch.no_grad():
-        moved = (packed_model(folder)(batch) - oracle.pairs_logps(oracle.load(folder), pairs)).abs().max()
+        moved = (packed_model(folder)(batch) - oracle.answers_logps(oracle.load(folder), groups)).abs().max()
     assert moved > 0.01, f"{broken.__name__} went unnoticed"
 
 
@@ -192,9 +214,9 @@ def test_a_model_that_drops_the_layout_is_refused():
 @pytest.mark.parametrize("name", ["gpt2", "mistral-v0.1"])
 def test_the_segments_survive_what_hooks_do_to_a_tensor(name, tmp_path):
     """ZeRO-3's hooks hand a module copies of its inputs, whatever they are; checkpointing hands detached ones."""
-    scorer, pairs = packed_model(tiny.make(name, tmp_path)), random_pairs()
+    scorer, batch = packed_model(tiny.make(name, tmp_path)), pack(random_groups())
     with torch.no_grad():
-        expected = scorer(pack(pairs))
+        expected = scorer(batch)
     scorer.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
     scorer.train()
 
@@ -212,7 +234,7 @@ def test_the_segments_survive_what_hooks_do_to_a_tensor(name, tmp_path):
         module.register_forward_pre_hook(copies, with_kwargs=True)
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-    torch.testing.assert_close(scorer(pack(pairs)), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(scorer(batch), expected, atol=1e-5, rtol=0)
 
 
 ROPES = {
@@ -228,7 +250,7 @@ ROPES = {
 def test_frequencies_are_those_of_max_length_whatever_shares_the_row(kind):
     """One pair lies within the original context of 40, one beyond it, one has a response on either side."""
     shape = {**tiny.COMMON, "max_position_embeddings": 40, "rope_parameters": ROPES[kind]}
-    pairs = random_pairs([(10, 5, 6), (50, 6, 7), (34, 4, 20)])
+    groups = random_groups([(10, 5, 6), (50, 6, 7), (34, 4, 20)])
 
     def scores(fixed: bool):
         torch.manual_seed(0)
@@ -237,9 +259,9 @@ def test_frequencies_are_those_of_max_length_whatever_shares_the_row(kind):
         if fixed:
             fix_frequencies(model, 64)
         with torch.no_grad():
-            plain = oracle.pairs_logps(model, pairs)
+            plain = oracle.answers_logps(model, groups)
             model.set_attn_implementation(PACKED)
-            return plain, Scorer(model)(pack(pairs))
+            return plain, Scorer(model)(pack(groups))
 
     plain, packed = scores(fixed=True)
     torch.testing.assert_close(packed, plain, atol=1e-4, rtol=1e-6)
@@ -335,7 +357,7 @@ def test_a_kernel_that_fails_on_the_twin_gives_way_to_the_next(monkeypatch):
 
 
 def test_the_segments_stay_on_the_host_and_become_a_layout_once_a_device():
-    batch = pack([tuple(np.ones(n, dtype=np.int32) for n in (3, 2, 4))] * 2)
+    batch = pack(random_groups([(3, 2, 4)] * 2))
     moved = batch.to("meta")
     assert moved.segments.device.type == "cpu" and moved.input_ids.device.type == "meta"
     layout = layout_of(moved.segments, torch.device("cpu"))
@@ -394,11 +416,12 @@ def test_an_adapter_on_the_head_scores_and_learns_as_peft_has_it(tmp_path):
         return model
 
     plain, packed = adapted("eager"), adapted(PACKED)
-    pairs = random_pairs()
-    expected, logps = oracle.pairs_logps(plain, pairs), Scorer(packed)(pack(pairs))
+    groups = random_groups()
+    batch = pack(groups)
+    expected, logps = oracle.answers_logps(plain, groups), Scorer(packed)(batch)
     torch.testing.assert_close(logps, expected, atol=1e-4, rtol=1e-5)
     for found in (expected, logps):
-        (found[:, 0] - found[:, 1]).sum().backward()
+        (found[batch.pairs[:, 0]] - found[batch.pairs[:, 1]]).sum().backward()
     theirs = {name: p.grad for name, p in plain.named_parameters() if p.requires_grad}
     for name, parameter in packed.named_parameters():
         if parameter.requires_grad:
@@ -406,7 +429,7 @@ def test_an_adapter_on_the_head_scores_and_learns_as_peft_has_it(tmp_path):
             torch.testing.assert_close(parameter.grad, theirs[name], atol=2e-4, rtol=1e-3)
     head = packed.get_base_model().lm_head
     head.scaling["default"] = 0.0  # as Engine.score_base does
-    assert (Scorer(packed)(pack(pairs)) - expected).abs().max() > 0.1
+    assert (Scorer(packed)(batch) - expected).abs().max() > 0.1
 
 
 def test_backwards_in_any_order_find_their_own_forwards_gradient(tmp_path):
@@ -415,12 +438,12 @@ def test_backwards_in_any_order_find_their_own_forwards_gradient(tmp_path):
     randomise(model)
     model.save_pretrained(tmp_path)
     scorer = packed_model(tmp_path)
-    pairs = [tuple(np.where(part % 7 == 0, 5, part) for part in pair) for pair in random_pairs()]
+    groups = [Group.of_pair(*(np.where(part % 7 == 0, 5, part) for part in pair)) for pair in random_pairs()]
     plain = oracle.load(tmp_path)
-    (oracle.pairs_logps(plain, pairs[:2]).sum() + 2 * oracle.pairs_logps(plain, pairs[2:]).sum()).backward()
-    first, second = scorer(pack(pairs[:2])), scorer(pack(pairs[2:]))
+    (oracle.answers_logps(plain, groups[:2]).sum() + 2 * oracle.answers_logps(plain, groups[2:]).sum()).backward()
+    first, second = scorer(pack(groups[:2])), scorer(pack(groups[2:]))
     with torch.no_grad():
-        scorer(pack(pairs))  # a reference's or an evaluation's, in between
+        scorer(pack(groups))  # a reference's or an evaluation's, in between
     first.sum().backward(retain_graph=True)
     first.sum().backward()
     (4 * second.sum()).backward()  # twice the loss above, as the first's two backwards are
@@ -430,11 +453,11 @@ def test_backwards_in_any_order_find_their_own_forwards_gradient(tmp_path):
     scorer.model.zero_grad()
     embedding = scorer.model.get_input_embeddings()
     embedding.register_forward_hook(lambda module, ids, out: out.detach())
-    scorer(pack(pairs[:2])).sum().backward()
+    scorer(pack(groups[:2])).sum().backward()
     plain.zero_grad()
-    oracle.pairs_logps(plain, pairs[:2]).sum().backward()
+    oracle.answers_logps(plain, groups[:2]).sum().backward()
     off = (weight.grad - plain.get_output_embeddings().weight.grad).abs().amax(1)
-    looked_up = np.unique(np.concatenate([np.concatenate(pair) for pair in pairs[:2]]))
+    looked_up = np.unique(np.concatenate([part for group in groups[:2] for part in (group.prompt, *group.answers)]))
     assert off[looked_up[looked_up != 5]].median() > 1e-2 and off[5] < 1e-4
 
 
@@ -446,6 +469,6 @@ def test_a_tied_weight_has_one_gradient_at_a_time():
         model = AutoModelForCausalLM.from_config(config, attn_implementation=sizes_only)
         scorer = Scorer(model, budget=LogitBudget(2**20))
     with LiveBytes([*scorer.parameters(), *scorer.buffers()]) as live:
-        scorer(pack(random_pairs()).to("meta")).sum().backward()
+        scorer(pack(random_groups()).to("meta")).sum().backward()
     gradient, tile = 4 * 50_000 * tiny.COMMON["hidden_size"], 4 * 2**20
     assert gradient < live.peak < 1.5 * gradient + tile

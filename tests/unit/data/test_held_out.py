@@ -1,0 +1,109 @@
+"""Held out means held out: no prompt, and no variant of one, is on both sides."""
+
+import numpy as np
+import pytest
+
+from dpo_ds.data.comparison import Answer, Comparison, Preference
+from dpo_ds.data.held_out import families, held_out, prompt_hash, prompt_keys, shared
+
+
+def comparison(text, implicit=False, messages=None) -> Comparison:
+    return Comparison(
+        messages or [{"role": "user", "content": text}], [Answer([]), Answer([])], [Preference(0, 1)], text,
+        implicit=implicit,
+    )  # fmt: skip
+
+
+def keys(*comparisons) -> np.ndarray:
+    """Their keys; a prompt's token ids are its letters' numbers, blanks at its ends left out as templates do."""
+    found = [prompt_keys(c, c.text, [ord(letter) for letter in c.text.strip()]) for c in comparisons]
+    return np.frombuffer(b"".join(found), dtype=np.uint8).reshape(-1, 3, 16)
+
+
+def hashes(prompts) -> np.ndarray:
+    return np.frombuffer(b"".join(prompt_hash(str(prompt)) for prompt in prompts), dtype=np.uint8).reshape(-1, 16)
+
+
+def held(prompts, **options) -> set:
+    prompts = list(prompts)
+    family = families(keys(*(comparison(str(prompt)) for prompt in prompts)))
+    mask = held_out(hashes(prompts), family, np.ones(len(prompts), dtype=np.int64), **options)
+    return {prompt for prompt, held in zip(prompts, mask, strict=True) if held}
+
+
+@pytest.mark.parametrize(("pairs", "count"), [(2, 1), (20, 1), (100, 5), (1000, 50), (20_000, 500)])
+def test_a_twentieth_is_held_out_and_five_hundred_at_most(pairs, count):
+    assert len(held(range(pairs))) == count
+
+
+def test_so_many_as_asked_for():
+    assert len(held(range(200), fraction=1.0, most=30)) == 30
+
+
+def test_one_prompt_is_never_held_out_and_of_two_never_both():
+    assert held(["one"]) == set() and len(held(["one", "two"], fraction=1.0)) == 1
+
+
+def test_the_choice_follows_from_the_prompts_alone():
+    assert held(range(200)) == held(reversed(range(200)))
+    assert held(range(200)) <= held(range(200), fraction=0.2)
+
+
+VARIANTS = {
+    "blanks at the end": ("Item 0?", "Item 0? \n"),
+    "blanks within": ("Item  0?", "Item 0?"),
+    "case": ("What IS it?", "what is it?"),
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_variants_of_a_prompt_are_one_family(name):
+    one, other = VARIANTS[name]
+    first, second, third = families(keys(comparison(one), comparison(other), comparison("another")))
+    assert first == second != third
+
+
+def test_implicit_prompts_are_one_family_if_they_ask_the_same():
+    """Where such a prompt ends is decided by the answers."""
+    asked = "Q: what is item 0?\nA:"
+    found = families(
+        keys(
+            comparison(asked, implicit=True),
+            comparison(asked + " It is", implicit=True),
+            comparison(asked + " It was", implicit=True),
+            comparison("Q: what is item 1?\nA: It is", implicit=True),
+            comparison("What is it? It is", implicit=True),
+            comparison("What is it?  It was", implicit=True),
+        )
+    )
+    assert found[0] == found[1] == found[2] and found[4] == found[5] and len(set(found)) == 3
+
+
+def test_an_implicit_dialogue_asks_what_its_last_user_asks():
+    def chat(*contents):
+        return [
+            {"role": role, "content": text} for role, text in zip(("user", "assistant") * 3, contents, strict=False)
+        ]
+
+    one, two, three = (
+        comparison(" ".join(contents), True, chat(*contents))
+        for contents in (("a", "b", "why?"), ("a", "c", "Why? "), ("a", "b", "how?"))
+    )
+    first, second, third = families(keys(one, two, three))
+    assert first == second != third
+
+
+def test_families_join_over_any_of_the_keys_and_over_others():
+    numbers = np.zeros((5, 3, 16), dtype=np.uint8)
+    numbers[:, :2] = np.arange(1, 11).reshape(5, 2)[..., None]
+    numbers[1, 0], numbers[2, 1] = numbers[0, 0], numbers[1, 1]  # 0-1 by the first key, 1-2 by the second
+    numbers[3:, 2] = 77  # 3-4 by the third
+    assert list(families(numbers)) == [0, 0, 0, 3, 3]
+    assert list(shared(numbers[:2], numbers[2:3])) == [True, True] and not shared(numbers[:2], numbers[3:]).any()
+
+
+def test_a_family_is_held_out_whole():
+    prompts = [f"{'item' if n % 2 else 'ITEM'} {n // 2}" for n in range(400)]
+    chosen = held(prompts)
+    assert {prompt.lower() for prompt in chosen} & {p.lower() for p in set(prompts) - chosen} == set()
+    assert 20 <= len(chosen) <= 21
