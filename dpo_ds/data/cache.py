@@ -13,6 +13,7 @@ import datasets
 import numpy as np
 import pyarrow as pa
 
+from dpo_ds.data.comparison import Answer, Comparison, Preference
 from dpo_ds.data.counts import Report, counted
 from dpo_ds.data.encoder import Encoder, Tokenizing
 from dpo_ds.data.pairs import read_manifest
@@ -23,7 +24,7 @@ from dpo_ds.files import scratch_folder
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-FORMAT = 2  # raise it when the cached files change, or the code that decides their content
+FORMAT = 3  # raise it when the cached files change, or the code that decides their content
 
 
 SMALL = 20_000  # rows; for fewer, starting processes costs more than it saves
@@ -140,17 +141,28 @@ _FEATURES = datasets.Features(
 def _encode_batch(rows: dict[str, list], encoder: Encoder) -> dict[str, list]:
     """Encodes a batch of rows. A row that is left out stays in place, without tokens."""
     out: dict[str, list] = {name: [] for name in _FEATURES}
-    for row, text, pair in zip(rows["row"], rows["text"], encoder.encode(rows), strict=True):
-        parts = [[], [], []] if pair["left_out"] else [pair["prompt"], pair["chosen"], pair["rejected"]]
+    for row, text, pair in zip(rows["row"], rows["text"], encoder.encode(_comparisons(rows)), strict=True):
+        parts = [[], [], []] if pair.left_out else [pair.prompt, *pair.answers]
         tokens, lengths = [token for part in parts for token in part], [len(part) for part in parts]
         out["row"].append(row)
         out["tokens"].append(tokens)
         out["lengths"].append(lengths)
         out["pair_id"].append(hashlib.sha256(np.array([*lengths, *tokens], dtype=np.int32).tobytes()).digest()[:16])
         out["prompt_hash"].append(prompt_hash(text))
-        out["left_out"].append(pair["left_out"])
-        out["changed"].append([] if pair["left_out"] else pair["changed"])
+        out["left_out"].append(pair.left_out)
+        out["changed"].append([] if pair.left_out else pair.changed)
     return out
+
+
+def _comparisons(rows: dict[str, list]) -> list[Comparison]:
+    """Checked rows (data/rows.py) as comparisons of two answers."""
+    comparisons = []
+    for messages, text, *answers in zip(
+        *(rows[key] for key in ("messages", "text", "chosen", "rejected")), strict=True
+    ):
+        both = [Answer([{"role": "assistant", "content": answer}], answer) for answer in answers]
+        comparisons.append(Comparison(messages, both, [Preference(0, 1)], text))
+    return comparisons
 
 
 def _column(rows: datasets.Dataset, name: str) -> Iterator:
