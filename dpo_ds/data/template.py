@@ -82,6 +82,7 @@ class ChatTemplate:
 
         Raises LeftOut with the template's own message if it fails.
         """
+        variables = self._of(row)
         try:
             text = self.tokenizer.apply_chat_template(
                 messages,
@@ -89,7 +90,7 @@ class ChatTemplate:
                 chat_template=self._sources[bool(row.tools)] if self.date else None,
                 tokenize=False,
                 add_generation_prompt=open_turn,
-                **self._of(row),
+                **variables,
             )
         except Exception as error:  # a template is a program: it may raise anything
             raise LeftOut(f"{REFUSED}: {one_line(error, 100)}") from error

@@ -262,11 +262,22 @@ class _Writer:
             else:
                 raise LeftOut(f"the chat template ignores {key} of the prompt")
             self._note_unread(message)
-        if self.row.tools and not shows_tools(self.prompt, self.row.tools):
+        calls = any(message.get("tool_calls") for message in self.context)
+        if calls and self._same_without(messages=[_without_calls(message) for message in self.context]):
+            raise LeftOut("the chat template ignores tool_calls of the prompt")
+        if self.row.tools and (not shows_tools(self.prompt, self.row.tools) or self._same_without(tools=None)):
             self.transcript.note("the chat template ignores tools")
         for name in self.row.template_kwargs:
             if not self.template.reads(name):
                 self.transcript.note(f"the chat template does not read {name} of chat_template_kwargs")
+
+    def _same_without(self, **change: Any) -> bool:
+        """Whether the prompt is the same with another context or other tools."""
+        row = replace(self.row, **{"messages": self.context, **change})
+        try:
+            return self.template.render(row.messages, row, open_turn=True) == self.opened
+        except LeftOut:
+            return False
 
     def _note_unread(self, message: Message) -> None:
         for key in message:
@@ -299,7 +310,8 @@ class _Writer:
         content = said(message)
         whole = self.template.ended(self.template.render([*self.context, message], self.row), self.row)
         if whole == f"{self.prompt}{self.frame.lead}{content}{self.frame.end}":
-            gone = missing({**message, "content": ""}, whole[len(self.closed) :]) if len(message) > 2 else None
+            others = {key: value for key, value in message.items() if key not in ("role", "content")}
+            gone = missing(others, whole[len(self.closed) :]) if others else None
         elif whole.startswith(self.prompt) or whole.startswith(self.closed):
             gone = missing(message, whole[len(self.closed) :])
         else:
@@ -309,10 +321,10 @@ class _Writer:
             raise LeftOut(f"the chat template ignores {gone} of an answer")
         if gone:
             whole = self._built(message)
-        elif not whole.startswith(self.prompt):
-            self.transcript.note(REWRITTEN)
         if self.begun:
             self._move_boundary(whole, message)
+        elif not whole.startswith(self.prompt):
+            self.transcript.note(REWRITTEN)
         return whole
 
     def _built(self, message: Message) -> str:
@@ -348,7 +360,7 @@ class _Writer:
         whole = self.template.ended(rendered, self.row)
         if not whole.startswith(self.closed):
             raise LeftOut(UNSTABLE)
-        if not whole.startswith(self.prompt):
+        if not whole.startswith(self.prompt) and not self.begun:
             self.transcript.note(REWRITTEN)
         for message in messages:
             if message["role"] != "assistant" and missing(message, whole[len(self.closed) :]):
@@ -397,6 +409,10 @@ class _Writer:
         if end and not text.endswith(end) and whole.startswith(end, start + len(text)):
             return start, start + len(text) + len(end)
         return start, start + len(text) if text.endswith(end) else min(stop, len(whole))
+
+
+def _without_calls(message: Message) -> Message:
+    return {key: value for key, value in message.items() if key != "tool_calls"}
 
 
 def _last_line(message: Message) -> str:
