@@ -12,10 +12,9 @@ import pytest
 import templates
 
 from dpo_ds.data.comparison import Answer, Comparison, Preference
-from dpo_ds.data.encoder import EQUAL_NOW, EQUAL_TOKENS, MOVED, NO_ROOM, PAIRS_DROPPED, Encoded, Encoder, Tokenizing
+from dpo_ds.data.encoder import EQUAL_TOKENS, MOVED, Encoded, Encoder, Tokenizing
 from dpo_ds.data.template import REFUSED, RESERVED, prints_date
-from dpo_ds.data.transcript import DROPPED, FOLDED, NO_ASSISTANT, REWRITTEN, SHORTENED, TRAILING, UNSTABLE
-from dpo_ds.data.truncate import CUT_PROMPT, CUT_RESPONSE
+from dpo_ds.data.transcript import DROPPED, FOLDED, NO_ASSISTANT, REWRITTEN, SHORTENED
 from dpo_ds.errors import UserError
 
 R1 = "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B"
