@@ -10,6 +10,7 @@ options that it used to options.yaml in its output folder; `--config` reads that
 import argparse
 import dataclasses
 import difflib
+import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -136,12 +137,22 @@ class Options:
         ),
     ] = None
     truncation: Annotated[
-        Literal["keep_end", "keep_start"],
-        Help("keep_end cuts the prompt's beginning; keep_start cuts prompt + response at the end."),
-    ] = "keep_end"
+        Literal["keep_question", "keep_end", "keep_start"],
+        Help(
+            "keep_question cuts a response's end before it cuts more than half of the prompt, and the prompt's oldest "
+            "turns first; keep_end cuts the prompt's beginning; keep_start cuts prompt + response at the end."
+        ),
+    ] = "keep_question"
+    min_prompt_tokens: Annotated[
+        int | None,
+        Help("What keep_question leaves to a prompt that is longer, at least; by default half of --max_length."),
+    ] = None
     chat_template: Annotated[
         Literal["auto", "none"], Help("auto: the tokenizer's own template where it has one; none: plain concatenation.")
     ] = "auto"
+    chat_template_kwargs: Annotated[
+        str, Help("Variables for the chat template, as a JSON object: '{\"enable_thinking\": false}'.")
+    ] = ""
     max_left_out: Annotated[float, Help("Stop if more than this fraction of the rows cannot be used.")] = 0.1
 
     lora: Annotated[bool, Help("Train low-rank adapters (peft) instead of all the weights.", heading="LoRA")] = False
@@ -382,11 +393,33 @@ def check(options: Options) -> None:
         _require(options, name, lambda x: 0 <= x <= 1, "between 0 and 1")
     _require(options, "lora_dropout", lambda x: 0 <= x < 1, "from 0 to below 1")
     _require(options, "max_length", lambda x: x >= 2, "2 or more: a prompt token and a response token")
+    _require(options, "min_prompt_tokens", lambda x: x > 0, "more than 0")
+    if options.min_prompt_tokens is not None and options.truncation != "keep_question":
+        raise UserError("--min_prompt_tokens is for --truncation keep_question: leave one of them out")
+    most = options.max_length
+    if most is not None:
+        _require(options, "min_prompt_tokens", lambda x: x < most, f"less than --max_length, {most}")
+    template_variables(options)
     _require(options, "seed", lambda x: x >= 0, "0 or more")
     if options.router_aux_loss_coef != "model":
         _require_number("router_aux_loss_coef", options.router_aux_loss_coef)
     if options.reference == "base" and not options.lora:
         raise UserError("--reference base uses LoRA's frozen base weights: add --lora, or use --reference precomputed")
+
+
+def template_variables(options: Options) -> dict[str, Any]:
+    """--chat_template_kwargs. Raises UserError if that is not a JSON object."""
+    text = options.chat_template_kwargs
+    try:
+        variables = json.loads(text) if text else {}
+    except ValueError:
+        variables = None
+    if not isinstance(variables, dict):
+        raise UserError(
+            f"--chat_template_kwargs is {_one_line(text)}, but must be a JSON object, such as "
+            "'{\"enable_thinking\": false}'"
+        )
+    return variables
 
 
 def _require(options: Options, name: str, holds: Callable[[float], bool], wanted: str) -> None:

@@ -1,30 +1,27 @@
-"""Turns pairs into token ids: the chat template, the boundary between prompt and response, truncation.
+"""From a comparison to token ids: its text, the boundary between prompt and answers, what is learned, truncation.
 
-A response ends with the model's end-of-turn token. Prompt + chosen and prompt + rejected begin with the same prompt
-tokens. Pairs that had to be changed or left out are counted in the report.
+An answer ends with the model's end-of-turn token. The prompt and any answer after it begin with the same prompt tokens.
+Rows that had to be changed or left out are counted in the report.
 """
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
-import jinja2
-
+from dpo_ds.data import truncate
+from dpo_ds.data.comparison import Comparison, LeftOut, Markers, Preference
+from dpo_ds.data.template import ChatTemplate, Span
+from dpo_ds.data.transcript import REWRITTEN, Transcript, write_chat, write_plain, write_rendered
 from dpo_ds.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Kinds in the report. The first three change a pair, the others leave it out.
+# Kinds in the report. The first two change a row, the others leave it out.
 MOVED = "the response's first tokens merge with the prompt's: the boundary was moved back"
 
 
-FOLDED = "the template takes no system role: its message went into the first user's"
-
-
-CUT_PROMPT = "the prompt was cut to --max_length"
-
-
-CUT_RESPONSE = "a response was cut to --max_length"
+PAIRS_DROPPED = "pairs were dropped because their answers are the same tokens, or have none left"
 
 
 NO_ROOM = "no room for a response token within --max_length"
@@ -33,181 +30,222 @@ NO_ROOM = "no room for a response token within --max_length"
 EQUAL_NOW = "the responses are equal once cut"
 
 
-REFUSED = "the chat template refuses the dialogue"
+EQUAL_TOKENS = "the responses are the same tokens"
 
 
 @dataclass(frozen=True)
 class Tokenizing:
-    max_length: int  # tokens of prompt + the longer response
-    truncation: str = "keep_end"  # or keep_start
+    max_length: int  # tokens of the prompt and the longest answer
+    truncation: str = "keep_question"  # or keep_end, keep_start
     chat_template: str = "auto"  # or none
+    min_prompt_tokens: int | None = None  # None: half of max_length
+    template_kwargs: dict[str, Any] = field(default_factory=dict)  # variables of the chat template, for every row
+    date: str | None = None  # ISO; what a template prints as today's date. None: that of the clock
 
 
 @dataclass
 class Encoded:
-    prompt: list
-    answers: list
-    scored: list
-    pairs: list
-    left_out: str
-    changed: list
-    cut_prompt: int = 0
-    cut_answers: list = None
+    """A comparison as token ids. All answers continue the same prompt."""
+
+    prompt: list[int] = field(default_factory=list)
+    answers: list[list[int]] = field(default_factory=list)
+    scored: list[list[bool] | None] = field(default_factory=list)  # per answer: which tokens are learned; None: all
+    pairs: list[Preference] = field(default_factory=list)  # those that still differ; numbers of `answers`
+    left_out: str = ""  # kind for the report; "": the row is used
+    changed: list[str] = field(default_factory=list)  # kinds for the report
+    cut_prompt: int = 0  # tokens
+    cut_answers: list[int] = field(default_factory=list)  # tokens
 
 
 class Encoder:
-    """Encodes rows for one tokenizer. Raises UserError if it has no EOS or its template refuses a plain dialogue."""
+    """Encodes comparisons for one tokenizer.
+
+    Raises UserError if it has no EOS, or if its chat template refuses a plain dialogue or the given variables.
+    """
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", tokenizing: Tokenizing):
         if tokenizer.eos_token_id is None:
             raise UserError(
                 f"the tokenizer of {tokenizer.name_or_path} has no EOS token to end responses with: set one"
             )
-        self.tokenizer, self.options = tokenizer, tokenizing
-        self.templated = tokenizing.chat_template == "auto" and bool(tokenizer.chat_template)
-        # lead: what the template writes before an answer (None if it rewrites the prompt once an answer follows);
-        # suffix: what it writes after the answer; kept_suffix: the part of the suffix that belongs to the response.
-        self.lead, self.suffix, self.kept_suffix = self._around_answer() if self.templated else (None, "", "")
-
-    def _around_answer(self) -> tuple[str | None, str, str]:
-        answer = "dpo ds answer"
-        chat = [{"role": "user", "content": "question"}, {"role": "assistant", "content": answer}]
-        try:
-            rendered, opened = self._render(chat, open_turn=False), self._render(chat[:1], open_turn=True)
-        except jinja2.TemplateError as error:
+        least = tokenizing.min_prompt_tokens
+        if least is not None and not 1 <= least < tokenizing.max_length:
             raise UserError(
-                f"the chat template of {self.tokenizer.name_or_path} takes no plain dialogue ({error}); "
-                "use --chat_template none"
-            ) from error
-        at = rendered.rfind(answer)
-        lead = rendered[len(opened) : at] if rendered.startswith(opened) else None
-        suffix = rendered[at + len(answer) :]
-        specials = {str(token) for token in self.tokenizer.added_tokens_decoder.values()}
-        specials |= set(self.tokenizer.all_special_tokens)
-        # Some tokenizers list runs of blanks as added tokens; those do not end a turn.
-        ends = [at + len(token) for token in specials if token.strip() and (at := suffix.find(token)) >= 0]
-        return lead, suffix, suffix[: min(ends)] if ends else ""
+                f"--min_prompt_tokens is {least}, but must be from 1 to below --max_length, {tokenizing.max_length}"
+            )
+        self.tokenizer, self.options = tokenizer, tokenizing
+        self.template: ChatTemplate | None = None
+        if tokenizing.chat_template == "auto" and tokenizer.chat_template:
+            self.template = ChatTemplate(tokenizer, tokenizing.template_kwargs, tokenizing.date)
+        elif tokenizing.template_kwargs:
+            raise UserError(f"--chat_template_kwargs are for a chat template, and {tokenizer.name_or_path} uses none")
+        self.markers = self.template.markers() if self.template else Markers(frozenset(), "")
+        self._writes_bos = self._begins_with_bos()
 
-    def _render(self, messages: list[dict], open_turn: bool) -> str:
-        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=open_turn)
-        assert isinstance(text, str)  # it returns tokens where it is asked for them
-        return text
+    def _begins_with_bos(self) -> bool:
+        """Whether a text of this model's begins with BOS, which the tokenizer or the template adds."""
+        bos = self.tokenizer.bos_token_id
+        if bos is None:
+            return False
+        by_template = bool(self.template) and str(self.tokenizer.bos_token) in self.markers.specials
+        return by_template or self.tokenizer("text")["input_ids"][:1] == [bos]
 
-    markers = None
+    def encode(self, comparisons: list[Comparison]) -> list[Encoded]:
+        """Encodes a batch. A comparison that cannot be used has `left_out`, and no tokens."""
+        comparisons = [_without_unused(comparison) for comparison in comparisons]
+        return [
+            self._finished(comparison, whole)
+            for comparison, whole in zip(comparisons, self._whole(comparisons), strict=True)
+        ]
 
-    def encode(self, comparisons):
-        rows = {"row": [0] * len(comparisons), "text": [c.text for c in comparisons], "messages": [c.messages for c in comparisons],
-                "chosen": [c.answers[0].text for c in comparisons], "rejected": [c.answers[1].text for c in comparisons]}
-        return [Encoded(r["prompt"], [r["chosen"], r["rejected"]], [None, None], c.pairs, r["left_out"], r["changed"], 0, [0, 0])
-                for c, r in zip(comparisons, self.encode_old(rows))] if comparisons else []
+    # ------------------------------------------------------------------------------------------------- text to tokens
 
-    def encode_old(self, rows: dict[str, list]) -> list[dict]:
-        """Encodes a batch of checked rows: each gives prompt, chosen, rejected (lists of ids), left_out, changed."""
-        texts, notes = [], []
-        for n in range(len(rows["row"])):
-            row = {key: column[n] for key, column in rows.items()}
-            note: dict = {"left_out": "", "changed": []}
-            notes.append(note)
-            texts += self._templated_texts(row, note) if self.templated else self._plain_texts(row)
-        ids = self._ids(texts)
+    def _whole(self, comparisons: list[Comparison]) -> list[Encoded]:
+        """The comparisons before truncation, tokenised in one call."""
+        transcripts = [self._transcript(comparison) for comparison in comparisons]
+        written = [transcript for transcript in transcripts if isinstance(transcript, Transcript)]
+        texts = [text for transcript in written for text in (transcript.prompt, *transcript.wholes)]
+        ids = iter(self._ids(texts))
         results = []
-        for n, note in enumerate(notes):
-            prompt, chosen, rejected = ids[3 * n : 3 * n + 3]
-            if not note["left_out"]:
-                prompt, chosen, rejected = self._split(prompt, chosen, rejected, note)
-                prompt, chosen, rejected = self._truncate(prompt, chosen, rejected, note)
-            results.append({"prompt": prompt, "chosen": chosen, "rejected": rejected, **note})
+        for comparison, transcript in zip(comparisons, transcripts, strict=True):
+            if isinstance(transcript, LeftOut):
+                results.append(Encoded(left_out=str(transcript)))
+            else:
+                results.append(self._split(comparison, transcript, ids))
         return results
 
-    def _plain_texts(self, row: dict) -> list[str]:
-        return [row["text"], row["text"] + row["chosen"], row["text"] + row["rejected"]]
-
-    def _templated_texts(self, row: dict, note: dict) -> list[str]:
-        messages = row["messages"]
-        if messages[0]["role"] == "system" and len(messages) > 1 and not self._takes_system(messages):
-            first = {"role": messages[1]["role"], "content": f"{messages[0]['content']}\n\n{messages[1]['content']}"}
-            messages = [first, *messages[2:]]
-            note["changed"].append(FOLDED)
+    def _transcript(self, comparison: Comparison) -> Transcript | LeftOut:
         try:
-            prompt = self._render(messages, open_turn=True)
-            return [prompt, *(self._with_answer(messages, prompt, row[key]) for key in ("chosen", "rejected"))]
-        except jinja2.TemplateError:
-            note["left_out"] = REFUSED
-            return ["", "", ""]
-
-    def _takes_system(self, messages: list[dict]) -> bool:
-        """Whether the template writes a system message: some refuse it, some drop it silently."""
-        try:
-            return messages[0]["content"].strip() in self._render(messages, open_turn=True)
-        except jinja2.TemplateError:
-            return False
-
-    def _with_answer(self, messages: list[dict], prompt: str, answer: str) -> str:
-        answer = answer.strip()
-        # The data may hold text that a template has already written.
-        for end in (self.kept_suffix.strip(), self.tokenizer.eos_token):
-            answer = answer.removesuffix(end).rstrip() if end else answer
-        text = self._render([*messages, {"role": "assistant", "content": answer}], open_turn=False)
-        if self.lead is not None and not text.startswith(prompt):
-            # Mistral's template writes the system message before the last user message only if no answer follows.
-            return prompt + self.lead + answer + self.kept_suffix
-        if self.suffix and text.endswith(self.suffix):
-            return text.removesuffix(self.suffix) + self.kept_suffix
-        return text
+            if comparison.rendered:
+                return write_rendered(comparison, self.template)
+            return write_chat(comparison, self.template) if self.template else write_plain(comparison)
+        except LeftOut as reason:
+            return reason
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
-        """Token ids. A template has already written special tokens; plain text gets the tokenizer's own."""
-        bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
-        ids = self.tokenizer(texts, add_special_tokens=not self.templated, truncation=False, verbose=False)["input_ids"]
-        for n, tokens in enumerate(ids):
-            if bos is not None and tokens[:2] == [bos, bos]:
-                tokens = tokens[1:]
-            response = n % 3 > 0
-            if self.templated:
-                if response and not self.kept_suffix and tokens[-1:] != [eos]:
-                    tokens = [*tokens, eos]
-            else:
-                while tokens[-1:] == [eos] and (len(tokens) > 1 or eos != bos):
-                    tokens = tokens[:-1]
-                tokens = [*tokens, eos] if response else tokens
-            ids[n] = tokens
-        return ids
+        """Token ids as the tokenizer gives them. A template has already written special tokens."""
+        if not texts:
+            return []
+        return self.tokenizer(texts, add_special_tokens=not self.template, truncation=False, verbose=False)["input_ids"]
 
-    def _split(self, prompt: list[int], chosen: list[int], rejected: list[int], note: dict):
-        """Splits the tokens into the shared prompt and the two responses."""
+    def _split(self, comparison: Comparison, transcript: Transcript, ids: Iterator[list[int]]) -> Encoded:
+        """Splits the tokens into the shared prompt and the answers."""
+        scored: list[list[bool] | None] = []
+        wholes = []
+        prompt = self._ended(next(ids), comparison, is_answer=False)[0]
+        for text, spans in zip(transcript.wholes, transcript.spans, strict=True):
+            raw = next(ids)
+            tokens, mask = self._ended(raw, comparison, True, self._mask(text, raw, spans) if spans else None)
+            wholes.append(tokens)
+            scored.append(mask)
         boundary = len(prompt)
-        if chosen[:boundary] != prompt or rejected[:boundary] != prompt:
-            boundary = _common(prompt, chosen, rejected)
-            note["changed"].append(MOVED)
-        prompt, chosen, rejected = prompt[:boundary], chosen[boundary:], rejected[boundary:]
-        if not prompt:  # the first response token must be predicted from some token
+        changed = [*transcript.changed]
+        if any(tokens[:boundary] != prompt for tokens in wholes):
+            boundary = _common(prompt, *wholes)
+            changed += [] if REWRITTEN in changed else [MOVED]
+        answers = [tokens[boundary:] for tokens in wholes]
+        masks = [mask and mask[boundary:] for mask in scored]
+        prompt = prompt[:boundary]
+        if not prompt:  # the first token of an answer must be predicted from some token
             bos = self.tokenizer.bos_token_id
             prompt = [self.tokenizer.eos_token_id if bos is None else bos]
-        return prompt, chosen, rejected
+        masks = [None if mask is None or all(mask) else mask for mask in masks]
+        return Encoded(prompt, answers, masks, comparison.pairs, "", changed, 0, [0] * len(answers))
 
-    def _truncate(self, prompt: list[int], chosen: list[int], rejected: list[int], note: dict):
-        limit = self.options.max_length
-        P, C, R = len(prompt), len(chosen), len(rejected)
-        if self.options.truncation == "keep_start":
-            prompt = prompt[:limit]
-            keep = limit - len(prompt)
+    def _ended(
+        self, tokens: list[int], comparison: Comparison, is_answer: bool, mask: list[bool] | None = None
+    ) -> tuple[list[int], list[bool] | None]:
+        """BOS once, and EOS after an answer whose text does not end with the template's end of turn."""
+        bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
+        start, stop = 0, len(tokens)
+        if bos is not None and tokens[:2] == [bos, bos]:
+            start = 1
+        missing_bos = comparison.rendered and self._writes_bos and tokens[:1] != [bos]
+        if self.template is None:
+            while stop > start and tokens[stop - 1] == eos and (stop - start > 1 or eos != bos):
+                stop -= 1
+            adds_eos = is_answer
         else:
-            keep = limit - 1  # response tokens: at least one prompt token must remain to predict them from
-            whole = max(1, limit - min(max(C, R), keep))
-            if P > whole:
-                # A model that expects BOS first does not work without it.
-                head = prompt[:1] if prompt[0] == self.tokenizer.bos_token_id and whole > 1 else []
-                prompt = head + prompt[P - (whole - len(head)) :]
-        if len(prompt) < P:
-            note["changed"].append(CUT_PROMPT)
-        if max(C, R) > keep:
-            note["changed"].append(CUT_RESPONSE)
-        chosen, rejected = chosen[:keep], rejected[:keep]
-        if not chosen or not rejected:
-            note["left_out"] = NO_ROOM
-        elif chosen == rejected:
-            note["left_out"] = EQUAL_NOW
-        return prompt, chosen, rejected
+            adds_eos = is_answer and not self.template.frame(comparison).end and tokens[-1:] != [eos]
+        if mask is not None:
+            mask = [False] * missing_bos + mask[start:stop] + [True] * adds_eos
+        return [bos] * missing_bos + tokens[start:stop] + [eos] * adds_eos, mask
+
+    # ---------------------------------------------------------------------------------------------- places in the text
+
+    def _mask(self, text: str, ids: list[int], spans: list[Span]) -> list[bool]:
+        """Which of a text's tokens lie in the spans, or reach into one."""
+        mask = [False] * len(ids)
+        if not self.tokenizer.is_fast:  # it does not say where its tokens stand: tokenise the text up to each place
+            for span in spans:
+                start, stop = (_common(tokens, ids) for tokens in self._ids([text[:place] for place in span]))
+                mask[start:stop] = [True] * (stop - start)
+            return mask
+        places = self.tokenizer(text, add_special_tokens=not self.template, return_offsets_mapping=True, verbose=False)[
+            "offset_mapping"
+        ]
+        nth, spans = 0, sorted(spans)
+        for n, (start, stop) in enumerate(places):
+            while nth < len(spans) and spans[nth][1] <= start:
+                nth += 1
+            mask[n] = nth < len(spans) and spans[nth][0] < stop
+        return mask
+
+    # ------------------------------------------------------------------------------------------------------ truncation
+
+    def _finished(self, comparison: Comparison, whole: Encoded) -> Encoded:
+        """Within --max_length, with the pairs that still differ and the answers that these need."""
+        if whole.left_out:
+            return whole
+        longest = max(map(len, whole.answers))
+        room = truncate.room(
+            self.options.truncation, self.options.max_length, self.options.min_prompt_tokens, len(whole.prompt), longest
+        )
+        cut = whole if len(whole.prompt) <= room.prompt else self._with_shorter_prompt(comparison, whole, room.prompt)
+        changed = [*cut.changed]
+        cut_prompt = max(0, len(whole.prompt) - len(cut.prompt))
+        cut_answers = [max(0, len(answer) - room.answer) for answer in cut.answers]
+        changed += [truncate.CUT_PROMPT] if cut_prompt else []
+        changed += [truncate.CUT_RESPONSE] if any(cut_answers) else []
+        answers = [answer[: room.answer] for answer in cut.answers]
+        scored = [mask and mask[: room.answer] for mask in cut.scored]
+        cut = replace(cut, answers=answers, scored=scored, changed=changed)
+        return _with_pairs_that_differ(replace(cut, cut_prompt=cut_prompt, cut_answers=cut_answers))
+
+    def _with_shorter_prompt(self, comparison: Comparison, whole: Encoded, length: int) -> Encoded:
+        if self.options.truncation == "keep_start":
+            return replace(whole, prompt=whole.prompt[:length])
+        if self.options.truncation == "keep_end":
+            return replace(whole, prompt=truncate.ends(whole.prompt, length, self.tokenizer.bos_token_id))
+        fewer = truncate.with_fewer_turns(comparison)
+        low, high = 0, len(fewer)  # the first of `fewer` that fits is in fewer[low:high + 1], or there is none
+        tried: dict[int, Encoded] = {}
+        while low < high:
+            middle = (low + high) // 2
+            (tried[middle],) = self._whole([fewer[middle]])
+            if not tried[middle].left_out and len(tried[middle].prompt) <= length:
+                high = middle
+            else:
+                low = middle + 1
+        if low < len(fewer):
+            return tried[low]
+        if fewer and not tried[len(fewer) - 1].left_out:
+            comparison, whole = fewer[-1], tried[len(fewer) - 1]
+        part = self._longest_message(comparison, whole)
+        return replace(whole, prompt=truncate.without_middle(whole.prompt, length, part))
+
+    def _longest_message(self, comparison: Comparison, whole: Encoded) -> tuple[int, int]:
+        """Where in the prompt's tokens its longest message begins and ends."""
+        transcript = self._transcript(comparison)
+        wanted = truncate.longest_message(comparison.messages)
+        if isinstance(transcript, LeftOut) or not wanted or (at := transcript.prompt.rfind(wanted)) < 0:
+            return 0, 0
+        (raw,) = self._ids([transcript.prompt])
+        mask = self._mask(transcript.prompt, raw, [(at, at + len(wanted))])
+        (kept, mask_kept) = self._ended(raw, comparison, False, mask)
+        assert mask_kept is not None
+        inside = [n for n, in_message in enumerate(mask_kept[: len(whole.prompt)]) if in_message]
+        return (inside[0], inside[-1] + 1) if inside and kept[: len(whole.prompt)] == whole.prompt else (0, 0)
 
 
 def _common(*sequences: list[int]) -> int:
@@ -218,3 +256,44 @@ def _common(*sequences: list[int]) -> int:
             break
         length += 1
     return length
+
+
+# ---------------------------------------------------------------------------------------------------------------- pairs
+
+
+def _without_unused(comparison: Comparison) -> Comparison:
+    """Without answers that no pair uses. A comparison without pairs keeps all."""
+    used, pairs = _renumbered(comparison.pairs)
+    if not used or len(used) == len(comparison.answers):
+        return comparison
+    return replace(comparison, answers=[comparison.answers[n] for n in used], pairs=pairs)
+
+
+def _renumbered(pairs: list[Preference]) -> tuple[list[int], list[Preference]]:
+    """The answers that pairs use, in order, and the pairs with numbers among those."""
+    used = sorted({n for pair in pairs for n in (pair.chosen, pair.rejected)})
+    at = {n: place for place, n in enumerate(used)}
+    return used, [replace(pair, chosen=at[pair.chosen], rejected=at[pair.rejected]) for pair in pairs]
+
+
+def _with_pairs_that_differ(cut: Encoded) -> Encoded:
+    """Without pairs whose answers are equal or hold nothing to learn, and without the answers that only they use."""
+    learned = [
+        bool(answer) and (mask is None or any(mask)) for answer, mask in zip(cut.answers, cut.scored, strict=True)
+    ]
+    both = [pair for pair in cut.pairs if learned[pair.chosen] and learned[pair.rejected]]
+    kept = [pair for pair in both if cut.answers[pair.chosen] != cut.answers[pair.rejected]]
+    if len(kept) == len(cut.pairs) and (kept or all(learned)):
+        return cut
+    if not kept:
+        kind = (EQUAL_NOW if any(cut.cut_answers) else EQUAL_TOKENS) if both else NO_ROOM
+        return Encoded(left_out=kind, changed=cut.changed, cut_prompt=cut.cut_prompt, cut_answers=cut.cut_answers)
+    used, pairs = _renumbered(kept)
+    return replace(
+        cut,
+        answers=[cut.answers[n] for n in used],
+        scored=[cut.scored[n] for n in used],
+        cut_answers=[cut.cut_answers[n] for n in used],
+        pairs=pairs,
+        changed=[*cut.changed, PAIRS_DROPPED],
+    )

@@ -1,4 +1,4 @@
-"""Small tokenizers with the chat templates and special tokens of twelve models, made by code: no downloads.
+"""Small tokenizers with the chat templates and special tokens of twelve models and a few others, made by code.
 
 Each is its model's in shape: the same special tokens, the same text around a message, the same way with blanks. The
 vocabulary is not: it is the embedded one, or the like of a sentencepiece model trained on the embedded sample, and
@@ -107,6 +107,65 @@ MIXTRAL = (
     "{% endfor %}"
 )
 
+# What stands before "</think>" is dropped, in the last answer too, and only the generation prompt writes "<think>".
+R1 = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}{{ m.content }}{% endif %}{% endfor %}"
+    "{% for m in messages %}{% if m.role == 'user' %}<｜User｜>{{ m.content }}"
+    "{% elif m.role == 'assistant' %}<｜Assistant｜>{{ m.content.split('</think>')[-1] }}<｜end▁of▁sentence｜>"
+    "{% endif %}{% endfor %}{% if add_generation_prompt %}<｜Assistant｜><think>\n{% endif %}"
+)
+# Reasoning stays only after the user's last message. The last answer has a place for it even if there is none.
+QWEN_3 = (
+    "{% if tools %}<|im_start|>system\n{{ messages[0].content ~ '\n\n' if messages[0].role == 'system' }}"
+    "# Tools\n<tools>{% for tool in tools %}{{ '\n' ~ tool | tojson }}{% endfor %}{{ '\n</tools><|im_end|>\n' }}"
+    "{% elif messages[0].role == 'system' %}<|im_start|>system\n{{ messages[0].content }}<|im_end|>\n{% endif %}"
+    "{% set ask = namespace(at=0) %}"
+    "{% for m in messages %}{% if m.role == 'user' %}{% set ask.at = loop.index0 %}{% endif %}{% endfor %}"
+    "{% for m in messages %}"
+    "{% if m.role == 'user' or m.role == 'system' and not loop.first %}"
+    "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
+    "{% elif m.role == 'assistant' %}<|im_start|>assistant\n"
+    "{% set thought, said = m.reasoning_content or '', m.content %}"
+    "{% if not thought and '</think>' in said %}"
+    "{% set thought = said.split('</think>')[0].split('<think>')[-1] %}{% set said = said.split('</think>')[-1] %}"
+    "{% endif %}{% set said = said.lstrip('\n') %}"
+    "{% if loop.index0 > ask.at and (loop.last or thought) %}"
+    "<think>\n{{ thought.strip('\n') }}\n</think>\n\n{% endif %}{{ said }}"
+    "{% for call in m.tool_calls or [] %}{% set call = call.function or call %}{{ '\n' if said or not loop.first }}"
+    '<tool_call>\n{"name": "{{ call.name }}", "arguments": '
+    "{{ call.arguments if call.arguments is string else call.arguments | tojson }}}\n</tool_call>"
+    "{% endfor %}<|im_end|>\n"
+    "{% elif m.role == 'tool' %}{% if messages[loop.index0 - 1].role != 'tool' %}<|im_start|>user{% endif %}"
+    "{{ '\n<tool_response>\n' ~ m.content ~ '\n</tool_response>' }}"
+    "{% if loop.last or messages[loop.index0 + 1].role != 'tool' %}<|im_end|>\n{% endif %}"
+    "{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
+)
+# Messages of any other role are left out, without a word.
+ZEPHYR = (
+    "{% for m in messages %}{% if m.role in ['system', 'user', 'assistant'] %}<|{{ m.role }}|>\n{{ m.content }}"
+    "{{ eos_token }}\n{% endif %}{% endfor %}{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+LLAMA_3_1 = (
+    "{{ bos_token }}{% if not date_string is defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}"
+    "{% set system = messages[0].role == 'system' %}<|start_header_id|>system<|end_header_id|>\n\n"
+    "Today Date: {{ date_string }}\n\n{{ messages[0].content | trim if system }}<|eot_id|>"
+    "{% for m in (messages[1:] if system else messages) %}"
+    "{% if m.tool_calls and m.tool_calls | length > 1 %}{{ raise_exception('only one tool call at once') }}{% endif %}"
+    "<|start_header_id|>{{ 'ipython' if m.role == 'tool' else m.role }}<|end_header_id|>\n\n"
+    "{% if m.tool_calls %}{% set call = m.tool_calls[0].function %}"
+    '{"name": "{{ call.name }}", "parameters": {{ call.arguments | tojson }}}'
+    "{% else %}{{ m.content | trim }}{% endif %}<|eot_id|>{% endfor %}"
+    "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
+)
+MARKED = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if m.role == 'assistant' %}{% generation %}{{ m.content }}<|im_end|>\n{% endgeneration %}"
+    "{% else %}{{ m.content }}<|im_end|>\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
 # -------------------------------------------------------------------------------------------------------------- models
 
 
@@ -123,6 +182,7 @@ class Shape:
     blank: str = "never"  # where `pieces` puts a blank of its own: "always" before each piece of text, "first", "never"
     blanks: tuple[str, ...] = ()  # runs of them that are added tokens
     named: bool = False  # its chat templates are several, by name
+    added: tuple[str, ...] = ()  # added tokens that are not special
 
 
 CHATML = ("<|im_start|>", "<|im_end|>")
@@ -159,6 +219,23 @@ SHAPES = {
     "mistralai/Mixtral-8x7B-Instruct-v0.1": Shape(MIXTRAL, "</s>", "<s>", adds_bos=True, base=pieces, blank="first"),
 }  # fmt: skip
 
+# Further shapes, which the tests of the twelve models do without.
+SENTENCES = ("<｜User｜>", "<｜Assistant｜>")
+THOUGHT = ("<think>", "</think>")
+OTHERS = {
+    "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B": Shape(
+        R1, "<｜end▁of▁sentence｜>", "<｜begin▁of▁sentence｜>", None, SENTENCES, adds_bos=True, added=THOUGHT
+    ),
+    "Qwen/Qwen3-8B": Shape(
+        QWEN_3, "<|im_end|>", None, END, CHATML, added=(*THOUGHT, "<tool_call>", "</tool_call>", "<tool_response>")
+    ),
+    "HuggingFaceH4/zephyr-7b-beta": Shape(ZEPHYR, "</s>", "<s>", adds_bos=True, base=pieces, blank="first"),
+    "meta-llama/Llama-3.1-8B-Instruct": Shape(
+        LLAMA_3_1, "<|eot_id|>", "<|begin_of_text|>", None, (*HEADERS, "<|eom_id|>"), adds_bos=True
+    ),
+    "marked": Shape(MARKED, "<|im_end|>", None, END, CHATML),
+}
+
 
 def make(shape: Shape, name: str = "") -> PreTrainedTokenizerFast:
     backend = Tokenizer.from_str(shape.base().replace(END, shape.eos))
@@ -168,7 +245,7 @@ def make(shape: Shape, name: str = "") -> PreTrainedTokenizerFast:
     roles = {"eos_token": shape.eos, "bos_token": shape.bos, "pad_token": shape.pad}
     roles = {role: token for role, token in roles.items() if token}
     backend.add_special_tokens([*roles.values(), *more])
-    backend.add_tokens(list(shape.blanks))
+    backend.add_tokens([*shape.blanks, *shape.added])
     if shape.adds_bos:
         backend.post_processor = processors.TemplateProcessing(
             single=f"{shape.bos} $A", special_tokens=[(shape.bos, backend.token_to_id(shape.bos))]
@@ -191,4 +268,4 @@ def end_of_turn(model_id: str) -> str:
 @cache
 def tokenizer(model_id: str) -> PreTrainedTokenizerFast:
     """The stand-in for a model's own; shared, so not to be changed."""
-    return make(SHAPES[model_id], model_id)
+    return make({**SHAPES, **OTHERS}[model_id], model_id)

@@ -8,7 +8,7 @@ import typing
 
 import pytest
 
-from dpo_ds.config import ALIASES, FIELDS, Options, group_of, help_of, parse_options, to_yaml
+from dpo_ds.config import ALIASES, FIELDS, Options, group_of, help_of, parse_options, template_variables, to_yaml
 from dpo_ds.errors import UserError
 
 
@@ -39,6 +39,11 @@ def test_what_is_written_reads_back_equal(tmp_path):
         ("--model m --precision fp8", "argument --precision: invalid choice: 'fp8'"),
         ("--model m --reference base", "add --lora"),
         ("--model m --max_length 1", "2 or more"),
+        ("--model m --min_prompt_tokens 0", "--min_prompt_tokens is 0, but must be more than 0"),
+        ("--model m --min_prompt_tokens 64 --max_length 64", "is 64, but must be less than --max_length, 64"),
+        ("--model m --min_prompt_tokens 9 --truncation keep_end", "is for --truncation keep_question"),
+        ("--model m --chat_template_kwargs thinking", "is thinking, but must be a JSON object"),
+        ("--model m --chat_template_kwargs [1]", "is [1], but must be a JSON object"),
         ("--beta 0.1", "--model is needed"),
         ("--model m --config /no/such.yaml", "/no/such.yaml"),
         ("--model", "expected one argument"),
@@ -66,6 +71,12 @@ def test_errors_in_yaml_too(tmp_path, text, words):
     with pytest.raises(UserError) as error:
         parse_options(["--model", "m", "--config", str(file)])
     assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_the_templates_variables_are_a_json_object():
+    options = parse_options(["--model", "m", "--chat_template_kwargs", '{"enable_thinking": false}'])
+    assert template_variables(options) == {"enable_thinking": False}
+    assert template_variables(parse_options(["--model", "m"])) == {}
 
 
 def test_launchers_local_rank_is_taken():
@@ -133,6 +144,8 @@ def test_a_given_value_has_the_type_of_its_field(name):
         flags = ["--max_length=2"]
     elif flags == ["--reference=base"]:
         flags.append("--lora")
+    elif name == "chat_template_kwargs":
+        flags = ["--chat_template_kwargs={}"]
     elif name == "lora_dropout":
         flags = ["--lora_dropout=0"]
     value = getattr(parse_options(["--model", "m", *flags]), name)

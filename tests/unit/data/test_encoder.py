@@ -11,21 +11,15 @@ from transformers import PreTrainedTokenizerFast
 from dpo_ds.config import parse_options
 from dpo_ds.data import cache
 from dpo_ds.data.cache import tokenize_pairs
+from dpo_ds.data.comparison import Answer, Comparison, Preference
 from dpo_ds.data.counts import Report
-from dpo_ds.data.encoder import (
-    CUT_PROMPT,
-    CUT_RESPONSE,
-    EQUAL_NOW,
-    FOLDED,
-    MOVED,
-    NO_ROOM,
-    REFUSED,
-    Encoder,
-    Tokenizing,
-)
+from dpo_ds.data.encoder import EQUAL_NOW, MOVED, NO_ROOM, Encoded, Encoder, Tokenizing
 from dpo_ds.data.pairs import PairSet
 from dpo_ds.data.rows import check_preferences, prompt_hash
 from dpo_ds.data.sources import load_preferences
+from dpo_ds.data.template import REFUSED
+from dpo_ds.data.transcript import FOLDED, REWRITTEN
+from dpo_ds.data.truncate import CUT_PROMPT, CUT_RESPONSE
 from dpo_ds.errors import UserError
 from dpo_ds.ranks.world import from_environment
 from dpo_ds.runs.prepare import load_pairs
@@ -53,21 +47,22 @@ def tokenizer(template=None, specials=("<s>", "</s>"), bos="<s>", eos="</s>", ad
     )
 
 
-def row(prompt="What is the answer?", chosen=" It is here.", rejected=" No.", messages=None, number=0) -> dict:
+def row(prompt="What is the answer?", chosen=" It is here.", rejected=" No.", messages=None) -> Comparison:
     messages = [{"role": "user", "content": prompt}] if messages is None else messages
-    return {"row": number, "text": prompt, "messages": messages, "chosen": chosen, "rejected": rejected}
+    answers = [Answer([{"role": "assistant", "content": text}], text) for text in (chosen, rejected)]
+    return Comparison(messages, answers, [Preference(0, 1)], prompt)
 
 
-def batch(rows: list[dict]) -> dict[str, list]:
-    return {key: [row[key] for row in rows] for key in rows[0]}
+def encode(tok, *rows: Comparison, max_length=LONG, **options) -> list[Encoded]:
+    return Encoder(tok, Tokenizing(max_length, **options)).encode(list(rows))
 
 
-def encode(tok, *rows: dict, max_length=LONG, **options) -> list[dict]:
-    return Encoder(tok, Tokenizing(max_length, **options)).encode(batch(list(rows)))
+def parts_of(pair: Encoded) -> tuple[list[int], ...]:
+    return pair.prompt, *pair.answers
 
 
-def texts(tok, pair: dict) -> tuple[str, str, str]:
-    return tuple(tok.decode(pair[key]) for key in ("prompt", "chosen", "rejected"))
+def texts(tok, pair: Encoded) -> tuple[str, ...]:
+    return tuple(tok.decode(part) for part in parts_of(pair))
 
 
 # ---------------------------------------------------------------------------------------------------- without template
@@ -81,8 +76,8 @@ def test_plain_text_is_concatenated_and_ends_with_eos(adds):
     bos = "<s>" if "<s>" in adds else ""
     assert texts(tok, pair) == (f"{bos}What is the answer?", " It is here.</s>", " No.</s>")
     plain = tok("What is the answer? It is here.", add_special_tokens=False)["input_ids"]
-    assert [*([tok.bos_token_id] if bos else []), *plain, tok.eos_token_id] == pair["prompt"] + pair["chosen"]
-    assert not pair["changed"] and not pair["left_out"]
+    assert [*([tok.bos_token_id] if bos else []), *plain, tok.eos_token_id] == pair.prompt + pair.answers[0]
+    assert not pair.changed and not pair.left_out
 
 
 def test_bos_and_eos_that_the_text_has_already_are_not_doubled():
@@ -170,11 +165,11 @@ def test_a_templates_response_ends_with_its_end_of_turn_and_nothing_after(shape)
     tok = make()
     (pair,) = encode(tok, row(ASK, " It is here.\n", "No."))
     assert texts(tok, pair) == (prompt, f"{before}It is here.{end}", f"{before}No.{end}")
-    assert not pair["changed"] and not pair["left_out"]
-    for response in (pair["chosen"], pair["rejected"]):
-        assert (pair["prompt"] + response).count(tok.bos_token_id) == prompt.count(tok.bos_token or "no BOS")
+    assert not pair.changed and not pair.left_out
+    for response in pair.answers:
+        assert (pair.prompt + response).count(tok.bos_token_id) == prompt.count(tok.bos_token or "no BOS")
         whole = tok(prompt + tok.decode(response), add_special_tokens=False)["input_ids"]
-        assert pair["prompt"] + response == whole
+        assert pair.prompt + response == whole
 
 
 def test_a_multi_turn_prompt_is_rendered_whole():
@@ -192,20 +187,28 @@ SYSTEM = [{"role": "system", "content": "Be brief."}, {"role": "user", "content"
 def test_a_system_role_that_the_template_refuses_goes_into_the_first_user_turn_and_is_counted():
     (pair,) = encode(tok := SHAPES["Gemma"][0](), row(messages=SYSTEM))
     said = "<bos><start_of_turn>user\nBe brief.\n\nSing<end_of_turn>\n<start_of_turn>model\n"
-    assert texts(tok, pair) == (said, "It is here.<end_of_turn>", "No.<end_of_turn>") and pair["changed"] == [FOLDED]
+    assert texts(tok, pair) == (said, "It is here.<end_of_turn>", "No.<end_of_turn>") and pair.changed == [FOLDED]
 
 
 def test_a_system_role_that_the_template_takes_stays():
     (pair,) = encode(tok := SHAPES["ChatML, as Qwen2"][0](), row(messages=SYSTEM))
     assert texts(tok, pair)[0].startswith("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nSing<|im_end|>")
-    assert pair["changed"] == []
+    assert pair.changed == []
 
 
-@pytest.mark.parametrize("roles", [["user", "user"], ["assistant", "user"], ["system"], ["system", "user", "user"]])
-def test_a_dialogue_that_the_template_refuses_is_left_out_without_its_neighbours(roles):
+@pytest.mark.parametrize(
+    ("roles", "quoted"),
+    [
+        (["user", "user"], "turns"),
+        (["assistant", "user"], "turns"),
+        (["system"], "no system"),
+        (["system", "user", "user"], "turns"),
+    ],
+)
+def test_a_dialogue_that_the_template_refuses_is_left_out_without_its_neighbours(roles, quoted):
     refused = row(messages=[{"role": role, "content": "x"} for role in roles])
     first, second, third = encode(tok := SHAPES["Gemma"][0](), row(), refused, row(chosen="Yes."))
-    assert (first["left_out"], second["left_out"], third["left_out"]) == ("", REFUSED, "")
+    assert (first.left_out, second.left_out, third.left_out) == ("", f"{REFUSED}: {quoted}", "")
     assert texts(tok, third)[1] == "Yes.<end_of_turn>"
 
 
@@ -222,12 +225,12 @@ def test_a_merge_across_the_boundary_moves_it_back_and_is_counted():
     tok = tokenizer()
     merged, plain = encode(tok, row("What is the answ", "er here?", "ing?"), row("What is the", " answer?", " here?"))
     assert texts(tok, merged) == ("What is the", " answer here?</s>", " answing?</s>")
-    assert merged["changed"] == [MOVED] and plain["changed"] == []
+    assert merged.changed == [MOVED] and plain.changed == []
 
 
 def test_a_boundary_at_the_very_start_still_leaves_a_token_to_predict_from():
     (pair,) = encode(tok := tokenizer(), row("Th", "e answer", "is"))
-    assert texts(tok, pair) == ("<s>", "The answer</s>", "This</s>") and pair["changed"] == [MOVED]
+    assert texts(tok, pair) == ("<s>", "The answer</s>", "This</s>") and pair.changed == [MOVED]
 
 
 def test_a_template_that_writes_answers_otherwise_than_its_generation_prompt():
@@ -236,7 +239,7 @@ def test_a_template_that_writes_answers_otherwise_than_its_generation_prompt():
     prompt, chosen, rejected = texts(tok, pair)
     assert prompt + chosen == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nIt is here.<|im_end|>"
     assert prompt + rejected == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nNo.<|im_end|>"
-    assert pair["changed"] == [MOVED]
+    assert pair.changed == [REWRITTEN]
 
 
 def test_prompt_and_response_are_the_tokens_of_the_whole_text_wherever_it_is_split():
@@ -247,12 +250,12 @@ def test_prompt_and_response_are_the_tokens_of_the_whole_text_wherever_it_is_spl
     rows = [row(text[:a], text[a:b] + "x", text[a:] + "y") for a, b in splits]
     moved = 0
     for one, pair in zip(rows, encode(tok, *rows), strict=True):
-        whole = [tok(one["text"] + one[key])["input_ids"] + [tok.eos_token_id] for key in ("chosen", "rejected")]
-        own = tok(one["text"])["input_ids"]
+        whole = [tok(one.text + answer.text)["input_ids"] + [tok.eos_token_id] for answer in one.answers]
+        own = tok(one.text)["input_ids"]
         boundary = max(n for n in range(len(own) + 1) if own[:n] == whole[0][:n] == whole[1][:n])
-        assert pair["prompt"] == (own[:boundary] or [tok.bos_token_id])
-        assert [pair["chosen"], pair["rejected"]] == [whole[0][boundary:], whole[1][boundary:]]
-        assert (MOVED in pair["changed"]) == (boundary < len(own))
+        assert pair.prompt == (own[:boundary] or [tok.bos_token_id])
+        assert pair.answers == [whole[0][boundary:], whole[1][boundary:]]
+        assert (MOVED in pair.changed) == (boundary < len(own))
         moved += boundary < len(own)
     assert 20 < moved < 180
 
@@ -289,18 +292,18 @@ def test_truncation_does_what_the_slow_version_does(truncation, slow, adds):
     seen = set()
     for limit in (2, 3, 5, 8, 13, 21, 34, 49):
         for pair, cut in zip(whole, encode(tok, *rows, max_length=limit, truncation=truncation), strict=True):
-            full = [pair[key] for key in ("prompt", "chosen", "rejected")]
+            full = parts_of(pair)
             prompt, chosen, rejected = slow(*full, limit, tok.bos_token_id)
             left_out = NO_ROOM if not chosen or not rejected else EQUAL_NOW if chosen == rejected else ""
-            assert cut["left_out"] == left_out
+            assert cut.left_out == left_out
             seen.add(left_out)
             if left_out:
                 continue
-            assert [cut[key] for key in ("prompt", "chosen", "rejected")] == [prompt, chosen, rejected]
+            assert parts_of(cut) == (prompt, chosen, rejected)
             assert len(prompt) + max(len(chosen), len(rejected)) <= limit and prompt
             kinds = {CUT_PROMPT} if len(prompt) < len(full[0]) else set()
             kinds |= {CUT_RESPONSE} if (chosen, rejected) != tuple(full[1:]) else set()
-            assert set(cut["changed"]) == kinds
+            assert set(cut.changed) == kinds
             seen |= kinds
     assert seen == ({"", CUT_PROMPT, CUT_RESPONSE, EQUAL_NOW} if slow is slow_keep_end else
                     {"", CUT_RESPONSE, EQUAL_NOW, NO_ROOM})  # fmt: skip
@@ -310,15 +313,15 @@ def test_the_smallest_max_length_keeps_a_token_of_each():
     """What is left of the prompt is its end, so that BOS goes too."""
     tok = tokenizer(adds="<s> $A")
     (pair,) = encode(tok, row("What is the", " answer", " here"), max_length=2)
-    assert [len(pair[key]) for key in ("prompt", "chosen", "rejected")] == [1, 1, 1]
-    assert texts(tok, pair)[0] == " the" and pair["left_out"] == ""
+    assert [len(part) for part in parts_of(pair)] == [1, 1, 1]
+    assert texts(tok, pair)[0] == " the" and pair.left_out == ""
     (pair,) = encode(tok, row("What is the", " answer", " here"), max_length=2, truncation="keep_start")
-    assert pair["left_out"] == NO_ROOM
+    assert pair.left_out == NO_ROOM
 
 
 def test_what_just_fits_is_not_cut():
     (whole,) = encode(tok := tokenizer(), row())
-    limit = len(whole["prompt"]) + max(len(whole["chosen"]), len(whole["rejected"]))
+    limit = len(whole.prompt) + max(map(len, whole.answers))
     for truncation in ("keep_end", "keep_start"):
         assert encode(tok, row(), max_length=limit, truncation=truncation) == [whole]
         assert encode(tok, row(), max_length=limit - 1, truncation=truncation) != [whole]
@@ -354,11 +357,11 @@ def same(one: PairSet, other: PairSet) -> bool:
 def test_a_set_holds_every_pair_as_encoded(tmp_path):
     rows, tok = checked_rows(), tokenizer()
     pairs = tokenised(tmp_path, rows, tok)
-    encoded = Encoder(tok, Tokenizing(64)).encode(rows[:])
+    encoded = encode(tok, *[row(r["text"], r["chosen"], r["rejected"]) for r in rows], max_length=64)
     assert len(pairs) == COUNT and pairs.tokens.dtype == np.int32 and isinstance(pairs.tokens, np.memmap)
     for n, expected in enumerate(encoded):
-        assert [list(part) for part in pairs.pair(n)] == [expected[key] for key in ("prompt", "chosen", "rejected")]
-        assert pairs.packed_lengths[n] == sum(len(expected[key]) for key in ("prompt", "chosen", "rejected"))
+        assert [list(part) for part in pairs.pair(n)] == list(parts_of(expected))
+        assert pairs.packed_lengths[n] == sum(map(len, parts_of(expected)))
         assert pairs.prompt_hashes[n].tobytes() == prompt_hash(rows[n]["text"])
     assert len({pairs.pair_id(n) for n in range(COUNT)}) == COUNT and list(pairs.rows) == list(range(COUNT))
 

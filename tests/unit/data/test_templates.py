@@ -7,15 +7,17 @@ import templates
 from tiny import VOCABULARY
 from transformers import AutoTokenizer
 
-from dpo_ds.data.encoder import FOLDED, MOVED, REFUSED, Encoder, Tokenizing
-from dpo_ds.data.rows import normalise
+from dpo_ds.data.comparison import Answer, Comparison, Preference
+from dpo_ds.data.encoder import MOVED, Encoded, Encoder, Tokenizing
+from dpo_ds.data.template import REFUSED
+from dpo_ds.data.transcript import FOLDED
 
 DIALOGUES = {
     "single": [("user", "Hello")],
     "turns": [("user", "Hello"), ("assistant", "Hi"), ("user", "And now?")],
     "system": [("system", "Be brief."), ("user", "Hello")],
 }
-ANSWERS = {"chosen": "It was good.", "rejected": "No way."}
+ANSWERS = ["It was good.", "No way."]
 
 
 @dataclass(frozen=True)
@@ -123,28 +125,32 @@ MODELS = list(templates.SHAPES)
 TEMPLATED = [model for model in MODELS if templates.SHAPES[model].template]
 
 
-def encode(tok, prompt: str | list, chat_template: str = "auto") -> dict:
+def encode(tok, prompt: str | list, chat_template: str = "auto") -> Encoded:
     """The pair of a prompt, as text or as (role, content), and the two answers."""
-    if not isinstance(prompt, str):
-        prompt = [{"role": role, "content": content} for role, content in prompt]
-    row = {"row": 0, **normalise({"prompt": prompt, **ANSWERS})}
-    (pair,) = Encoder(tok, Tokenizing(500, chat_template=chat_template)).encode({k: [v] for k, v in row.items()})
+    if isinstance(prompt, str):
+        text, messages = prompt, [{"role": "user", "content": prompt}]
+        answers = [Answer([{"role": "assistant", "content": answer}], answer) for answer in ANSWERS]
+    else:
+        text, messages = None, [{"role": role, "content": content} for role, content in prompt]
+        answers = [Answer([{"role": "assistant", "content": answer}]) for answer in ANSWERS]
+    comparison = Comparison(messages, answers, [Preference(0, 1)], text)
+    (pair,) = Encoder(tok, Tokenizing(500, chat_template=chat_template)).encode([comparison])
     return pair
 
 
-def check(tok, pair: dict, prompt: str, before: str, end: str, changed: list[str]) -> None:
+def check(tok, pair: Encoded, prompt: str, before: str, end: str, changed: list[str]) -> None:
     """The prompt as written, both answers after it, the one token that ends a turn, and nothing else."""
-    assert (pair["left_out"], pair["changed"]) == ("", changed)
-    assert tok.decode(pair["prompt"]) == prompt
-    for key, answer in ANSWERS.items():
+    assert (pair.left_out, pair.changed) == ("", changed)
+    assert tok.decode(pair.prompt) == prompt
+    for tokens, answer in zip(pair.answers, ANSWERS, strict=True):
         # Together, because a sentencepiece tokenizer drops a blank where a text begins.
-        whole, text = pair["prompt"] + pair[key], f"{prompt}{before}{answer}{end}"
+        whole, text = pair.prompt + tokens, f"{prompt}{before}{answer}{end}"
         assert tok.decode(whole) == text
         assert whole == tok(text, add_special_tokens=False)["input_ids"]
-        assert pair[key][-1] == tok.convert_tokens_to_ids(end)  # that token, not its letters
+        assert tokens[-1] == tok.convert_tokens_to_ids(end)  # that token, not its letters
 
 
-def check_model(tok, pair: dict, model: str, dialogue: str) -> None:
+def check_model(tok, pair: Encoded, model: str, dialogue: str) -> None:
     it = EXPECTED[model]
     check(tok, pair, getattr(it, dialogue), it.before, it.end, it.changed(dialogue))
 
@@ -164,7 +170,7 @@ def test_a_template_without_turn_ends_does_not_pass(model):
     shape, end = templates.SHAPES[model], EXPECTED[model].end
     tok = templates.make(replace(shape, template=shape.template.replace(end, "")))
     pair = encode(tok, DIALOGUES["turns"])
-    assert not pair["left_out"]
+    assert not pair.left_out
     with pytest.raises(AssertionError):
         check_model(tok, pair, model, "turns")
 
@@ -176,7 +182,7 @@ def test_nor_does_one_that_ends_all_turns_but_the_answers(model):
     unended = shape.template.replace(end, f"{{{{ '{end}' if m.role != 'assistant' }}}}")
     tok = templates.make(replace(shape, template=unended))
     pair = encode(tok, DIALOGUES["single"])
-    assert tok.decode(pair["prompt"]) == EXPECTED[model].single and pair["chosen"][-1] == tok.eos_token_id
+    assert tok.decode(pair.prompt) == EXPECTED[model].single and pair.answers[0][-1] == tok.eos_token_id
     with pytest.raises(AssertionError):
         check_model(tok, pair, model, "single")
 
@@ -196,9 +202,9 @@ SPOILT = {
 def test_nor_does_a_spoilt_pair(what, model):
     tok = templates.tokenizer(model)
     pair = encode(tok, DIALOGUES["single"])
-    parts = SPOILT[what](tok, *(pair[key] for key in ("prompt", "chosen", "rejected")))
+    prompt, *answers = SPOILT[what](tok, pair.prompt, *pair.answers)
     with pytest.raises(AssertionError):
-        check_model(tok, pair | dict(zip(("prompt", "chosen", "rejected"), parts, strict=True)), model, "single")
+        check_model(tok, replace(pair, prompt=prompt, answers=answers), model, "single")
 
 
 # ------------------------------------------------------------------------------------ what a template refuses, or melts
@@ -209,7 +215,7 @@ ALTERNATING = {model for model in TEMPLATED if templates.ALTERNATE in templates.
 @pytest.mark.parametrize("model", TEMPLATED)
 def test_two_messages_of_the_user_are_refused_where_roles_must_alternate(model):
     pair = encode(templates.tokenizer(model), [("user", "Hello"), ("user", "And now?")])
-    assert pair["left_out"] == (REFUSED if model in ALTERNATING else "")
+    assert pair.left_out == (f"{REFUSED}: roles must alternate" if model in ALTERNATING else "")
 
 
 @pytest.mark.parametrize(
