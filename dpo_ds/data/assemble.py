@@ -46,10 +46,10 @@ TAIL = "what follows the assistant's last message is not used"
 
 # Columns that say something about a row. A text in any other column may be its prompt.
 ABOUT = re.compile(
-    r"(.*_)?(id|ids|index|source|dataset|subset|split|type|category|categories|domain|topic|task|tag|tags|label|labels|"
-    r"lang|language|model|models|name|url|link|license|date|time|timestamp|score|scores|rating|rationale|reason|"
-    r"reasoning|feedback|critique|comment|comments|note|notes|metadata|meta|info|annotator|hash|status|version|policy|"
-    r"explanation|justification|statement|elaboration|weight|margin)(_.*)?"
+    r"(.*_)?(id|ids|index|source|dataset|subset|split|type|category|categories|domain|topic|task|tags?|labels?|lang|"
+    r"language|models?|name|url|link|license|date|time|timestamp|scores?|ratings?|rationale|reason|reasoning|feedback|"
+    r"critique|comments?|notes?|metadata|meta|info|annotator|hash|status|version|policy|explanation|justification|"
+    r"statement|elaboration|weight|margin)"
 )
 SYSTEMS = ("system", "system_prompt", "system_message")
 
@@ -355,7 +355,9 @@ def _common_words(row: Row, texts: list[str]) -> Parts:
     for name, value in row.fields.items():
         said = name not in row.used and isinstance(value, str) and len(value.split()) > 1
         if said and not ABOUT.fullmatch(name.strip().lower().replace("-", "_")) and row.names.get(name) not in SYSTEMS:
-            raise LeftOut(f"no column is the prompt, but {name} may be; if it is: --columns prompt={name}")
+            raise LeftOut(
+                f"no column is the prompt, but {name} may be: say so with --columns prompt={name}, or remove it"
+            )
     common = os.path.commonprefix(texts)  # noqa: RUF071  (compares character by character, as intended)
     shared = re.sub(r"\s*\S*\Z", "", common)
     if not shared:
