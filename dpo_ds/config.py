@@ -136,6 +136,9 @@ class Options:
             heading="the data",
         ),
     ] = None
+    group_prompts: Annotated[
+        bool, Help("Rows that share a prompt are packed together: the prompt is computed once, and each answer.")
+    ] = True
     truncation: Annotated[
         Literal["keep_question", "keep_end", "keep_start"],
         Help(

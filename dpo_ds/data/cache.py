@@ -17,11 +17,12 @@ import pyarrow.compute as pc
 from dpo_ds.data.comparison import LeftOut
 from dpo_ds.data.counts import Report
 from dpo_ds.data.dialogue import as_text
-from dpo_ds.data.encoder import Encoded, Encoder, Tokenizing
-from dpo_ds.data.forms import Reading, read_row
+from dpo_ds.data.encoder import Encoded, Encoder
+from dpo_ds.data.files import RAW
+from dpo_ds.data.forms import read_row
 from dpo_ds.data.held_out import KEYS, prompt_hash, prompt_keys
 from dpo_ds.data.pairs import read_manifest
-from dpo_ds.data.sources import RAW
+from dpo_ds.data.row import Reading
 from dpo_ds.errors import files_of
 from dpo_ds.files import scratch_folder
 
@@ -43,8 +44,7 @@ class Source:
 
 def tokenize_pairs(
     sources: Sequence[Source],
-    tokenizer: "PreTrainedTokenizerBase",
-    tokenizing: Tokenizing,
+    encoder: Encoder,
     reading: Reading,
     join: bool,
     cache_folder: Path,
@@ -54,8 +54,8 @@ def tokenize_pairs(
 
     join: rows of one prompt become one group.
     """
-    encoder = Encoder(tokenizer, tokenizing)
-    folder = cache_folder / _key(sources, tokenizer, [asdict(tokenizing), asdict(reading), join])[:32]
+    options = [asdict(encoder.options), asdict(reading), join]
+    folder = cache_folder / _key(sources, encoder.tokenizer, options)[:32]
     if not folder.is_dir():
         with files_of("--cache_dir", cache_folder), scratch_folder(cache_folder, folder.name) as partial:
             _Writer(partial, join).write(sources, reading, encoder, num_proc)

@@ -1,13 +1,17 @@
 """The pairs of a run: read and tokenised, mixed, and held out for evaluation."""
 
+import contextlib
+import json
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from dpo_ds.config import Planned
+from dpo_ds.config import Planned, parse_columns
 from dpo_ds.data.held_out import families, held_out, shared
 from dpo_ds.data.pairs import PairSet
 from dpo_ds.errors import UserError
@@ -16,23 +20,31 @@ from dpo_ds.ranks import console
 from dpo_ds.ranks.process import in_a_child
 from dpo_ds.ranks.world import World
 
+if TYPE_CHECKING:
+    from dpo_ds.data.sources import Split
+
 MOST_HELD_OUT = 500  # pairs, unless --eval_pairs says otherwise
 
 
 @dataclass(frozen=True)
 class Tokenised:
-    """What the child process hands back: it has imported `datasets`, which the ranks don't need."""
+    """What the child process hands back."""
 
     folder: Path  # of the PairSet
     weights: list[float] | None  # each source's share of the mix
     lines: list[str]  # of the report
 
 
-def load_pairs(options: Planned, tokenizer: PreTrainedTokenizerBase, here: World) -> tuple[PairSet, PairSet]:
-    """The tokenised training and held-out pairs. Reports what was left out or changed."""
+def load_pairs(
+    options: Planned, tokenizer: PreTrainedTokenizerBase, here: World, date: str
+) -> tuple[PairSet, PairSet]:
+    """The tokenised training and held-out pairs. Reports what was left out or changed.
+
+    date: of the run's start, ISO, for chat templates that print it.
+    """
     title = "reading and tokenising the pairs"
     with console.working(title):
-        training, evaluation = in_a_child(title, lambda: _tokenise(options, tokenizer), here.all_cores)
+        training, evaluation = in_a_child(title, lambda: _tokenise(options, tokenizer, date), here.all_cores)
     for found in filter(None, (training, evaluation)):
         for line in found.lines:
             console.say(line)
@@ -96,27 +108,72 @@ def _without_shared(train: PairSet, evaluation: PairSet) -> tuple[PairSet, PairS
     return train.subset(np.flatnonzero(~both)), evaluation
 
 
-def _tokenise(options: Planned, tokenizer: PreTrainedTokenizerBase) -> tuple[Tokenised, Tokenised | None]:
+def _tokenise(options: Planned, tokenizer: PreTrainedTokenizerBase, date: str) -> tuple[Tokenised, Tokenised | None]:
     """Tokenises what the run reads: the training sources, and the held-out ones if they are named or come with them.
 
-    Runs in a child process.
+    Runs in a child process, because `datasets` takes 90 MiB that the ranks do not need.
     """
+    from dpo_ds.data.sources import load_sources
+
     with scratch_folder(Path(tempfile.gettempdir()), "dpo_ds-data") as folder:
         tempfile.tempdir = str(folder)  # `datasets` copies rows there, and does not remove them in a forked process
-        return _tokenised(options, tokenizer)
+        read = _Reader(options, tokenizer, date)
+        training = load_sources(options.dataset, folder, options.dataset_split, options.dataset_config)
+        weights = [found.source.weight for found in training if found.source.weight is not None]
+        train = read("train", [(found.source.name, found.split) for found in training], weights or None)
+        if options.eval_dataset is not None:
+            evaluation = load_sources(options.eval_dataset, folder, role="eval")
+            return train, read("eval", [(found.source.name, found.split) for found in evaluation])
+        tests = [(f"{found.source.name}, split {found.test.name}", found.test) for found in training if found.test]
+        if not tests or options.eval_pairs == 0:
+            return train, None
+        return train, read("train", tests)
 
 
-def _tokenised(options, tokenizer):
-    from dpo_ds.data.cache import Source, tokenize_pairs
-    from dpo_ds.data.encoder import Tokenizing
-    from dpo_ds.data.forms import Reading
-    from dpo_ds.data.sources import load_preferences
+class _Reader:
+    """Tokenises sources with the run's tokenizer and options."""
 
-    def one(source, split, role):
-        rows = load_preferences(source, split, role)
-        folder, reports = tokenize_pairs([Source(source, rows)], tokenizer, Tokenizing(options.max_length, options.truncation, options.chat_template), Reading(), True, Path(options.cache_dir).expanduser() / "tokens")
-        for r in reports:
-            r.check(options.max_left_out)
-        return Tokenised(folder, None, [f"{source}: {line}" for r in reports for line in r.lines()])
+    def __init__(self, options: Planned, tokenizer: PreTrainedTokenizerBase, date: str):
+        from dpo_ds.data.encoder import Encoder, Tokenizing
+        from dpo_ds.data.row import Reading
+        from dpo_ds.data.template import prints_date
 
-    return one(options.dataset, options.dataset_split, "train"), (one(options.eval_dataset, "auto", "eval") if options.eval_dataset else None)
+        self.options = options
+        tokenizing = Tokenizing(
+            options.max_length,
+            options.truncation,
+            options.chat_template,
+            options.min_prompt_tokens,
+            json.loads(options.chat_template_kwargs),
+            date if prints_date(tokenizer) else None,
+        )
+        self.encoder = Encoder(tokenizer, tokenizing)
+        markers = self.encoder.markers if self.encoder.template else None
+        self.reading = Reading(parse_columns(options.columns), options.pairs, options.min_margin, markers)
+
+    def __call__(self, role: str, splits: "list[tuple[str, Split]]", weights: list[float] | None = None) -> Tokenised:
+        """The sources' pairs as one set. Raises UserError, naming the source, if its rows cannot be used."""
+        from dpo_ds.data.cache import Source, tokenize_pairs
+        from dpo_ds.data.forms import require_form
+        from dpo_ds.data.sources import flag
+
+        cache = Path(self.options.cache_dir).expanduser() / "tokens"
+        for name, split in splits:
+            with _named(f"{flag(role)} {name}"):
+                require_form(split.columns, self.reading)
+        sources = [Source(name, split.rows) for name, split in splits]
+        folder, reports = tokenize_pairs(sources, self.encoder, self.reading, self.options.group_prompts, cache)
+        for (name, _), report in zip(splits, reports, strict=True):
+            with _named(f"{flag(role)} {name}"):
+                report.check(self.options.max_left_out)
+        lines = [f"{name}: {line}" for (name, _), report in zip(splits, reports, strict=True) for line in report.lines()]
+        return Tokenised(folder, weights, lines)
+
+
+@contextlib.contextmanager
+def _named(what: str) -> Iterator[None]:
+    """Names what a UserError is about, because a run may read several sources."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{what}: {error}") from None

@@ -27,10 +27,16 @@ class Found:
     finished: bool
 
 
-def identity(options: Options, train_digest: str, eval_digest: str) -> dict:
-    """The options and data that two starts of the same run must share."""
+def identity(options: Options, train_digest: str, eval_digest: str, date: str) -> dict:
+    """The options and data that two starts of the same run must share. date: see `started`."""
     values = {key: value for key, value in vars(options).items() if key not in NOT_IDENTITY}
-    return {**values, "train_digest": train_digest, "eval_digest": eval_digest}
+    return {**values, "train_digest": train_digest, "eval_digest": eval_digest, "date": date}
+
+
+def started(folder: Path) -> str | None:
+    """The date, ISO, on which the folder's run was first started; None if it holds no run. Chat templates may print it."""
+    record = folder / "run.json"
+    return _read(record).get("date") if record.is_file() else None
 
 
 def check_folder(folder: Path, options: Options) -> None:

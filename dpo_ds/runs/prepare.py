@@ -3,6 +3,7 @@
 Mistakes of the user's are found here, in seconds, and raised as UserError with the remedy.
 """
 
+import datetime
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,7 +68,8 @@ def prepare(options: Options, here: World, plan: Plan | None = None) -> Run:
     if used := swap_folders(ds_config):
         one_after_another(lambda: require_nvme(used))
     folders.check_folder(folder, planned)  # before any work goes into data
-    train_pairs, eval_pairs = one_after_another(lambda: load_pairs(planned, tokenizer, here))
+    date = on_rank_0(lambda: folders.started(folder) or datetime.date.today().isoformat())
+    train_pairs, eval_pairs = one_after_another(lambda: load_pairs(planned, tokenizer, here, date))
     longest = max(int(pairs.packed_lengths.max()) for pairs in (train_pairs, eval_pairs) if len(pairs))
     if planned.micro_batch_tokens < longest:
         raise UserError(too_small(planned.micro_batch_tokens, longest))
@@ -85,7 +87,7 @@ def prepare(options: Options, here: World, plan: Plan | None = None) -> Run:
     )
     with console.working("fetching the weights"):
         weights = one_after_another(lambda: fetch_weights(model))
-    identity = folders.identity(decided, train_pairs.digest, eval_pairs.digest)
+    identity = folders.identity(decided, train_pairs.digest, eval_pairs.digest, date)
     # This comes last because it writes to the folder: a run that cannot start leaves nothing behind.
     found = folders.open_folder(folder, decided, identity, here.size)
     return Run(
