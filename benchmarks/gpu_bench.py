@@ -162,7 +162,7 @@ def layer_times(small: bool) -> dict:
         model.train()
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         scorer = Scorer(model)
-        batch = pack([tuple(np.ones(n, dtype=np.int32) for n in lengths)] * pairs).to(device)
+        batch = work.pack_pairs([tuple(np.ones(n, dtype=np.int32) for n in lengths)] * pairs).to(device)
 
         def learn(scorer=scorer, batch=batch, model=model):
             scorer(batch).sum().backward()

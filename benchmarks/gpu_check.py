@@ -77,10 +77,10 @@ def plain(config, pairs, dtype, device):
 
 def packed(config, pairs, dtype, kernel: str, broken: bool = False):
     model = build(config, dtype, DEVICE, attention.implementation(kernel))
-    batch = pack(pairs)
+    batch = work.pack_pairs(pairs)
     if broken:  # rejected goes on after chosen
         batch.position_ids = torch.arange(batch.input_ids.shape[1])[None]
-    return graded(model, Scorer(model)(batch.to(DEVICE)))
+    return graded(model, Scorer(model)(batch.to(DEVICE)).view(-1, 2))
 
 
 def kernels(config, dtype) -> list[str]:
@@ -160,7 +160,7 @@ def timed(call, repeats: int = 5) -> float:
 
 def batch_of(lengths: tuple[int, int, int], tokens: int) -> PackedBatch:
     pairs = max(1, tokens // sum(lengths))
-    return pack([tuple(np.ones(n, dtype=np.int32) for n in lengths)] * pairs).to(DEVICE)
+    return work.pack_pairs([tuple(np.ones(n, dtype=np.int32) for n in lengths)] * pairs).to(DEVICE)
 
 
 def attention_costs(small: bool, results: work.Results) -> None:

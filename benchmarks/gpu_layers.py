@@ -63,7 +63,7 @@ def build(shape: dict, layers: int, how: str, recompute: bool) -> Scorer:
 
 
 def layer(shape: dict, lengths: tuple[int, int, int], pairs: int, how: str, recompute: bool) -> dict:
-    batch = pack([tuple(np.ones(n, dtype=np.int32) for n in lengths)] * pairs).to(DEVICE)
+    batch = work.pack_pairs([tuple(np.ones(n, dtype=np.int32) for n in lengths)] * pairs).to(DEVICE)
     T, seconds, memory = batch.input_ids.shape[1], {}, None
     for layers in (1, 3):
         scorer = build(shape, layers, how, recompute)
@@ -127,11 +127,12 @@ def packing_noise(shape: dict, layers: int, results: work.Results) -> None:
     scorer = build(shape, layers, "eager", False)
     with torch.no_grad():
         found = {
-            many: torch.cat([scorer(pack(pairs[i : i + many]).to(DEVICE)) for i in range(0, len(pairs), many)])
+            many: torch.cat([scorer(work.pack_pairs(pairs[i : i + many]).to(DEVICE)) for i in range(0, len(pairs), many)])
             for many in (32, 16, 8, 4, 1)
         }
     for many, logps in found.items():
-        margin = (logps - found[32])[:, 0] - (logps - found[32])[:, 1]
+        chosen, rejected = (logps - found[32]).view(-1, 2).unbind(1)
+        margin = chosen - rejected
         loss = -torch.nn.functional.logsigmoid(0.1 * margin).mean()
         row = {
             "pairs a micro-batch": many,

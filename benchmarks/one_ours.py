@@ -51,7 +51,7 @@ def main(model: str, pairs: str, max_length: str, output_dir: str, *more: str) -
 
     run = prepare(options, here)
     reference_seconds = []
-    plain_pass = sweep.score_pairs
+    plain_pass = sweep.score_answers
 
     def timed_pass(*words):
         """A pass over pairs alone, as TRL's is timed: without loading the model."""
@@ -61,11 +61,11 @@ def main(model: str, pairs: str, max_length: str, output_dir: str, *more: str) -
         finally:
             reference_seconds.append(time.perf_counter() - began)
 
-    sweep.score_pairs = timed_pass
+    sweep.score_answers = timed_pass
     timer = Timer()
     train(run, [timer], save=False)  # a checkpoint would hold an 8B model's base weights each time
-    lengths = run.train_pairs.lengths
-    later = [i for number in range(1, run.schedule.steps) for i in run.schedule.step(number)]
+    # Without the first step, which is not timed.
+    lengths = [run.train_pairs.lengths(run.schedule.step(number)) for number in range(1, run.schedule.steps)]
     flops = Flops(run.model, run.options.replace(reference="live"))  # wherever it is made
     peak = work.peak_memory()
     return {
@@ -78,8 +78,9 @@ def main(model: str, pairs: str, max_length: str, output_dir: str, *more: str) -
         "gpu_memory": work.gpu_memory(),
         "peak_flops": peak_of(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
         "attention": run.attention,
-        "response_tokens": int(lengths[later, 1:].sum()),
-        "flops": flops.step(lengths[later]),
+        "response_tokens": sum(int(answers.sum()) for _, answers, _ in lengths),
+        "tokens": sum(int(prompts.sum() + answers.sum()) for prompts, answers, _ in lengths),
+        "flops": sum(flops.step(*of_step) for of_step in lengths),
         "matmul": statistics.median(timer.matmul),
     }
 

@@ -64,7 +64,7 @@ def data_path(file: str, model: str, folder: str) -> dict:
     from dpo_ds.models.find import find_model
     from dpo_ds.ranks.world import from_environment
     from dpo_ds.references.table import Table
-    from dpo_ds.runs.prepare import load_pairs
+    from dpo_ds.runs.data import load_pairs
 
     options = parse_options(
         ["--model", model, "--dataset", file, "--cache_dir", folder, "--max_length", "1024", "--eval_pairs", "0"]
@@ -72,19 +72,19 @@ def data_path(file: str, model: str, folder: str) -> dict:
     tokenizer = load_tokenizer(find_model(model))
     before, peak = family_resident(), Peak(family_resident)
     began = time.perf_counter()
-    pairs, _ = load_pairs(options, tokenizer, from_environment())
+    pairs, _ = load_pairs(options, tokenizer, from_environment(), "2026-01-01")
     tokenised = time.perf_counter()
-    again, _ = load_pairs(options, tokenizer, from_environment())
+    again, _ = load_pairs(options, tokenizer, from_environment(), "2026-01-01")
     assert len(again) == len(pairs)
     reopened = time.perf_counter()
-    schedule = Schedule.of(len(pairs), 64, 1.0, None, work.SEED)
+    schedule = Schedule.of(pairs.pair_groups, 64, 1.0, None, work.SEED)
     for number in range(schedule.steps):
-        deal(schedule.step(number), pairs.packed_lengths, 8, 8192)
+        deal(pairs.parts(schedule.step(number), 8192), 8, 8192)
     dealt = time.perf_counter()
-    table = Table(Path(folder), {"benchmark": len(pairs)}, len(pairs))
+    table = Table(Path(folder), {"benchmark": len(pairs)}, len(pairs.answers))
     rows = table.open_to_fill()
-    for start in range(0, len(pairs), 2048):
-        rows[start : start + 2048] = np.float32(-1.0)
+    for start in range(0, len(pairs.answers), 4096):
+        rows[start : start + 4096] = np.float32(-1.0)
         rows.flush()
     table.close()
     return {
@@ -106,14 +106,30 @@ def index_of(count: str) -> dict:
 
     n = int(count)
     before, peak = resident(), Peak()
-    lengths = np.random.default_rng(0).integers(20, 300, (n, 3)).astype(np.int32)
-    starts = np.arange(n, dtype=np.int64) * 900
-    ids = np.ones((n, 16), dtype=np.uint8)
-    pairs = PairSet(np.zeros(0, dtype=np.int32), lengths, starts, np.arange(n), ids, ids.copy())
-    schedule = Schedule.of(n, 64, 1.0, None, work.SEED)
+    lengths = np.random.default_rng(0).integers(20, 300, (n, 3))
+    starts = 900 * np.arange(n)[:, None] + np.cumsum(lengths, axis=1) - lengths
+    sequences = np.stack([starts, lengths], axis=2)
+    pairs = PairSet(
+        tokens=np.zeros(0, dtype=np.int32),
+        scored=np.zeros(0, dtype=np.uint8),
+        prompts=sequences[:, 0].copy(),
+        prompt_hashes=np.ones((n, 16), dtype=np.uint8),
+        prompt_keys=np.ones((n, 3, 16), dtype=np.uint8),
+        answers=sequences[:, 1:].reshape(-1, 2).copy(),
+        answer_groups=np.repeat(np.arange(n), 2),
+        answer_ids=np.ones((2 * n, 16), dtype=np.uint8),
+        pairs=np.arange(2 * n).reshape(n, 2),
+        rows=np.arange(n),
+        sources=np.zeros(n, dtype=np.int64),
+        weights=np.ones(n, dtype=np.float32),
+        margins=np.full(n, np.nan, dtype=np.float32),
+        pair_ids=np.ones((n, 16), dtype=np.uint8),
+    )
+    del lengths, starts, sequences
+    schedule = Schedule.of(pairs.pair_groups, 64, 1.0, None, work.SEED)
     began = time.perf_counter()
     for number in range(20):
-        deal(schedule.step(number), pairs.packed_lengths, 8, 8192)
+        deal(pairs.parts(schedule.step(number), 8192), 8, 8192)
     seconds = (time.perf_counter() - began) / 20
     time.sleep(0.02)  # once more sampled, with all of it there
     return {"pairs": n, "a step's dealing s": seconds, "memory MiB": (peak.value - before) / 2**20}

@@ -89,17 +89,27 @@ def _long_rows() -> list[dict]:
 
 def write_pairs(name: str, pairs: int, folder: Path) -> tuple[Path, Path]:
     """The set's first rows for dpo_ds, and the same in the order in which its seed takes them."""
+    import numpy as np
+
     from dpo_ds.data.steps import Schedule
 
     rows = read(name)[:pairs]
     if len(rows) < pairs:
         raise SystemExit(f"{name} has {len(rows)} pairs, not {pairs}")
-    schedule = Schedule.of(pairs, BATCH, 1.0, None, SEED)
+    schedule = Schedule.of(np.arange(pairs), BATCH, 1.0, None, SEED)
     ordered = [rows[i] for number in range(schedule.steps) for i in schedule.step(number)]
     files = folder / f"{name}.jsonl", folder / f"{name}-ordered.jsonl"
     for file, content in zip(files, (rows, ordered), strict=True):
         file.write_text("".join(json.dumps(row) + "\n" for row in content), encoding="utf-8")
     return files
+
+
+def pack_pairs(pairs):
+    """Pairs of token ids as one packed batch."""
+    from dpo_ds.data.pairs import Group
+    from dpo_ds.scoring.packed import pack
+
+    return pack([Group.of_pair(*pair) for pair in pairs])
 
 
 def result_of(done) -> dict | None:

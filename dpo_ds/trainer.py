@@ -160,8 +160,8 @@ class Trainer:
         *values, grad_norm = torch.cat([means, grad_norm.to(means).view(1)]).tolist()
         self.check(number, indices, values[0], applied)
         seconds = time.perf_counter() - started
-        tokens, flops = self.work(indices)
-        flops /= seconds * self.here.size
+        prompts, answers, of_answer = self.run.train_pairs.lengths(indices)
+        flops = self.flops.step(prompts, answers, of_answer) / seconds / self.here.size
         metrics = {
             "step": number + 1,
             "epoch": round((number + 1) / self.run.schedule.steps_per_epoch, 4),
@@ -169,21 +169,13 @@ class Trainer:
             "grad_norm": grad_norm,
             "learning_rate": learning_rate,
             "applied": applied,
-            "tokens/s": round(tokens / seconds, 1),
+            "tokens/s": round(int(prompts.sum() + answers.sum()) / seconds, 1),
             "pairs/s": round(len(indices) / seconds, 2),
             "TFLOP/s a rank": round(flops / 1e12, 4),
             **({"mfu": round(flops / self.peak, 4)} if self.peak else {}),
         }
         self.notify("step_ended", metrics)
         return metrics
-
-    def work(self, indices: np.ndarray) -> tuple[int, float]:
-        """The packed tokens and the FLOPs of a step on these pairs."""
-        pairs = self.run.train_pairs
-        answers = np.unique(pairs.pairs[indices])
-        groups, of_answer = np.unique(pairs.answer_groups[answers], return_inverse=True)
-        prompts, lengths = pairs.prompts[groups, 1], pairs.answers[answers, 1]
-        return int(prompts.sum() + lengths.sum()), self.flops.step(prompts, lengths, of_answer.reshape(-1))
 
     def learn(self, dealt: Dealt, step_weight: float) -> torch.Tensor:
         """Forward and backward of one micro-batch. Returns the weighted sums of `self.metrics` over its pairs, on the
