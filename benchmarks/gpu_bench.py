@@ -144,7 +144,6 @@ def layer_times(small: bool) -> dict:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from dpo_ds.scoring import attention
-    from dpo_ds.scoring.packed import pack
     from dpo_ds.scoring.scorer import Scorer
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -26,7 +26,7 @@ import oracle
 
 from dpo_ds.models.find import known_models
 from dpo_ds.scoring import attention, head
-from dpo_ds.scoring.packed import PackedBatch, layout_of, pack
+from dpo_ds.scoring.packed import PackedBatch, layout_of
 from dpo_ds.scoring.scorer import Scorer
 from dpo_ds.scoring.twin import randomise, twin
 

@@ -9,6 +9,7 @@ recomputed; beside them, a large product's speed and memory's.
 import argparse
 import math
 import sys
+from itertools import batched
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,6 @@ from transformers.models.llama import modeling_llama as llama
 
 from dpo_ds.models.flops import peak_of
 from dpo_ds.scoring import attention
-from dpo_ds.scoring.packed import pack
 from dpo_ds.scoring.scorer import Scorer
 
 ON_GPU = torch.cuda.is_available()
@@ -127,7 +127,7 @@ def packing_noise(shape: dict, layers: int, results: work.Results) -> None:
     scorer = build(shape, layers, "eager", False)
     with torch.no_grad():
         found = {
-            many: torch.cat([scorer(work.pack_pairs(pairs[i : i + many]).to(DEVICE)) for i in range(0, len(pairs), many)])
+            many: torch.cat([scorer(work.pack_pairs(pairs[i : i + many]).to(DEVICE)) for i in range(0, 32, many)])
             for many in (32, 16, 8, 4, 1)
         }
     for many, logps in found.items():
