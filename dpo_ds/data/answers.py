@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from dpo_ds.data.comparison import LeftOut, Message, Preference
-from dpo_ds.data.messages import a_kind, decoded, is_chat, is_message, parsed, read_messages
+from dpo_ds.data.messages import a_kind, decoded, is_chat, is_message, parsed, read_messages, unzipped
 from dpo_ds.data.ranking import by_strength, by_verdict, number, numbers
 from dpo_ds.data.row import Answers, Row
 
@@ -131,7 +131,7 @@ RANK_KEYS = ("rank",)
 
 def several_answers(row: Row, names: tuple[str, ...]) -> Answers:
     where, found = row.called(names[0]), row.take(names[0])
-    found = parsed(found) if isinstance(found, str) else found
+    found = unzipped(parsed(found) if isinstance(found, str) else found)
     if not isinstance(found, list):
         raise LeftOut(f"{where} is {a_kind(found)}; it must be a list of answers")
     if len(found) < 2:

@@ -63,7 +63,9 @@ def is_chat(value: Any) -> bool:
 
 def decoded(value: Any) -> Any:
     """A text that holds messages as JSON, or as Python writes them, becomes these messages. All else stays as it is:
-    an answer may well be JSON."""
+    an answer may well be JSON. Messages as an object of lists, as `datasets` has its sequences, become a list."""
+    if isinstance(value, dict) and any(isinstance(value.get(key), list) for key in ROLE_KEYS):
+        return unzipped(value)
     if not isinstance(value, str) or not value.lstrip().startswith(("[", "{")):
         return value
     found = parsed(value)
@@ -75,6 +77,14 @@ def decoded(value: Any) -> Any:
         for message in messages
     )
     return found if messages and plainly else value
+
+
+def unzipped(value: Any) -> Any:
+    """A list of objects, if a value is one object of lists of equal length; else the value as it is."""
+    lists = list(value.values()) if isinstance(value, dict) else []
+    if not lists or any(not isinstance(found, list) or len(found) != len(lists[0]) for found in lists):
+        return value
+    return [dict(zip(value, entries, strict=True)) for entries in zip(*lists, strict=True)]
 
 
 def parsed(text: str) -> Any:

@@ -914,6 +914,17 @@ MORE = {
         *HELLO_GO,
         {},
     ),
+    "14: messages as `datasets` has its sequences": (
+        CHATML,
+        {
+            "conversations": {"from": ["human"], "value": ["Hi"]},
+            "chosen": {"role": ["assistant"], "content": ["Hello"]},
+            "rejected": {"role": ["assistant"], "content": ["Go"]},
+        },
+        [user("Hi")],
+        *HELLO_GO,
+        {},
+    ),
     "14b: whole chats with ids in the messages": (
         CHATML,
         {
@@ -1034,6 +1045,7 @@ SEVERAL = {
         "responses": [{**answer(x), "score": s} for x, s in (("a", 2), ("b", 3), ("c", 1))]
     },
     "NeMo's": {"completions": [{"rank": r, "completion": [answer(x)]} for x, r in (("a", 1), ("b", 0), ("c", 2))]},
+    "objects as `datasets` has its sequences": {"answers": {"answer": ["a", "b", "c"], "rank": [2, 1, 3]}},
     "Stack Exchange's": {"answers": [{"text": x, "pm_score": s} for x, s in (("a", 2), ("b", 3), ("c", 1))]},
     "scores and ranks that agree": {"candidates": ["a", "b", "c"], "scores": [2, 3, 1], "ranks": [2, 1, 3]},
 }

@@ -1,8 +1,6 @@
-"""Preference sets as people have them: every form and file kind, and every row that cannot be used counted by kind."""
+"""Rows that are checked one by one, and the pairs that are held out."""
 
-import gzip
 import json
-import logging
 
 import datasets
 import launching
@@ -146,128 +144,6 @@ def test_other_columns_do_not_matter(tmp_path):
     assert only(tmp_path, {"score": 3.5, "chosen_model": None, **GOOD})["text"] == "Once"
 
 
-# ------------------------------------------------------------------------------------------------------ where from
-
-
-def as_json_array(path, rows):
-    path.write_text(json.dumps(rows, indent=2))
-
-
-def as_jsonl_gz(path, rows):
-    path.write_bytes(gzip.compress(lines(rows).encode()))
-
-
-FILES = {
-    "a.jsonl": lambda path, rows: path.write_text(lines(rows)),
-    "a.jsonl.gz": as_jsonl_gz,
-    "a.json": as_json_array,
-    "a.csv": lambda path, rows: datasets.Dataset.from_list(rows).to_csv(path),
-    "a.parquet": lambda path, rows: datasets.Dataset.from_list(rows).to_parquet(path),
-}
-
-
-@pytest.mark.parametrize("name", FILES)
-@pytest.mark.parametrize("in_folder", [False, True], ids=["file", "folder"])
-def test_every_file_kind_and_a_folder_of_it(name, in_folder, tmp_path):
-    folder = tmp_path / "data"
-    folder.mkdir()
-    FILES[name](folder / name, [GOOD, OTHER])
-    pairs, report = check_preferences(load_preferences(str(folder if in_folder else folder / name)))
-    assert report.kept == 2 and [pair["text"] for pair in pairs] == ["Once", "Then"]
-    assert [pair["chosen"] for pair in pairs] == [GOOD["chosen"], OTHER["chosen"]]
-
-
-def test_a_folder_of_several_files_is_one_set_unless_their_names_are_splits(tmp_path):
-    for name, rows in {"one/b1.jsonl": [GOOD], "one/b2.jsonl": [OTHER], "two/train.jsonl": [GOOD] * 3,
-                       "two/test.jsonl": [OTHER]}.items():  # fmt: skip
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text(lines(rows))
-    assert len(load_preferences(str(tmp_path / "one"))) == 2
-    assert len(load_preferences(str(tmp_path / "two"))) == 3
-    assert load_preferences(str(tmp_path / "two"), role="eval")["prompt"][:] == ["Then"]
-
-
-def test_a_saved_dataset_is_read_and_nothing_is_written_beside_it(tmp_path):
-    datasets.Dataset.from_list([GOOD, OTHER]).save_to_disk(tmp_path / "saved")
-    before = sorted(tmp_path.joinpath("saved").iterdir())
-    assert check_preferences(load_preferences(str(tmp_path / "saved")))[1].kept == 2
-    assert sorted(tmp_path.joinpath("saved").iterdir()) == before
-
-
-@pytest.fixture
-def with_splits(tmp_path):
-    splits = {"train_sft": 5, "train_prefs": 3, "test_prefs": 2, "test_gen": 1}
-    sets = {name: datasets.Dataset.from_list([GOOD] * rows) for name, rows in splits.items()}
-    datasets.DatasetDict(sets).save_to_disk(tmp_path / "splits")
-    return str(tmp_path / "splits")
-
-
-def test_the_preference_splits_are_found_by_themselves(with_splits):
-    assert len(load_preferences(with_splits)) == 3
-    assert len(load_preferences(with_splits, role="eval")) == 2
-
-
-def test_a_split_may_be_named(with_splits):
-    assert len(load_preferences(with_splits, "train_sft")) == 5
-    with pytest.raises(UserError, match=r"no split dev; --dataset_split takes train_sft, train_prefs, test_prefs"):
-        load_preferences(with_splits, "dev")
-
-
-def test_splits_that_say_nothing_must_be_chosen(tmp_path):
-    sets = {name: datasets.Dataset.from_list([GOOD]) for name in ("easy", "hard")}
-    datasets.DatasetDict(sets).save_to_disk(tmp_path / "splits")
-    with pytest.raises(UserError, match="has the splits easy, hard: choose one with --dataset_split"):
-        load_preferences(str(tmp_path / "splits"))
-
-
-# ------------------------------------------------------------------------------------------- what cannot be loaded
-
-
-def truncated_gzip() -> bytes:
-    return gzip.compress(lines([{**GOOD, "prompt": str(n)} for n in range(200)]).encode())[:-20]
-
-
-UNREADABLE = {
-    "missing file": ("none.jsonl", None, "is not there"),
-    "wrong suffix": ("a.txt", b"x", r"ends in \.txt; it must be one of \.jsonl, .*\.jsonl\.gz"),
-    "no suffix": ("pairs", b"x", "ends in nothing"),
-    "wrong suffix within gzip": ("a.txt.gz", gzip.compress(b"x"), "must be one of"),
-    "empty jsonl": ("a.jsonl", b"", "holds no rows"),
-    "empty array": ("a.json", b"[]", "holds no rows"),
-    "empty csv": ("a.csv", b"", "cannot be read as csv"),
-    "csv of a heading": ("a.csv", b"prompt,chosen,rejected\n", "cannot be read as csv"),
-    "empty parquet": ("a.parquet", b"", "cannot be read as parquet"),
-    "csv that is not UTF-8": ("a.csv", b"prompt,chosen,rejected\np\xff,a,b\n", "cannot be read as csv: .*utf-8"),
-    "broken line": ("a.jsonl", (lines([GOOD, GOOD]) + '{"prompt":\n').encode(), "row 2 is not JSON .*or remove it"),
-    "broken array": ("a.json", b'[{"prompt": "p"},', "is not JSON"),
-    "no gzip": ("a.jsonl.gz", lines([GOOD]).encode(), "cannot be read: Not a gzipped file"),
-    "truncated gzip": ("a.jsonl.gz", truncated_gzip(), "cannot be read: .*ended before"),
-}
-
-
-@pytest.mark.parametrize("case", UNREADABLE)
-def test_what_cannot_be_read_says_so_in_one_line(case, tmp_path, caplog, monkeypatch):
-    name, content, message = UNREADABLE[case]
-    monkeypatch.setattr(logging.getLogger("datasets"), "propagate", True)  # to caplog
-    if content is not None:
-        (tmp_path / name).write_bytes(content)
-    with pytest.raises(UserError, match=message) as error:
-        load_preferences(str(tmp_path / name))
-    assert name in str(error.value) and "\n" not in str(error.value)
-    assert not caplog.records, "the library says nothing beside it"
-
-
-def test_a_folder_without_data_says_so(tmp_path):
-    (tmp_path / "notes.md").write_text("nothing")
-    with pytest.raises(UserError, match="folder without data"):
-        load_preferences(str(tmp_path))
-
-
-def test_missing_columns_name_those_that_are_there(tmp_path):
-    with pytest.raises(UserError, match=r"has the columns question, chosen; .* rename them"):
-        checked(tmp_path, [{"question": "a", "chosen": "b"}])
-
-
 # --------------------------------------------------------------------------------------------- rows that are left out
 
 LEFT_OUT = {
@@ -335,30 +211,6 @@ def test_json_rows_of_mixed_types_are_looked_at_one_by_one(tmp_path):
     assert report.left_out == {WRONG_TYPE: (4, [1, 2, 4, 5]), MISSING: (1, [6])}
 
 
-@pytest.mark.parametrize("mixed", [[], [7]], ids=["one type", "mixed types"])
-def test_a_line_separator_within_a_string_ends_no_row(mixed, tmp_path):
-    odd = {**GOOD, "prompt": "one\u2028two\x85three"}
-    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in [odd, *mixed]))
-    pairs, report = check_preferences(load_preferences(str(tmp_path / "a.jsonl")), 0.5)
-    assert pairs["text"][:] == [odd["prompt"]] and report.total == 1 + len(mixed)
-
-
-@pytest.mark.parametrize("zipped", [False, True])
-def test_a_row_that_is_not_utf_8_is_counted(zipped, tmp_path):
-    content = lines([GOOD]).encode() + lines([GOOD]).encode().replace(b"Once", b"Onc\xe9") + lines([OTHER]).encode()
-    path = tmp_path / ("a.jsonl.gz" if zipped else "a.jsonl")
-    path.write_bytes(gzip.compress(content) if zipped else content)
-    pairs, report = check_preferences(load_preferences(str(path)), 1.0)
-    assert report.left_out == {NOT_UNICODE: (1, [1])} and pairs["text"][:] == ["Once", "Then"]
-
-
-def test_answers_in_a_table_are_text_even_where_they_look_like_numbers_or_nothing(tmp_path):
-    (tmp_path / "a.csv").write_text('prompt,chosen,rejected\n2+2,4,5\n3+3,6,NA\n1+1,2,null\nx,"a,\nb",None\ny,1,\n')
-    pairs, report = check_preferences(load_preferences(str(tmp_path / "a.csv")), 0.5)
-    assert pairs["chosen"][:] == ["4", "6", "2", "a,\nb"] and pairs["rejected"][:] == ["5", "NA", "null", "None"]
-    assert report.left_out == {EMPTY: (1, [4])}
-
-
 @pytest.mark.parametrize(
     ("bad", "of", "allowed", "stops"),
     [(2, 20, None, False), (3, 20, None, True), (3, 20, 0.15, False), (29, 100, 0.29, False), (30, 100, 0.29, True),
@@ -372,23 +224,6 @@ def test_more_than_a_tenth_left_out_stops_unless_allowed(bad, of, allowed, stops
             check_preferences(rows, *more)
     else:
         assert check_preferences(rows, *more)[1].kept == of - bad
-
-
-@pytest.mark.skipif(not HH.is_file(), reason=f"{HH} is not here")
-def test_hh_as_it_is():
-    rows = load_preferences(str(HH))
-    pairs, report = check_preferences(rows)
-    assert (report.total, report.kept, len(pairs)) == (2312, 2303, 2303)
-    assert {kind: count for kind, (count, _) in report.left_out.items()} == {DIFFER: 5, EMPTY: 4}
-    for pair in pairs:
-        source = rows[pair["row"]]
-        assert pair["text"] + pair["chosen"] == source["chosen"]
-        assert pair["text"] + pair["rejected"] == source["rejected"]
-        assert pair["text"].endswith("\n\nAssistant:") and pair["messages"][-1]["role"] != "assistant"
-    for kind, (_, first) in report.left_out.items():
-        for row in first:
-            ends = [rows[row][key].rpartition("\n\nAssistant:") for key in ("chosen", "rejected")]
-            assert (ends[0][0] != ends[1][0]) if kind == DIFFER else not all(end[2].strip() for end in ends)
 
 
 # ---------------------------------------------------------------------------------------------------------- held out
