@@ -9,7 +9,6 @@ recomputed; beside them, a large product's speed and memory's.
 import argparse
 import math
 import sys
-from itertools import batched
 from pathlib import Path
 
 import numpy as np
