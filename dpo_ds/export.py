@@ -7,6 +7,7 @@ live engine and the ranks take turns in writing shards. The command exports a ch
 """
 
 import argparse
+import copy
 import json
 import re
 import shutil
@@ -16,7 +17,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.core_model_loading import revert_weight_conversion
 
 from dpo_ds import __version__
@@ -24,12 +25,14 @@ from dpo_ds.config import Options
 from dpo_ds.engine.engine import Engine
 from dpo_ds.engine.shards import TAG, CheckpointWeights
 from dpo_ds.errors import UserError, files_of
-from dpo_ds.files import follow_umask, write_whole
+from dpo_ds.files import follow_umask, scratch_folder, write_whole
+from dpo_ds.models import generation
 from dpo_ds.models.files import load_tokenizer
 from dpo_ds.models.find import find_model
 from dpo_ds.models.lora import LanguageModel, plain_model
 from dpo_ds.models.model import torch_dtype
 from dpo_ds.ranks import collectives, console, world
+from dpo_ds.runs.data import answer_end
 from dpo_ds.runs.folders import describe
 from dpo_ds.runs.prepare import Run
 
@@ -156,9 +159,49 @@ def _write_index(folder: Path, count: int) -> None:
     write_whole(folder / "model.safetensors.index.json", json.dumps(index, indent=1))
 
 
-def write_folder(
-    model: LanguageModel, fetch: Fetch, folder: Path, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype, card: str
-) -> None:
+@dataclass(frozen=True)
+class Papers:
+    """All that a Hugging Face folder holds beside the weights."""
+
+    config: PreTrainedConfig
+    architecture: str  # the class of the model
+    dtype: torch.dtype
+    generation: str  # the text of generation_config.json
+    tokenizer: PreTrainedTokenizerBase
+    card: str  # the text of README.md
+
+    def write(self, folder: Path) -> None:
+        config = copy.deepcopy(self.config)
+        config.dtype, config.architectures = self.dtype, [self.architecture]
+        config.save_pretrained(folder)
+        write_whole(folder / generation.FILE, self.generation)
+        self.tokenizer.save_pretrained(folder)
+        write_whole(folder / "README.md", self.card)
+
+
+def papers_of(run: Run, model: LanguageModel, summary: dict, stage: int) -> Papers:
+    """The papers of a run's merged model."""
+    plain, options = plain_model(model), run.options
+    end = answer_end(options, run.tokenizer)
+    return Papers(
+        plain.config,
+        type(plain).__name__,
+        torch_dtype(options.precision),
+        generation.text_for(run.weights, plain.config, end),
+        run.tokenizer,
+        model_card(options, summary, run.train_pairs.digest, stage),
+    )
+
+
+def rehearse(run: Run, policy: Engine) -> None:
+    """Writes the papers once into a folder that goes again, before the first step: a config or a tokenizer that cannot
+    be saved must not be found out at the end of the run."""
+    if world.from_environment().speaks and run.options.export == "merged":
+        with scratch_folder(run.folder, "rehearsal") as folder:
+            papers_of(run, policy.model, {}, policy.stage).write(folder)
+
+
+def write_folder(model: LanguageModel, fetch: Fetch, folder: Path, papers: Papers) -> None:
     """Writes the Hugging Face folder under another name and renames it at the end, so it is never incomplete."""
     here = world.from_environment()
     partial = folder.with_name(folder.name + ".partial")
@@ -166,15 +209,9 @@ def write_folder(
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     collectives.wait_for_all()
-    write_weights(model, fetch, partial, dtype.itemsize, here.rank, here.size)
+    write_weights(model, fetch, partial, papers.dtype.itemsize, here.rank, here.size)
     if here.speaks:
-        plain = plain_model(model)
-        plain.config.dtype = dtype
-        plain.config.architectures = [type(plain).__name__]
-        plain.config.save_pretrained(partial)
-        plain.generation_config.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
-        write_whole(partial / "README.md", card)
+        papers.write(partial)
         partial.rename(folder)
     collectives.wait_for_all()
 
@@ -185,10 +222,8 @@ def export_engine(run: Run, policy: Engine, summary: dict) -> Path:
     if folder.exists():
         console.say(f"{folder} is there already from an earlier start of this run, and is kept")
         return folder
-    card = model_card(run.options, summary, run.train_pairs.digest, policy.stage)
-    dtype = torch_dtype(run.options.precision)
     with console.working("writing the merged checkpoint"):
-        write_folder(policy.model, policy.weights(), folder, run.tokenizer, dtype, card)
+        write_folder(policy.model, policy.weights(), folder, papers_of(run, policy.model, summary, policy.stage))
     console.say(f"merged checkpoint: {folder}")
     return folder
 
@@ -217,9 +252,18 @@ def export_checkpoint(source: Path, folder: Path) -> Path:
         tensors = {name: weights[f"model.{name}"] for name in names}
         return {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()}
 
-    card = model_card(options, {"step": facts["step"]}, None, facts["stage"])
+    tokenizer, plain = load_tokenizer(found), plain_model(model)
+    end = answer_end(options, tokenizer)
+    papers = Papers(
+        plain.config,
+        type(plain).__name__,
+        dtype,
+        generation.text_for(generation.folder_of(found.source), plain.config, end),
+        tokenizer,
+        model_card(options, {"step": facts["step"]}, None, facts["stage"]),
+    )
     with files_of("--output_dir", folder):
-        write_folder(model, fetch, folder, load_tokenizer(found), dtype, card)
+        write_folder(model, fetch, folder, papers)
     return folder
 
 

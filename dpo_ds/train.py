@@ -50,7 +50,7 @@ def train(run: "Run", watchers: "Sequence[Watcher]" = (), save: bool = True) -> 
     `watchers` are added to the run's own. Without `save`, no checkpoint is written (for benchmarks).
     """
     from dpo_ds.engine.build import policy_engine
-    from dpo_ds.export import export_engine
+    from dpo_ds.export import export_engine, rehearse
     from dpo_ds.files import write_whole
     from dpo_ds.references.kinds import reference_of
     from dpo_ds.reports.evaluation import write_logps
@@ -65,6 +65,7 @@ def train(run: "Run", watchers: "Sequence[Watcher]" = (), save: bool = True) -> 
     with contextlib.closing(reference_of(run)) as reference:
         with console.working("loading the policy"):
             policy = policy_engine(run.weights, run.ds_config, run.options, run.attention, run.schedule.steps)
+        rehearse(run, policy)
         reference.attach(policy)
         outcome = Trainer(run, policy, reference, [*watchers_of(run.folder), *watchers], save).train()
         if len(run.eval_pairs) and speaks:
@@ -82,12 +83,14 @@ def train(run: "Run", watchers: "Sequence[Watcher]" = (), save: bool = True) -> 
 def generate(run: "Run") -> None:
     """Shows answers to the first held-out prompts before and after training, if --generations and the export are on."""
     from dpo_ds.reports.evaluation import Answers, show_generations
+    from dpo_ds.runs.data import answer_end
 
     count = min(run.options.generations, len(run.eval_pairs))
     merged = run.folder / "merged"
     if count and merged.is_dir():
         prompts = [run.eval_pairs.pair(n)[0].tolist() for n in range(count)]
-        answers = Answers(run.tokenizer, run.model.context, run.options.trust_remote_code)
+        end = answer_end(run.options, run.tokenizer)
+        answers = Answers(run.tokenizer, end, run.model.context, run.options.trust_remote_code)
         with console.working("answering held-out prompts"):
             show_generations(run.folder / "generations.md", answers, prompts, run.weights, merged)
 

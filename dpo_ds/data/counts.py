@@ -87,4 +87,3 @@ def _named(count: int, rows: Sequence[int]) -> str:
 def _count(kinds: Kinds, kind: str, row: int) -> None:
     count, first = kinds.get(kind, (0, []))
     kinds[kind] = (count + 1, [*first, row] if len(first) < FIRST_ROWS else first)
-

@@ -297,3 +297,11 @@ def _with_pairs_that_differ(cut: Encoded) -> Encoded:
         pairs=pairs,
         changed=[*cut.changed, PAIRS_DROPPED],
     )
+
+
+def end_token(tokenizer: "PreTrainedTokenizerBase", tokenizing: Tokenizing) -> int:
+    """The token that answers end with: the end of a turn that the chat template writes, or EOS."""
+    template = Encoder(tokenizer, tokenizing).template
+    end = template.frame(Comparison([], [], [])).end if template else ""
+    ids = tokenizer(end, add_special_tokens=False)["input_ids"] if end else []
+    return ids[-1] if ids else tokenizer.eos_token_id

@@ -120,7 +120,12 @@ def _reference_table(
     table = None
     with contextlib.ExitStack() as held:
         if world.from_environment().speaks:
-            facts = {"format": FORMAT, "weights": weights, "answers": pairs.answers_digest, "precision": run.options.precision}
+            facts = {
+                "format": FORMAT,
+                "weights": weights,
+                "answers": pairs.answers_digest,
+                "precision": run.options.precision,
+            }
             table = Table(Path(run.options.cache_dir).expanduser(), facts, len(pairs.answers))
             held.enter_context(table.lock)
         logps = array_from_rank_0(table.read() if table else np.empty(len(pairs.answers), dtype=np.float32))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerBase
 
 from dpo_ds.data.pairs import PairSet
 from dpo_ds.files import write_whole
@@ -39,6 +39,7 @@ class Answers:
     """Generates answers greedily with plain transformers."""
 
     tokenizer: PreTrainedTokenizerBase
+    end: int  # the token that answers were trained to end with
     context: int | None  # the most positions that the model supports
     trust_remote_code: bool = False
 
@@ -48,6 +49,14 @@ class Answers:
         model = AutoModelForCausalLM.from_pretrained(
             folder, dtype="auto", trust_remote_code=self.trust_remote_code, use_safetensors=True
         ).to(device)  # type: ignore[arg-type]  # transformers wraps `to` in a way that hides its self
+        ends = model.generation_config.eos_token_id
+        ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+        # Not the model's own config, which may ask for sampling, or for what generate refuses.
+        model.generation_config = GenerationConfig(
+            do_sample=False,
+            pad_token_id=self.tokenizer.eos_token_id,
+            eos_token_id=sorted({self.end, self.tokenizer.eos_token_id, *ends}),
+        )
         texts = []
         for prompt in prompts:
             ids = torch.tensor([prompt], device=device)
@@ -57,9 +66,6 @@ class Answers:
                     input_ids=ids,
                     attention_mask=torch.ones_like(ids),
                     max_new_tokens=max(1, min(ANSWER_TOKENS, left)),
-                    do_sample=False,
-                    pad_token_id=self.tokenizer.eos_token_id,
-                    eos_token_id=sorted(_ends(self.tokenizer, model)),
                 )
             texts.append(" ".join(_text(self.tokenizer, out[0, len(prompt) :].tolist()).split()))
         del model
@@ -89,9 +95,3 @@ def _text(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
     text = tokenizer.decode(ids, skip_special_tokens=True)
     assert isinstance(text, str)  # a list of texts is for a list of lists
     return text
-
-
-def _ends(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> set[int]:
-    """The tokens that end an answer: EOS, and those of the model's generation config (an end-of-turn token)."""
-    ends = model.generation_config.eos_token_id
-    return {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends] if ends is not None else [])}

@@ -1,7 +1,6 @@
 """The pairs of a run: read and tokenised, mixed, and held out for evaluation."""
 
 import contextlib
-import json
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,9 +10,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from dpo_ds.config import Planned, parse_columns
+from dpo_ds.config import Options, Planned, template_variables, parse_columns
+from dpo_ds.data.encoder import Encoder, Tokenizing, end_token
 from dpo_ds.data.held_out import families, held_out, shared
 from dpo_ds.data.pairs import PairSet
+from dpo_ds.data.template import prints_date
 from dpo_ds.errors import UserError
 from dpo_ds.files import scratch_folder
 from dpo_ds.ranks import console
@@ -35,9 +36,7 @@ class Tokenised:
     lines: list[str]  # of the report
 
 
-def load_pairs(
-    options: Planned, tokenizer: PreTrainedTokenizerBase, here: World, date: str
-) -> tuple[PairSet, PairSet]:
+def load_pairs(options: Planned, tokenizer: PreTrainedTokenizerBase, here: World, date: str) -> tuple[PairSet, PairSet]:
     """The tokenised training and held-out pairs. Reports what was left out or changed.
 
     date: of the run's start, ISO, for chat templates that print it.
@@ -53,7 +52,9 @@ def load_pairs(
         train = mixed(train, training.weights, options.seed)
     if evaluation is None:
         return _split(train, options.eval_pairs)
-    return _without_shared(train, _first(PairSet.open(evaluation.folder), options, whole=options.eval_dataset is not None))
+    return _without_shared(
+        train, _first(PairSet.open(evaluation.folder), options, whole=options.eval_dataset is not None)
+    )
 
 
 def mixed(pairs: PairSet, weights: list[float], seed: int) -> PairSet:
@@ -130,24 +131,32 @@ def _tokenise(options: Planned, tokenizer: PreTrainedTokenizerBase, date: str) -
         return train, read("train", tests)
 
 
+def tokenizing_of(options: Options, tokenizer: PreTrainedTokenizerBase, date: str | None = None) -> Tokenizing:
+    """How the run's options tokenise. date: ISO; it counts only for a chat template that prints it."""
+    assert options.max_length is not None
+    return Tokenizing(
+        options.max_length,
+        options.truncation,
+        options.chat_template,
+        options.min_prompt_tokens,
+        template_variables(options),
+        date if prints_date(tokenizer) else None,
+    )
+
+
+def answer_end(options: Options, tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token that answers end with in this run."""
+    return end_token(tokenizer, tokenizing_of(options, tokenizer))
+
+
 class _Reader:
     """Tokenises sources with the run's tokenizer and options."""
 
     def __init__(self, options: Planned, tokenizer: PreTrainedTokenizerBase, date: str):
-        from dpo_ds.data.encoder import Encoder, Tokenizing
         from dpo_ds.data.row import Reading
-        from dpo_ds.data.template import prints_date
 
         self.options = options
-        tokenizing = Tokenizing(
-            options.max_length,
-            options.truncation,
-            options.chat_template,
-            options.min_prompt_tokens,
-            json.loads(options.chat_template_kwargs),
-            date if prints_date(tokenizer) else None,
-        )
-        self.encoder = Encoder(tokenizer, tokenizing)
+        self.encoder = Encoder(tokenizer, tokenizing_of(options, tokenizer, date))
         markers = self.encoder.markers if self.encoder.template else None
         self.reading = Reading(parse_columns(options.columns), options.pairs, options.min_margin, markers)
 
@@ -166,7 +175,9 @@ class _Reader:
         for (name, _), report in zip(splits, reports, strict=True):
             with _named(f"{flag(role)} {name}"):
                 report.check(self.options.max_left_out)
-        lines = [f"{name}: {line}" for (name, _), report in zip(splits, reports, strict=True) for line in report.lines()]
+        lines = [
+            f"{name}: {line}" for (name, _), report in zip(splits, reports, strict=True) for line in report.lines()
+        ]
         return Tokenised(folder, weights, lines)
 
 

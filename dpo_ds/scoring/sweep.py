@@ -56,7 +56,9 @@ def score_set(
             if not finite.all():
                 bad = np.isin(pairs.pairs, chunk[~finite]).any(axis=1).nonzero()[0]
                 named = ", ".join(pairs.pair_id(i) for i in bad[:5])
-                raise RunStopped(f"{title}: the log-probabilities of {(~finite).sum()} answers are not finite, of the pairs {named}")
+                raise RunStopped(
+                    f"{title}: the log-probabilities of {(~finite).sum()} answers are not finite, of the pairs {named}"
+                )
             if keep is not None:
                 keep(chunk, logps)
             scored.append(logps)
