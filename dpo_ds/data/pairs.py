@@ -144,14 +144,14 @@ class PairSet:
         return hashlib.sha256(np.ascontiguousarray(self.answer_ids).tobytes()).hexdigest()
 
     def lengths(self, indices: ArrayLike) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Token counts of the groups that these pairs are in, without other answers: of each prompt, of each answer, and
-        the place of each answer's prompt among them."""
+        """Token counts of the groups of these pairs, without other pairs' answers: of each prompt, of each answer, and the
+        place of each answer's prompt among them."""
         answers = np.unique(self.pairs[indices])
         groups, of_answer = np.unique(self.answer_groups[answers], return_inverse=True)
         return self.prompts[groups, 1], self.answers[answers, 1], of_answer.reshape(-1)
 
     def subset(self, indices: ArrayLike) -> "PairSet":
-        """These pairs with their answers and groups, which get new numbers. `indices` ascend. The tokens are not copied."""
+        """These pairs with their answers and groups, which get new numbers. `indices` ascend."""
         chosen = np.asarray(indices, dtype=np.int64)
         pairs = self.pairs[chosen]
         answers, places = np.unique(pairs, return_inverse=True)

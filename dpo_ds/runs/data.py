@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from dpo_ds.config import Options, Planned, template_variables, parse_columns
+from dpo_ds.config import Options, Planned, read_columns, template_variables
 from dpo_ds.data.encoder import Encoder, Tokenizing, end_token
 from dpo_ds.data.held_out import families, held_out, shared
 from dpo_ds.data.pairs import PairSet
@@ -91,7 +91,7 @@ def _split(train: PairSet, eval_pairs: int | None) -> tuple[PairSet, PairSet]:
 
 
 def _first(pairs: PairSet, options: Planned, whole: bool) -> PairSet:
-    """As many pairs as --eval_pairs asks for. By default all pairs of an --eval_dataset (`whole`), or 500 of a split."""
+    """As many pairs as --eval_pairs asks for; by default all of an --eval_dataset (`whole`), or 500 of a split."""
     most = len(pairs) if whole else MOST_HELD_OUT
     most = most if options.eval_pairs is None else options.eval_pairs
     return pairs.subset(np.arange(min(most, len(pairs))))
@@ -158,7 +158,7 @@ class _Reader:
         self.options = options
         self.encoder = Encoder(tokenizer, tokenizing_of(options, tokenizer, date))
         markers = self.encoder.markers if self.encoder.template else None
-        self.reading = Reading(parse_columns(options.columns), options.pairs, options.min_margin, markers)
+        self.reading = Reading(read_columns(options.columns), options.pairs, options.min_margin, markers)
 
     def __call__(self, role: str, splits: "list[tuple[str, Split]]", weights: list[float] | None = None) -> Tokenised:
         """The sources' pairs as one set. Raises UserError, naming the source, if its rows cannot be used."""

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from dpo_ds.config import Decided, Options, Planned
+from dpo_ds.config import Decided, Options
 from dpo_ds.data.pairs import PairSet, too_small
 from dpo_ds.data.steps import Schedule
 from dpo_ds.engine.requirements import require_compiler, require_nvme

@@ -12,8 +12,8 @@ transformers passes on unchanged for every architecture (some, such as StableLM,
 stay on the host, three numbers per segment, so a layer can read them without waiting for the GPU. `layout_of` turns
 them into what kernels need, once per batch and device. The tensor carries no attributes, so hooks may copy it.
 
-Shapes: T tokens of the pack, N learned tokens of answers, S segments (one per answer), K keys of all segments, A answers,
-B pairs, Q sequences (the prompts and the answers, in the order of their tokens).
+Shapes: T tokens of the pack, N learned tokens of answers, S segments (one per answer), K keys of all segments,
+A answers, B pairs, Q sequences (the prompts and the answers, in the order of their tokens).
 """
 
 import functools

@@ -8,10 +8,10 @@ import shlex
 from pathlib import Path
 
 import pytest
+from dpo_ds.data.rows import normalise
 
 from dpo_ds import __version__
 from dpo_ds.config import Options, parse_options
-from dpo_ds.data.rows import normalise
 from dpo_ds.plan.choose import choose
 from dpo_ds.plan.machine import Machine
 

@@ -5,6 +5,7 @@ import multiprocessing
 import datasets
 import numpy as np
 import pytest
+from dpo_ds.data.rows import check_preferences, prompt_hash
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -15,7 +16,6 @@ from dpo_ds.data.comparison import Answer, Comparison, Preference
 from dpo_ds.data.counts import Report
 from dpo_ds.data.encoder import EQUAL_NOW, MOVED, NO_ROOM, Encoded, Encoder, Tokenizing
 from dpo_ds.data.pairs import PairSet
-from dpo_ds.data.rows import check_preferences, prompt_hash
 from dpo_ds.data.sources import load_preferences
 from dpo_ds.data.template import REFUSED
 from dpo_ds.data.transcript import FOLDED, REWRITTEN
