@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Any
 
 import datasets
 import numpy as np
@@ -130,9 +130,9 @@ def _encode_batch(batch: dict[str, list], indices: list[int], reading: Reading, 
         except LeftOut as reason:
             reasons.append(str(reason))
     encoded = iter(zip(comparisons, encoder.encode(comparisons), strict=True))
-    for row, reason in zip(indices, reasons, strict=True):
-        facts = {"row": row, "left_out": reason}
-        if not reason:
+    for row, left_out in zip(indices, reasons, strict=True):
+        facts: dict[str, Any] = {"row": row, "left_out": left_out}
+        if not left_out:
             comparison, found = next(encoded)
             facts |= {"left_out": found.left_out, "unused": comparison.unused}
             if not found.left_out:
@@ -205,7 +205,7 @@ class _Writer:
         with open(self.folder / "tokens.int32", "wb") as tokens, open(self.folder / "scored.uint8", "wb") as scored:
             for number, source in enumerate(sources):
                 report = Report(len(source.rows))
-                for batch in _encoded(source.rows, reading, encoder, num_proc, f"{self.folder.name}-{number}"):
+                for batch in _encoded(source.rows, reading, encoder, num_proc, f"{self.folder.name[:32]}-{number}"):
                     for facts in batch.select(COUNTED).to_pylist():
                         report.add(facts)
                     self._add(batch, number, tokens, scored)
@@ -312,7 +312,7 @@ def _encoded(
         features=_FEATURES,
         load_from_cache_file=False,
         num_proc=num_proc if len(rows) >= SMALL and num_proc > 1 else None,
-        new_fingerprint=name.replace("@", "-"),
+        new_fingerprint=name,
     )
     yield from encoded.with_format("arrow").iter(batch_size=BATCH)
 

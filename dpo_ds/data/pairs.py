@@ -20,6 +20,15 @@ from numpy.typing import ArrayLike
 from dpo_ds.errors import UserError
 
 
+# What the manifest counts, and the arrays that have so many entries.
+COUNTED = {
+    "tokens": ("tokens",),
+    "groups": ("prompts", "prompt_hashes", "prompt_keys"),
+    "answers": ("answers", "answer_groups", "answer_ids"),
+    "pairs": ("pairs", "rows", "sources", "weights", "margins", "pair_ids"),
+}
+
+
 @dataclass(frozen=True)
 class Group:
     """Token ids of a prompt and of some of its answers, and the pairs among these: what `pack` takes.
@@ -88,12 +97,9 @@ class PairSet:
             arrays = {name: _open(folder, name) for name in cls.__dataclass_fields__}
         except (OSError, ValueError, EOFError) as error:
             raise UserError(f"{folder} is an incomplete set of tokenised pairs; remove it: {error}") from error
-        pairs = cls(**arrays)
-        if (len(pairs.tokens), len(pairs.prompts), len(pairs.answers), len(pairs)) != tuple(
-            manifest[name] for name in ("tokens", "groups", "answers", "pairs")
-        ):
+        if any(len(arrays[name]) != manifest[count] for count, names in COUNTED.items() for name in names):
             raise UserError(f"{folder} does not hold what its manifest says; remove it")
-        return pairs
+        return cls(**arrays)
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -143,9 +149,8 @@ class PairSet:
         """sha256 over the answers with their prompts, in order: what a reference table depends on."""
         return hashlib.sha256(np.ascontiguousarray(self.answer_ids).tobytes()).hexdigest()
 
-    def lengths(self, indices: ArrayLike) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Token counts of the groups of these pairs, without other pairs' answers: of each prompt, of each answer, and the
-        place of each answer's prompt among them."""
+    def lengths(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Token counts of these pairs' prompts and answers, each once, and the place of each answer's prompt."""
         answers = np.unique(self.pairs[indices])
         groups, of_answer = np.unique(self.answer_groups[answers], return_inverse=True)
         return self.prompts[groups, 1], self.answers[answers, 1], of_answer.reshape(-1)
@@ -241,10 +246,9 @@ def _open(folder: Path, name: str) -> np.ndarray:
 
 def read_manifest(folder: Path) -> dict:
     """Reads the manifest: how much there is of everything, and the report. Raises UserError if it is damaged."""
-    names = ("pairs", "answers", "groups", "tokens", "report")
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
-        return {name: manifest[name] for name in names}
+        return {name: manifest[name] for name in (*COUNTED, "report")}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder} is an incomplete set of tokenised pairs; remove it: {error!r}") from error
 

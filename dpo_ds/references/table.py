@@ -80,8 +80,8 @@ class Table:
 def reference_tables(run: Run, everything: bool = False) -> list[np.ndarray]:
     """The reference's logps of the training and of the held-out answers, float32 [answers] each, on every rank.
 
-    Scores the answers that no earlier run has scored: for training, only those in the schedule (the others stay NaN), or
-    all of them with `everything`. On return, the engine is closed and its memory free.
+    Scores the answers that no earlier run has scored. Of the training answers these are the ones in the schedule (the
+    others stay NaN), or all of them with `everything`. On return, the engine is closed and its memory free.
     """
     weights = None
     if world.from_environment().speaks:

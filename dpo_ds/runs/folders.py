@@ -34,7 +34,7 @@ def identity(options: Options, train_digest: str, eval_digest: str, date: str) -
 
 
 def started(folder: Path) -> str | None:
-    """The date, ISO, on which the folder's run was first started, which a chat template may print; None without a run."""
+    """The date, ISO, on which the folder's run was first started (chat templates may print it); None without a run."""
     record = folder / "run.json"
     return _read(record).get("date") if record.is_file() else None
 

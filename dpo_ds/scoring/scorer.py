@@ -32,8 +32,8 @@ class Scorer(torch.nn.Module):
         replace_head(self.causal_lm[0])
 
     def forward(self, batch: PackedBatch) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """logps [A] fp32: the sum over each answer's learned tokens of log p(token). With `balance`, in training also the
-        router's loss of each pair, fp32 [B]."""
+        """logps [A] fp32: the sum over each answer's learned tokens of log p(token). With `balance`, in training also
+        the router's loss [B], fp32."""
         causal_lm = self.causal_lm[0]
         balance = self.balance and self.training
         tied, inputs = self._inputs(batch.input_ids)
