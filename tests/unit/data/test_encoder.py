@@ -11,14 +11,15 @@ from transformers import PreTrainedTokenizerFast
 from dpo_ds.config import parse_options
 from dpo_ds.data import cache
 from dpo_ds.data.cache import tokenize_pairs
+from dpo_ds.data.chat import FOLDED, REWRITTEN
 from dpo_ds.data.comparison import Answer, Comparison, Preference
 from dpo_ds.data.counts import Report
-from dpo_ds.data.encoder import EQUAL_NOW, MOVED, NO_ROOM, Encoded, Encoder, Tokenizing
+from dpo_ds.data.encoded import EQUAL_NOW, NO_ROOM, Encoded
+from dpo_ds.data.encoder import MOVED, Encoder, Tokenizing
 from dpo_ds.data.pairs import PairSet
 from dpo_ds.data.rows import check_preferences, prompt_hash
 from dpo_ds.data.sources import load_preferences
 from dpo_ds.data.template import REFUSED
-from dpo_ds.data.transcript import FOLDED, REWRITTEN
 from dpo_ds.data.truncate import CUT_PROMPT, CUT_RESPONSE
 from dpo_ds.errors import UserError
 from dpo_ds.ranks.world import from_environment
