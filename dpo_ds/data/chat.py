@@ -11,9 +11,9 @@ from typing import Any
 
 from dpo_ds.data.comparison import Comparison, LeftOut, Message
 from dpo_ds.data.template import REASONING, ChatTemplate, Span, missing, parsed, said, shows, shows_tools
-from dpo_ds.data.transcript import Transcript, all_open, continues
+from dpo_ds.data.transcript import NO_ASSISTANT, TRAILING, Transcript, all_open, continues
 
-# Kinds in the report. The first four change a row, the others leave it out.
+# Kinds in the report. The first three change a row, the others leave it out.
 FOLDED = "the template takes no system role: its message went into the first user's"
 
 
@@ -23,23 +23,17 @@ REWRITTEN = "the template writes the answer in place of the end of its generatio
 SHORTENED = "the chat template drops part of an earlier answer"
 
 
-TRAILING = "messages after the assistant's last one were left off: nothing is learned there"
-
-
 DROPPED = "the chat template drops part of the answer"
 
 
 UNSTABLE = "the chat template rewrites the turns before an answer when the dialogue goes on"
 
 
-NO_ASSISTANT = "an answer has no message of the assistant's"
-
-
 def write_chat(row: Comparison, template: ChatTemplate) -> Transcript:
     """By the chat template. Raises LeftOut if it refuses the row or drops a part of it that is learned."""
     reason = None
     for folded in (False, True):
-        if folded and not (len(row.messages) > 1 and row.messages[0]["role"] == "system"):
+        if folded and [message["role"] for message in row.messages[:2]] != ["system", "user"]:
             break
         reason = None
         for form in _forms(row):
@@ -233,8 +227,10 @@ class _Writer:
 
     def _move_boundary(self, whole: str, message: Message) -> None:
         """The prompt of answers that continue a begun one ends where they continue it."""
-        at = whole.rfind(self._unbegun(said(message)))
-        if at < len(self.closed):
+        follows = whole.startswith(self.prompt)
+        before = len(self.prompt) if follows else len(self.closed) + len(self.frame.header)
+        at = whole.find(self._unbegun(said(message)), before)
+        if at < 0:
             raise LeftOut(DROPPED)
         self.transcript.prompt = whole[: at + len(self._unbegun(self.begun))]
 
@@ -269,14 +265,16 @@ class _Writer:
         """The assistant's turns after the prompt, each as far as its end of turn, found by rendering up to each."""
         spans = []
         for n in range(len(self.context), len(conversation)):
-            if conversation[n]["role"] != "assistant":
+            message = conversation[n]
+            if message["role"] != "assistant":
                 continue
             start = self._start(conversation[:n], whole)
-            found = whole.find(self.frame.end, start) if self.frame.end else whole.find(said(conversation[n]), start)
-            stop = found + len(self.frame.end or said(conversation[n])) if found >= 0 else len(whole)
-            gone = missing(conversation[n], whole[start:stop])
-            if gone:
+            stop = self._stop(conversation[: n + 1], whole, start)
+            if gone := missing(message, whole[start:stop]):
                 raise LeftOut(DROPPED if gone == "content" else f"the chat template ignores {gone} of an answer")
+            following = said(conversation[n + 1]).strip() if n + 1 < len(conversation) else ""
+            if following and following in whole[start:stop] and following not in said(message):
+                raise LeftOut(UNSTABLE)  # it does not end with the token that ends others, and the next turn is in it
             spans.append((start, stop))
         return spans
 
@@ -285,10 +283,20 @@ class _Writer:
         opened = self.template.render(before, self.row, open_turn=True)
         if whole.startswith(opened):
             return len(opened)
-        headed = self.template.render(before, self.row) + self.frame.header
+        headed = self.template.closed(before, self.row, opened) + self.frame.header
         if whole.startswith(headed):
             return len(headed)
         raise LeftOut(UNSTABLE)
+
+    def _stop(self, messages: list[Message], whole: str, start: int) -> int:
+        """Where the answer that these messages end with, and that begins at `start`, ends in the whole."""
+        shorter = self.template.ended(self.template.render(messages, self.row), self.row)
+        if whole.startswith(shorter):
+            return len(shorter)
+        # Qwen3's template, for one, writes an answer otherwise if the dialogue goes on.
+        end = self.frame.end or said(messages[-1])
+        found = whole.find(end, start)
+        return found + len(end) if found >= 0 else len(whole)
 
     def _with_end(self, whole: str, start: int, stop: int) -> Span:
         """A marked part with its end of turn, which some marks leave out, and no blanks after it, as some have."""

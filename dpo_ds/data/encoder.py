@@ -157,11 +157,10 @@ class Encoder:
                 start, stop = (_common(tokens, ids) for tokens in self._ids([text[:place] for place in span]))
                 mask[start:stop] = [True] * (stop - start)
             return mask
-        places = self.tokenizer(text, add_special_tokens=not self.template, return_offsets_mapping=True, verbose=False)[
-            "offset_mapping"
-        ]
+        special = not self.template
+        found = self.tokenizer(text, add_special_tokens=special, return_offsets_mapping=True, verbose=False)
         nth, spans = 0, sorted(spans)
-        for n, (start, stop) in enumerate(places):
+        for n, (start, stop) in enumerate(found["offset_mapping"]):
             while nth < len(spans) and spans[nth][1] <= start:
                 nth += 1
             mask[n] = nth < len(spans) and spans[nth][0] < stop
@@ -193,7 +192,7 @@ class Encoder:
             return replace(whole, prompt=whole.prompt[:length])
         if self.options.truncation == "keep_end":
             return replace(whole, prompt=truncate.ends(whole.prompt, length, self.tokenizer.bos_token_id))
-        fewer = truncate.with_fewer_turns(comparison)
+        fewer = truncate.with_fewer_turns(comparison, as_text=self.template is None)
         low, high = 0, len(fewer)  # the first of `fewer` that fits is in fewer[low:high + 1], or there is none
         tried: dict[int, Encoded] = {}
         while low < high:

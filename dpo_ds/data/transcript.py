@@ -11,6 +11,12 @@ from dpo_ds.data.comparison import Answer, Comparison, LeftOut, Message
 from dpo_ds.data.dialogue import ROLES, TURN, as_text
 from dpo_ds.data.template import REASONING, ChatTemplate, Span, said
 
+# Kinds in the report. The first changes a row, the other leaves it out.
+TRAILING = "messages after the assistant's last one were left off: nothing is learned there"
+
+
+NO_ASSISTANT = "an answer has no message of the assistant's"
+
 
 @dataclass
 class Transcript:
@@ -23,14 +29,25 @@ class Transcript:
         if kind not in self.changed:
             self.changed.append(kind)
 
+    def add(self, text: str, spans: list[Span] | None) -> None:
+        """Adds an answer, as far as the assistant's last part. The spans are places in its text."""
+        if spans is not None:
+            if not spans:
+                raise LeftOut(NO_ASSISTANT)
+            if text[spans[-1][1] :].strip():
+                self.note(TRAILING)
+            text = text[: spans[-1][1]]
+            spans = [(len(self.prompt) + start, len(self.prompt) + stop) for start, stop in spans]
+        self.wholes.append(self.prompt + text)
+        self.spans.append(spans)
+
 
 # ------------------------------------------------------------------------------------------------------ already written
 
 
 def write_rendered(row: Comparison, template: ChatTemplate | None) -> Transcript:
     """Texts that hold the template's own tokens stay as they are. An answer's end of turn is added if it is missing."""
-    prompt = row.text or ""
-    transcript = Transcript(prompt)
+    transcript = Transcript(row.text or "")
     for answer in row.answers:
         text, spans = (answer.text or "").rstrip(), None
         if template:
@@ -38,9 +55,8 @@ def write_rendered(row: Comparison, template: ChatTemplate | None) -> Transcript
             ends = [end for end in (frame.end.strip(), str(template.tokenizer.eos_token)) if end]
             text = text if text.endswith(tuple(ends)) else text + frame.end
             if frame.end and frame.opening in text:
-                spans = [(len(prompt) + a, len(prompt) + b) for a, b in _between(text, frame.opening, frame.end)]
-        transcript.wholes.append(prompt + text)
-        transcript.spans.append(spans)
+                spans = list(_between(text, frame.opening, frame.end))
+        transcript.add(text, spans)
     return transcript
 
 
@@ -79,9 +95,7 @@ def write_plain(row: Comparison) -> Transcript:
         if text is None:
             _check_plain(answer.messages, "of an answer")
             text = _plain_answer(answer.messages, continued)
-        several = len(answer.messages) > 1
-        transcript.wholes.append(prompt + text)
-        transcript.spans.append([(len(prompt) + a, len(prompt) + b) for a, b in _spoken(text)] if several else None)
+        transcript.add(text, _spoken(text) if len(answer.messages) > 1 else None)
     return transcript
 
 
