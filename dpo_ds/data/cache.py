@@ -17,7 +17,8 @@ import pyarrow.compute as pc
 from dpo_ds.data.comparison import LeftOut
 from dpo_ds.data.counts import Report
 from dpo_ds.data.dialogue import as_text
-from dpo_ds.data.encoder import Encoded, Encoder
+from dpo_ds.data.encoded import Encoded
+from dpo_ds.data.encoder import Encoder
 from dpo_ds.data.files import RAW
 from dpo_ds.data.forms import read_row
 from dpo_ds.data.held_out import KEYS, prompt_hash, prompt_keys

@@ -9,28 +9,18 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from dpo_ds.data import truncate
-from dpo_ds.data.comparison import Comparison, LeftOut, Markers, Preference
+from dpo_ds.data.chat import REWRITTEN, write_chat
+from dpo_ds.data.comparison import Comparison, LeftOut, Markers
+from dpo_ds.data.encoded import Encoded, with_pairs_that_differ, without_unused_answers
 from dpo_ds.data.template import ChatTemplate, Span
-from dpo_ds.data.transcript import REWRITTEN, Transcript, write_chat, write_plain, write_rendered
+from dpo_ds.data.transcript import Transcript, write_plain, write_rendered
 from dpo_ds.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Kinds in the report. The first two change a row, the others leave it out.
+# A kind in the report.
 MOVED = "the response's first tokens merge with the prompt's: the boundary was moved back"
-
-
-PAIRS_DROPPED = "pairs were dropped because their answers are the same tokens, or have none left"
-
-
-NO_ROOM = "no room for a response token within --max_length"
-
-
-EQUAL_NOW = "the responses are equal once cut"
-
-
-EQUAL_TOKENS = "the responses are the same tokens"
 
 
 @dataclass(frozen=True)
@@ -41,20 +31,6 @@ class Tokenizing:
     min_prompt_tokens: int | None = None  # None: half of max_length
     template_kwargs: dict[str, Any] = field(default_factory=dict)  # variables of the chat template, for every row
     date: str | None = None  # ISO; what a template prints as today's date. None: that of the clock
-
-
-@dataclass
-class Encoded:
-    """A comparison as token ids. All answers continue the same prompt."""
-
-    prompt: list[int] = field(default_factory=list)
-    answers: list[list[int]] = field(default_factory=list)
-    scored: list[list[bool] | None] = field(default_factory=list)  # per answer: which tokens are learned; None: all
-    pairs: list[Preference] = field(default_factory=list)  # those that still differ; numbers of `answers`
-    left_out: str = ""  # kind for the report; "": the row is used
-    changed: list[str] = field(default_factory=list)  # kinds for the report
-    cut_prompt: int = 0  # tokens
-    cut_answers: list[int] = field(default_factory=list)  # tokens
 
 
 class Encoder:
@@ -92,7 +68,7 @@ class Encoder:
 
     def encode(self, comparisons: list[Comparison]) -> list[Encoded]:
         """Encodes a batch. A comparison that cannot be used has `left_out`, and no tokens."""
-        comparisons = [_without_unused(comparison) for comparison in comparisons]
+        comparisons = [without_unused_answers(comparison) for comparison in comparisons]
         return [
             self._finished(comparison, whole)
             for comparison, whole in zip(comparisons, self._whole(comparisons), strict=True)
@@ -181,11 +157,10 @@ class Encoder:
                 start, stop = (_common(tokens, ids) for tokens in self._ids([text[:place] for place in span]))
                 mask[start:stop] = [True] * (stop - start)
             return mask
-        places = self.tokenizer(text, add_special_tokens=not self.template, return_offsets_mapping=True, verbose=False)[
-            "offset_mapping"
-        ]
+        special = not self.template
+        found = self.tokenizer(text, add_special_tokens=special, return_offsets_mapping=True, verbose=False)
         nth, spans = 0, sorted(spans)
-        for n, (start, stop) in enumerate(places):
+        for n, (start, stop) in enumerate(found["offset_mapping"]):
             while nth < len(spans) and spans[nth][1] <= start:
                 nth += 1
             mask[n] = nth < len(spans) and spans[nth][0] < stop
@@ -210,14 +185,14 @@ class Encoder:
         answers = [answer[: room.answer] for answer in cut.answers]
         scored = [mask and mask[: room.answer] for mask in cut.scored]
         cut = replace(cut, answers=answers, scored=scored, changed=changed)
-        return _with_pairs_that_differ(replace(cut, cut_prompt=cut_prompt, cut_answers=cut_answers))
+        return with_pairs_that_differ(replace(cut, cut_prompt=cut_prompt, cut_answers=cut_answers))
 
     def _with_shorter_prompt(self, comparison: Comparison, whole: Encoded, length: int) -> Encoded:
         if self.options.truncation == "keep_start":
             return replace(whole, prompt=whole.prompt[:length])
         if self.options.truncation == "keep_end":
             return replace(whole, prompt=truncate.ends(whole.prompt, length, self.tokenizer.bos_token_id))
-        fewer = truncate.with_fewer_turns(comparison)
+        fewer = truncate.with_fewer_turns(comparison, as_text=self.template is None)
         low, high = 0, len(fewer)  # the first of `fewer` that fits is in fewer[low:high + 1], or there is none
         tried: dict[int, Encoded] = {}
         while low < high:
@@ -256,47 +231,6 @@ def _common(*sequences: list[int]) -> int:
             break
         length += 1
     return length
-
-
-# ---------------------------------------------------------------------------------------------------------------- pairs
-
-
-def _without_unused(comparison: Comparison) -> Comparison:
-    """Without answers that no pair uses. A comparison without pairs keeps all."""
-    used, pairs = _renumbered(comparison.pairs)
-    if not used or len(used) == len(comparison.answers):
-        return comparison
-    return replace(comparison, answers=[comparison.answers[n] for n in used], pairs=pairs)
-
-
-def _renumbered(pairs: list[Preference]) -> tuple[list[int], list[Preference]]:
-    """The answers that pairs use, in order, and the pairs with numbers among those."""
-    used = sorted({n for pair in pairs for n in (pair.chosen, pair.rejected)})
-    at = {n: place for place, n in enumerate(used)}
-    return used, [replace(pair, chosen=at[pair.chosen], rejected=at[pair.rejected]) for pair in pairs]
-
-
-def _with_pairs_that_differ(cut: Encoded) -> Encoded:
-    """Without pairs whose answers are equal or hold nothing to learn, and without the answers that only they use."""
-    learned = [
-        bool(answer) and (mask is None or any(mask)) for answer, mask in zip(cut.answers, cut.scored, strict=True)
-    ]
-    both = [pair for pair in cut.pairs if learned[pair.chosen] and learned[pair.rejected]]
-    kept = [pair for pair in both if cut.answers[pair.chosen] != cut.answers[pair.rejected]]
-    if len(kept) == len(cut.pairs) and (kept or all(learned)):
-        return cut
-    if not kept:
-        kind = (EQUAL_NOW if any(cut.cut_answers) else EQUAL_TOKENS) if both else NO_ROOM
-        return Encoded(left_out=kind, changed=cut.changed, cut_prompt=cut.cut_prompt, cut_answers=cut.cut_answers)
-    used, pairs = _renumbered(kept)
-    return replace(
-        cut,
-        answers=[cut.answers[n] for n in used],
-        scored=[cut.scored[n] for n in used],
-        cut_answers=[cut.cut_answers[n] for n in used],
-        pairs=pairs,
-        changed=[*cut.changed, PAIRS_DROPPED],
-    )
 
 
 def end_token(tokenizer: "PreTrainedTokenizerBase", tokenizing: Tokenizing) -> int:

@@ -19,7 +19,6 @@ from numpy.typing import ArrayLike
 
 from dpo_ds.errors import UserError
 
-
 # What the manifest counts, and the arrays that have so many entries.
 COUNTED = {
     "tokens": ("tokens",),

@@ -49,7 +49,11 @@ class ChatTemplate:
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", variables: dict[str, Any], date: str | None):
         self.tokenizer, self.variables, self.date = tokenizer, variables, date
         self._reserved = set(inspect.signature(tokenizer.apply_chat_template).parameters) - {"documents", "kwargs"}
+        added = {str(token) for token in tokenizer.added_tokens_decoder.values()} | set(tokenizer.all_special_tokens)
+        # Some tokenizers list runs of blanks as added tokens; those do not end a turn.
+        self.special_tokens = frozenset(token for token in added if token.strip())
         self._frames: dict[str, Frame] = {}
+        self._read: dict[str, bool] = {}  # what `reads` found
         self._sources = {tools: self._dated(tools) for tools in (False, True)}
         if wrong := sorted(self._reserved & set(variables)):
             raise UserError(f"--chat_template_kwargs sets {wrong[0]}, which is not a variable of the template's own")
@@ -73,7 +77,10 @@ class ChatTemplate:
 
     def reads(self, name: str) -> bool:
         """Whether the name of a variable or of a message's key stands in the template."""
-        return any(re.search(rf"\b{re.escape(name)}\b", source) for source in set(self._sources.values()))
+        if name not in self._read:
+            word = re.compile(rf"\b{re.escape(name)}\b")
+            self._read[name] = any(word.search(source) for source in self._sources.values())
+        return self._read[name]
 
     # ------------------------------------------------------------------------------------------------------ rendering
 
@@ -150,12 +157,7 @@ class ChatTemplate:
         closed, rendered = self.closed(asked, row, opened), self.render(answered, row)
         at = rendered.rfind(answer)
         suffix = rendered[at + len(answer) :]
-        # Some tokenizers list runs of blanks as added tokens; those do not end a turn.
-        ends = [
-            place + len(token)
-            for token in self.special_tokens()
-            if token.strip() and (place := suffix.find(token)) >= 0
-        ]
+        ends = [place + len(token) for token in self.special_tokens if (place := suffix.find(token)) >= 0]
         follows = rendered.startswith(opened)
         shared = os.path.commonprefix([opened, rendered])  # noqa: RUF071  (character by character, as intended)
         header = self._header(answered, closed, row)
@@ -177,10 +179,6 @@ class ChatTemplate:
             return ""
         return further[len(closed) : further.rfind(answered[-1]["content"])] if further.startswith(closed) else ""
 
-    def special_tokens(self) -> set[str]:
-        added = {str(token) for token in self.tokenizer.added_tokens_decoder.values()}
-        return added | set(self.tokenizer.all_special_tokens)
-
     def markers(self) -> Markers:
         row = Comparison([], [], [])
         dialogue = [{"role": role, "content": "text"} for role in ("system", "user", "assistant", "user", "assistant")]
@@ -191,7 +189,7 @@ class ChatTemplate:
                     written += self.render(messages, row, open_turn)
                 except LeftOut:
                     continue  # it takes no system role, or less
-        specials = frozenset(token for token in self.special_tokens() if token.strip() and token in written)
+        specials = frozenset(token for token in self.special_tokens if token in written)
         return Markers(specials, self.frame(row).opening)
 
     def stripped(self, text: str, row: Comparison) -> str:
@@ -207,14 +205,14 @@ class ChatTemplate:
         if frame.suffix and text.endswith(frame.suffix):
             return text.removesuffix(frame.suffix) + frame.end
         # An answer of another kind, a tool call for one, may end otherwise.
-        return text.rstrip() if text.rstrip().endswith(tuple(self.special_tokens())) else text
+        return text.rstrip() if text.rstrip().endswith(tuple(self.special_tokens)) else text
 
 
 def prints_date(tokenizer: "PreTrainedTokenizerBase") -> bool:
     """Whether the chat template prints today's date."""
     templates = tokenizer.chat_template or ""
     texts = templates.values() if isinstance(templates, dict) else [templates]
-    return any(DATE.search(text) for text in texts)
+    return any("strftime_now" in text for text in texts)
 
 
 DATE = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")  # transformers' function for the date of today

@@ -57,23 +57,26 @@ def without_middle(prompt: list[int], length: int, part: tuple[int, int]) -> lis
     return prompt[:first] + prompt[first + gone :]
 
 
-def with_fewer_turns(row: Comparison) -> list[Comparison]:
-    """The row without its oldest turns: one fewer each time, down to the user's last. A turn begins with the user's."""
+def with_fewer_turns(row: Comparison, as_text: bool) -> list[Comparison]:
+    """The row without its oldest turns: one fewer each time, down to the user's last. A turn begins with the user's.
+
+    as_text: the row's text is what is tokenised, where it has one.
+    """
     if row.rendered:
         return []
+    if as_text and row.text is not None:
+        return [replace(row, text=text) for text in _texts_with_fewer_turns(row.text)]
     messages = row.messages
     system = 1 if messages and messages[0]["role"] == "system" else 0
     starts = [n for n, message in enumerate(messages) if message["role"] == "user" and n > system]
-    fewer = [replace(row, messages=messages[:system] + messages[start:]) for start in starts]
-    if row.text is None:
-        return fewer
-    turns = list(TURN.finditer(row.text)) if TURN.match(row.text) else []
-    head = row.text[: turns[1].start()] if len(turns) > 1 and turns[0][1] == "System" else ""
-    cuts = [turn.start() for turn in turns if turn[1] == "Human" and turn.start() > len(head)]
-    texts = [head + row.text[cut:] for cut in cuts]
-    if len(texts) != len(fewer):  # the chat is not this text's
-        fewer = [row] * len(texts)
-    return [replace(shorter, text=text) for shorter, text in zip(fewer, texts, strict=True)]
+    return [replace(row, messages=messages[:system] + messages[start:]) for start in starts]
+
+
+def _texts_with_fewer_turns(text: str) -> list[str]:
+    """The same for a dialogue as plain text."""
+    turns = list(TURN.finditer(text)) if TURN.match(text) else []
+    head = text[: turns[1].start()] if len(turns) > 1 and turns[0][1] == "System" else ""
+    return [head + text[turn.start() :] for turn in turns if turn[1] == "Human" and turn.start() > len(head)]
 
 
 def longest_message(messages: list[Message]) -> str:

@@ -1,12 +1,14 @@
 """Comparisons as token ids: chat templates, where an answer begins and ends, truncation."""
 
+import numpy as np
 import pytest
-from byte_tokenizer import tokenizer
+from byte_tokenizer import SENTENCES, tokenizer
 
+from dpo_ds.data.chat import FOLDED, REWRITTEN
 from dpo_ds.data.comparison import Answer, Comparison, Preference
-from dpo_ds.data.encoder import EQUAL_NOW, MOVED, NO_ROOM, Encoded, Encoder, Tokenizing
+from dpo_ds.data.encoded import EQUAL_NOW, NO_ROOM, Encoded
+from dpo_ds.data.encoder import MOVED, Encoder, Tokenizing
 from dpo_ds.data.template import REFUSED
-from dpo_ds.data.transcript import FOLDED, REWRITTEN
 from dpo_ds.data.truncate import CUT_PROMPT, CUT_RESPONSE
 from dpo_ds.errors import UserError
 

@@ -11,10 +11,12 @@ from dataclasses import replace
 import pytest
 import templates
 
+from dpo_ds.data.chat import DROPPED, FOLDED, REWRITTEN, SHORTENED
 from dpo_ds.data.comparison import Answer, Comparison, Preference
-from dpo_ds.data.encoder import EQUAL_TOKENS, MOVED, Encoded, Encoder, Tokenizing
+from dpo_ds.data.encoded import EQUAL_TOKENS, Encoded
+from dpo_ds.data.encoder import MOVED, Encoder, Tokenizing
 from dpo_ds.data.template import REFUSED, RESERVED, prints_date
-from dpo_ds.data.transcript import DROPPED, FOLDED, NO_ASSISTANT, REWRITTEN, SHORTENED
+from dpo_ds.data.transcript import NO_ASSISTANT
 from dpo_ds.errors import UserError
 
 R1 = "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B"

@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 import templates
 
+from dpo_ds.data.chat import DROPPED, FOLDED, REWRITTEN, UNSTABLE
 from dpo_ds.data.comparison import Answer, Comparison, Preference
-from dpo_ds.data.encoder import Encoded, Encoder, Tokenizing
-from dpo_ds.data.transcript import DROPPED, FOLDED, REWRITTEN, TRAILING, UNSTABLE
+from dpo_ds.data.encoded import Encoded
+from dpo_ds.data.encoder import Encoder, Tokenizing
+from dpo_ds.data.transcript import TRAILING
 
 R1, QWEN_3, MARKED = "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B", "Qwen/Qwen3-8B", "marked"
 CHATML, MISTRAL = "stabilityai/stablelm-2-1_6b-chat", "mistralai/Mistral-7B-Instruct-v0.3"

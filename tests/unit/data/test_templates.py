@@ -7,10 +7,11 @@ import templates
 from tiny import VOCABULARY
 from transformers import AutoTokenizer
 
+from dpo_ds.data.chat import FOLDED
 from dpo_ds.data.comparison import Answer, Comparison, Preference
-from dpo_ds.data.encoder import MOVED, Encoded, Encoder, Tokenizing
+from dpo_ds.data.encoded import Encoded
+from dpo_ds.data.encoder import MOVED, Encoder, Tokenizing
 from dpo_ds.data.template import REFUSED
-from dpo_ds.data.transcript import FOLDED
 
 DIALOGUES = {
     "single": [("user", "Hello")],
