@@ -43,9 +43,30 @@ class Options:
         str, Help("Model to align: hub id, local folder, or tiny-gpt2 (built in).", heading="what to train")
     ] = ""
     dataset: Annotated[
-        str, Help("Preference pairs: hub id, folder, .jsonl/.jsonl.gz/.json/.csv/.parquet file, or sample (built in).")
+        str,
+        Help(
+            "Preference pairs: hub id, folder, file (.jsonl, .json, .csv, .tsv, .parquet, .arrow), glob, or sample "
+            "(built in). Several: a.jsonl,b/c; mixed by weight: a.jsonl:0.7,b/c:0.3."
+        ),
     ] = "HuggingFaceH4/ultrafeedback_binarized"
     dataset_split: Annotated[str, Help("Split of --dataset; auto: train_prefs, train, or the only one.")] = "auto"
+    dataset_config: Annotated[str | None, Help("Config of --dataset, where it has several (a part with a name).")] = (
+        None
+    )
+    columns: Annotated[
+        str | None,
+        Help("The data's names of columns that are not found by themselves: prompt=ask,chosen=best. See docs/data.md."),
+    ] = None
+    pairs: Annotated[
+        Literal["best_worst", "all", "adjacent", "above_margin"],
+        Help(
+            "Which pairs are made of several answers to one prompt with scores or ranks: the best and the worst; every "
+            "two; each with the next worse; or every two whose scores differ by --min_margin."
+        ),
+    ] = "best_worst"
+    min_margin: Annotated[
+        float, Help("With --pairs above_margin: how much better a pair's chosen answer must be, in the data's scores.")
+    ] = 0.0
     eval_dataset: Annotated[
         str | None, Help("Held-out pairs; by default a fixed part of --dataset, chosen by content, is held out.")
     ] = None
@@ -229,6 +250,13 @@ NOT_IDENTITY = frozenset(
     | {"plan", "gpus", "gpu_memory", "host_memory", "nvme", "nvme_path"}
 )
 
+# What --columns may name: these are the names that data/forms.py looks for.
+COLUMNS = (
+    *("prompt", "messages", "question", "instruction", "input", "system", "history", "tools", "chat_template_kwargs"),
+    *("chosen", "rejected", "response_a", "response_b", "preference", "responses", "scores", "ranks"),
+    *("score_chosen", "score_rejected", "weight", "margin"),
+)
+
 DESCRIPTION = "The options of a run. --model alone is enough; the rest follows from the model and the machine."
 
 FIELDS = {field.name: field for field in dataclasses.fields(Options)}
@@ -350,6 +378,22 @@ def _unknown(word: str, known: list[str]) -> str:
     return f"unknown option {name}; did you mean {nearest}? (--help lists all)"
 
 
+def read_columns(text: str | None) -> dict[str, str]:
+    """What --columns says: {our name: the data's column}. Raises UserError for what is not of the form name=column."""
+    found: dict[str, str] = {}
+    for entry in (text or "").split(",") if text is not None else []:
+        name, equals, column = (part.strip() for part in entry.partition("="))
+        if not equals or not name or not column:
+            raise UserError(f"--columns {_one_line(text or '')}: write name=column, as in prompt=question,chosen=best")
+        if name not in COLUMNS:
+            [nearest] = difflib.get_close_matches(name, COLUMNS, n=1, cutoff=0.0)
+            raise UserError(f"--columns has no name {name}; did you mean {nearest}? It takes {', '.join(COLUMNS)}")
+        if name in found:
+            raise UserError(f"--columns names {name} twice: {found[name]} and {column}")
+        found[name] = column
+    return found
+
+
 def check(options: Options) -> None:
     """Raises UserError for values that are wrong for every model, data set and machine."""
     if not options.model:
@@ -383,6 +427,10 @@ def check(options: Options) -> None:
     _require(options, "lora_dropout", lambda x: 0 <= x < 1, "from 0 to below 1")
     _require(options, "max_length", lambda x: x >= 2, "2 or more: a prompt token and a response token")
     _require(options, "seed", lambda x: x >= 0, "0 or more")
+    _require(options, "min_margin", lambda x: x >= 0, "0 or more")
+    if options.min_margin and options.pairs != "above_margin":
+        raise UserError("--min_margin is for --pairs above_margin: add that, or leave out --min_margin")
+    read_columns(options.columns)
     if options.router_aux_loss_coef != "model":
         _require_number("router_aux_loss_coef", options.router_aux_loss_coef)
     if options.reference == "base" and not options.lora:
