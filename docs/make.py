@@ -2,11 +2,12 @@
 
     docs/package.svg           the wings and what they import, from the import statements
     docs/options.md            every option, from dpo_ds.config.Options
+    docs/data.md               the forms of a row, from dpo_ds.data.forms
     docs/models.md             the twelve models and their checks, from tests/launches/test_models.py
     launch/recipes/README.md   the plan of each recipe's model, from dpo_ds.plan (a minute)
 
-A page's own text stays: only what lies between the two marks is written. tests/unit/test_docs.py makes the first three
-again and compares, tests/unit/plan/test_plan.py the last.
+A page's own text stays: only what lies between the two marks is written. tests/unit/test_docs.py makes all but the
+last again and compares, tests/unit/plan/test_plan.py the last.
 """
 
 import ast
@@ -190,6 +191,31 @@ def models_table() -> str:
     return "\n".join(lines)
 
 
+def forms_tables() -> str:
+    """The forms of a row: how it gives its answers, its prompt, and what may stand beside them."""
+    from dpo_ds.data.forms import BESIDE, FORMS, WITHOUT_PROMPT
+
+    lines = []
+    for half, title in (("answers", "The answers, and which is better"), ("prompt", "The prompt")):
+        lines += [f"### {title}", "", "| columns | what they hold | found in | a row |", "|---|---|---|---|"]
+        forms = [form for form in FORMS if form.half == half]
+        lines += [f"| {form.columns} | {form.shapes} | {form.source} | {_row(form.example)} |" for form in forms]
+        lines.append("")
+    for title, heading, rows in (
+        ("Without a column for the prompt", "the answers are", WITHOUT_PROMPT),
+        ("Beside them", "columns", BESIDE),
+    ):
+        what = "the prompt is" if rows is WITHOUT_PROMPT else "what they do"
+        lines += [f"### {title}", "", f"| {heading} | {what} | a row |", "|---|---|---|"]
+        lines += [f"| {columns} | {meaning} | {_row(example)} |" for columns, meaning, example in rows]
+        lines.append("")
+    return "\n".join(lines).strip()
+
+
+def _row(example: dict) -> str:
+    return f"`{json.dumps(example, ensure_ascii=False)}`"
+
+
 def plan_table() -> str:
     from dpo_ds.engine import join
     from dpo_ds.plan.__main__ import everything
@@ -201,6 +227,7 @@ def plan_table() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "docs/options.md": options_table,
     "docs/models.md": models_table,
+    "docs/data.md": forms_tables,
     "launch/recipes/README.md": plan_table,
 }
 PAGES = ["docs/package.svg", *TABLES]

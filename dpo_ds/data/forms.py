@@ -180,6 +180,25 @@ FORMS = [
     ),
 ]
 
+# Where no column gives the prompt: what the answers are, how the prompt is found, an example.
+WITHOUT_PROMPT: list[tuple[str, str, dict[str, Any]]] = [
+    (
+        "whole dialogues as messages",
+        "the messages that all have in common; what follows may be several turns, of which the assistant's are learned",
+        {"chosen": [SAY, HELLO], "rejected": [SAY, NO]},
+    ),
+    (
+        "whole dialogues as text in HH's style",
+        "the text up to the last `Assistant:`",
+        {"chosen": f"{HH} Hello!", "rejected": f"{HH} No."},
+    ),
+    (
+        "other text",
+        "the words that all begin with; only where no other column may be the prompt",
+        {"chosen": "Say hello. Hello!", "rejected": "Say hello. No."},
+    ),
+]
+
 # What may stand beside them: columns, what they do, an example (a whole row).
 BESIDE: list[tuple[str, str, dict[str, Any]]] = [
     (

@@ -50,18 +50,22 @@ def messages_column(row: Row, names: tuple[str, ...]) -> Prompt | None:
 
 
 def question(row: Row, names: tuple[str, ...]) -> Prompt | None:
+    name = "instruction" if names[0] == "input" and isinstance(row.get("instruction"), str) else names[0]
     texts = {name: text for name in QUESTIONS if isinstance(text := row.get(name), str) and text.strip()}
     if "instruction" in texts:
         texts.pop("input", None)
     if len(set(texts.values())) > 1 and not {*texts} & {*row.columns}:
         could_be = [row.called(name) for name in texts]
         raise LeftOut(f"{' and '.join(could_be)} could both be the prompt; name one: --columns prompt={could_be[0]}")
-    value, where = decoded(row.take(names[0])), row.called(names[0])
+    value, where = decoded(row.get(name)), row.called(name)
+    if isinstance(value, str) and not value.strip():
+        return None
+    if name == "history" and isinstance(value, list) and (texts or row.first(["prompt", *CHATS])):
+        return None  # the turns before the prompt
+    row.take(name)
     if not isinstance(value, str):
         return _prompt_messages(row, where, value)
-    if not value.strip():
-        return None
-    if names[0] == "instruction" and isinstance(row.get("input"), str):
+    if name == "instruction" and isinstance(row.get("input"), str):
         more = row.take("input")
         value = f"{value}\n{more}" if more.strip() else value
     return Prompt(where, text=value)

@@ -8,7 +8,17 @@ import typing
 
 import pytest
 
-from dpo_ds.config import ALIASES, FIELDS, Options, group_of, help_of, parse_options, template_variables, to_yaml
+from dpo_ds.config import (
+    ALIASES,
+    FIELDS,
+    Options,
+    group_of,
+    help_of,
+    parse_options,
+    read_columns,
+    template_variables,
+    to_yaml,
+)
 from dpo_ds.errors import UserError
 
 
@@ -46,6 +56,15 @@ def test_what_is_written_reads_back_equal(tmp_path):
         ("--model m --chat_template_kwargs [1]", "is [1], but must be a JSON object"),
         ("--beta 0.1", "--model is needed"),
         ("--model m --config /no/such.yaml", "/no/such.yaml"),
+        ("--model m --min_margin 2", "--min_margin is for --pairs above_margin"),
+        ("--model m --pairs above_margin --min_margin -1", "--min_margin is -1.0, but must be 0 or more"),
+        ("--model m --pairs best", "argument --pairs: invalid choice: 'best'"),
+        ("--model m --columns prompt", "--columns prompt: write name=column, as in prompt=question,chosen=best"),
+        ("--model m --columns prompt=", "write name=column"),
+        ("--model m --columns =a", "write name=column"),
+        ("--model m --columns prompt=a,,chosen=b", "write name=column"),
+        ("--model m --columns promt=a", "--columns has no name promt; did you mean prompt? It takes prompt, messages"),
+        ("--model m --columns prompt=a,prompt=b", "--columns names prompt twice: a and b"),
         ("--model", "expected one argument"),
     ],
 )
@@ -77,6 +96,11 @@ def test_the_templates_variables_are_a_json_object():
     options = parse_options(["--model", "m", "--chat_template_kwargs", '{"enable_thinking": false}'])
     assert template_variables(options) == {"enable_thinking": False}
     assert template_variables(parse_options(["--model", "m"])) == {}
+
+
+def test_columns_are_read():
+    options = parse_options(["--model", "m", "--columns", "prompt = my question, chosen=a=b"])
+    assert read_columns(options.columns) == {"prompt": "my question", "chosen": "a=b"} and read_columns(None) == {}
 
 
 def test_launchers_local_rank_is_taken():
@@ -148,6 +172,10 @@ def test_a_given_value_has_the_type_of_its_field(name):
         flags = ["--chat_template_kwargs={}"]
     elif name == "lora_dropout":
         flags = ["--lora_dropout=0"]
+    elif name == "columns":
+        flags = ["--columns=prompt=question"]
+    elif name == "min_margin":
+        flags.append("--pairs=above_margin")
     value = getattr(parse_options(["--model", "m", *flags]), name)
     assert value is not None and of_type(value, hint)
 

@@ -8,10 +8,10 @@ import shlex
 from pathlib import Path
 
 import pytest
-from dpo_ds.data.rows import normalise
 
 from dpo_ds import __version__
 from dpo_ds.config import Options, parse_options
+from dpo_ds.data.forms import BESIDE, FORMS, WITHOUT_PROMPT, Reading, read_row, require_form
 from dpo_ds.plan.choose import choose
 from dpo_ds.plan.machine import Machine
 
@@ -104,12 +104,13 @@ def test_commands_exist(page, command, monkeypatch):
 
 
 def test_rows_that_are_shown_are_understood():
-    rows = [json.loads(span) for span in code(ROOT / "docs" / "data.md") if span.startswith("{")]
-    assert len(rows) == 3
+    rows = [json.loads(span) for span in code(ROOT / "docs" / "data.md") if span.startswith('{"') and "..." not in span]
+    assert len(rows) == len(FORMS) + len(WITHOUT_PROMPT) + len(BESIDE) > 20
     for row in rows:
-        pair = normalise(row)
-        assert pair["messages"] == [{"role": "user", "content": "Say hello."}], row
-        assert (pair["chosen"].strip(), pair["rejected"].strip()) == ("Hello!", "No."), row
+        found = read_row(row, Reading())
+        said = [found.answers[at].messages[0]["content"] for at in (found.pairs[0].chosen, found.pairs[0].rejected)]
+        assert " ".join(found.messages[-1]["content"].split()) == "Say hello." and said == ["Hello!", "No."], row
+        require_form([*row], Reading())
 
 
 def test_readme_is_short():

@@ -278,7 +278,7 @@ def test_a_damaged_set_says_which_folder_to_remove(damage, tmp_path):
     assert str(folder) in str(error.value)
 
 
-# ------------------------------------------------------------------------------------------------------------ the report
+# ----------------------------------------------------------------------------------------------------------- the report
 
 
 def test_what_is_left_out_is_counted_and_named(tmp_path):

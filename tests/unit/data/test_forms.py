@@ -9,6 +9,7 @@ import layouts
 import pytest
 from layouts import answer, system, user
 
+from dpo_ds import config
 from dpo_ds.data import assemble, ranking
 from dpo_ds.data.answers import DISAGREE, ONE_ANSWER
 from dpo_ds.data.assemble import (
@@ -25,7 +26,7 @@ from dpo_ds.data.assemble import (
 )
 from dpo_ds.data.comparison import Answer, Comparison, LeftOut, Markers, Preference
 from dpo_ds.data.dialogue import as_text
-from dpo_ds.data.forms import BESIDE, FORMS, Reading, read_row, require_form
+from dpo_ds.data.forms import BESIDE, FORMS, WITHOUT_PROMPT, Reading, read_row, require_form
 from dpo_ds.errors import UserError
 
 DATA = launching.ROOT.parent / "shared" / "data"
@@ -216,6 +217,12 @@ def test_each_form_reads_its_example(form):
     assert (chosen, rejected) == ("Hello!", "No.")
     require_form([*form.example], Reading())
     assert not read(form.example).unused
+
+
+@pytest.mark.parametrize(("answers", "prompt", "example"), WITHOUT_PROMPT)
+def test_each_way_to_find_a_prompt_reads_its_example(answers, prompt, example):
+    assert pair(read(example)) == ([user("Say hello.")], "Hello!", "No.")
+    assert read(example).implicit == (answers == "other text"), prompt
 
 
 @pytest.mark.parametrize(("columns", "meaning", "example"), BESIDE)
@@ -1126,6 +1133,39 @@ def test_columns_are_named():
     assert pair(read(row, columns={"preference": "safer_response_id"}))[1] == row["response_1"]
 
 
+MAPPED = {
+    "prompt": GOOD,
+    "messages": {"messages": [user("p")], "chosen": "a", "rejected": "b"},
+    "question": {"question": "p", "chosen": "a", "rejected": "b"},
+    "instruction": {"instruction": "p", "chosen": "a", "rejected": "b"},
+    "input": {"instruction": "p", "input": "q", "chosen": "a", "rejected": "b"},
+    "system": {**GOOD, "system": "s"},
+    "history": {**GOOD, "history": [["a", "b"]]},
+    "tools": {**GOOD, "tools": [TOOL]},
+    "chosen": GOOD,
+    "rejected": GOOD,
+    "response_a": {"prompt": "p", "response_a": "x", "response_b": "y", "preference": "b"},
+    "response_b": {"prompt": "p", "response_a": "x", "response_b": "y", "preference": "b"},
+    "preference": {"prompt": "p", "response_a": "x", "response_b": "y", "preference": "b"},
+    "responses": SCORED,
+    "scores": SCORED,
+    "ranks": {"prompt": "p", "responses": ["a", "b"], "ranks": [2, 1]},
+    "score_chosen": {**GOOD, "score_chosen": 3, "score_rejected": 1},
+    "score_rejected": {**GOOD, "score_chosen": 3, "score_rejected": 1},
+    "weight": {**GOOD, "weight": 2},
+    "margin": {**GOOD, "margin": 2},
+    "chat_template_kwargs": {**GOOD, "chat_template_kwargs": {"a": 1}},
+}
+
+
+@pytest.mark.parametrize("name", config.COLUMNS)
+def test_each_name_that_columns_takes_is_looked_for(name):
+    row = {("other name" if column == name else column): value for column, value in MAPPED[name].items()}
+    found = read(row, columns={name: "other name"})
+    assert found == read(MAPPED[name]) and not found.unused
+    require_form([*row], Reading(columns={name: "other name"}))
+
+
 SETS = {
     "no form": (
         ["question", "answer"],
@@ -1162,6 +1202,10 @@ LEFT_OUT = {
     "null response": ("the field chosen is missing", {"prompt": "p", "chosen": None, "rejected": "b"}),
     "null prompt": ("the field prompt is missing", {"prompt": None, "chosen": "a", "rejected": "b"}),
     "null question": ("the field question is missing", {"question": None, "chosen": "I am a", "rejected": "I am b"}),
+    "an empty question": (
+        "the field question is missing",
+        {"question": " ", "chosen": "I am a", "rejected": "I am b"},
+    ),
     "nothing that we know": ("the columns of the row fit no form: it has a, b", {"b": 1, "a": 2}),
     "no columns": ("the columns of the row fit no form: it has none", {}),
     "a text beside which no prompt is named": (

@@ -354,7 +354,7 @@ BAD = {
 @pytest.mark.parametrize("case", BAD)
 def test_weights_that_cannot_be(case, load):
     text, message = BAD[case]
-    with pytest.raises(UserError, match=f"^--dataset .*{message}") as error:
+    with pytest.raises(UserError, match=rf"^--dataset .*{message}") as error:
         load(text)
     assert "\n" not in str(error.value)
 
@@ -364,7 +364,7 @@ def test_a_mix(tmp_path, load):
     first, second = load(f"{tmp_path}/a.jsonl:0.25,{tmp_path}/b.csv:0.75")
     assert (first.source.weight, second.source.weight) == (0.25, 0.75)
     assert said(first.split) == [GOOD] * 4 and said(second.split) == [OTHER] * 2
-    with pytest.raises(UserError, match="^--eval_dataset weights mix training pairs"):
+    with pytest.raises(UserError, match=r"^--eval_dataset weights mix training pairs"):
         load(f"{tmp_path}/a.jsonl:0.25,{tmp_path}/b.csv:0.75", role="eval")
     assert len(load(f"{tmp_path}/a.jsonl,{tmp_path}/b.csv", role="eval")) == 2
 
