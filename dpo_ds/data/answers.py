@@ -206,7 +206,9 @@ def two_answers(row: Row, names: tuple[str, ...]) -> Answers:
     if found is None and scores is not None:
         return Answers(sides, values=scores)
     if found is None:
-        raise LeftOut(f"no column says which of {called[0]} and {called[1]} is better")
+        raise LeftOut(
+            f"no column says which of {called[0]} and {called[1]} is better; if one does: --columns preference=COLUMN"
+        )
     if scores is not None:
         margin = scores[found.chosen] - scores[found.rejected]
         if margin < 0:

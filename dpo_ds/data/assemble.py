@@ -33,7 +33,8 @@ BEGINNING = "one dialogue is the beginning of the other"
 NO_PROMPT = "chosen and rejected share no prompt"
 NOT_UNICODE = "a text is not valid Unicode"
 TWO_SYSTEMS = "the column system and the dialogue's system message differ"
-TWO_ASSISTANTS = "two assistant messages follow each other where the answers begin"
+TWO_ASSISTANTS = "two assistant messages follow each other where the answers begin, or in one"
+NOT_TEXT = "the row has images, sound or video; only text can be trained on"
 OPEN_CALL = "the prompt ends in a tool call without the tool's answer"
 # Kinds that change a row.
 REPEATED = "the answers repeat the prompt: it is taken once"
@@ -51,6 +52,7 @@ ABOUT = re.compile(
     r"critique|comments?|notes?|metadata|meta|info|annotator|hash|status|version|policy|explanation|justification|"
     r"statement|elaboration|weight|margin)"
 )
+MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 SYSTEMS = ("system", "system_prompt", "system_message")
 
 
@@ -67,6 +69,8 @@ class Parts:
 
 def assemble(row: Row, prompt: Prompt | None, answers: Answers, reading: Reading) -> Comparison:
     """The comparison that a row makes. Raises LeftOut if its halves do not fit, or if it compares nothing."""
+    if any(row.get(name) for name in MEDIA):
+        raise LeftOut(NOT_TEXT)
     sides = [(where, decoded(value)) for where, value in answers.sides]
     texts = [value for _, value in sides if isinstance(value, str)]
     if len(texts) == len(sides):
@@ -382,6 +386,8 @@ def _as_chat(row: Row, where: str, value: Any) -> list[Message]:
         return (parse_dialogue(dialogue) if dialogue else None) or [{"role": "assistant", "content": value}]
     if isinstance(value, list) and value and is_part(value[0]):
         return [{"role": "assistant", "content": read_content(value, where)}]
+    if isinstance(value, dict) and isinstance(value.get("messages"), list):
+        value = value["messages"]
     if not value:
         raise LeftOut(f"{where} is {a_kind(value)}")
     return read_messages(value, where, row.notes)
@@ -473,6 +479,8 @@ def _chat_parts(row: Row, messages: list[Message], chats: list[list[Message]]) -
         if last + 1 < len(chat):
             row.notes.changed[TAIL] = None
             chat = chat[: last + 1]
+        if any(a["role"] == b["role"] == "assistant" and not a.get("tool_calls") for a, b in pairwise(chat)):
+            raise LeftOut(TWO_ASSISTANTS)
         if len(chat) == 1 and isinstance(chat[0]["content"], str) and not begun:
             chat = [{**chat[0], "content": chat[0]["content"].strip()}]
         answers.append(Answer(chat, _answer_text(chat, begun)))
@@ -496,9 +504,10 @@ def _is_plain(message: Message) -> bool:
 
 
 def _key(message: Message) -> tuple:
-    """What makes two messages the same. A name or a call's id may be in one copy alone."""
+    """What makes two messages the same. A blank, a name or a call's id may be in one copy alone."""
     calls = [call["function"] for call in message.get("tool_calls", [])]
-    return message["role"], message["content"], repr(calls), message.get("reasoning_content") or message.get("thinking")
+    said = (message["content"] or "").strip()
+    return message["role"], said, repr(calls), message.get("reasoning_content") or message.get("thinking")
 
 
 def _shared(chats: Sequence[Sequence[Message]]) -> int:

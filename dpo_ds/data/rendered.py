@@ -59,7 +59,7 @@ def require_own(text: str, markers: Markers) -> None:
 
 
 def _begins(text: str, markers: Markers) -> bool:
-    return any(text.lstrip().startswith(token) for token in markers.specials)
+    return any(token and text.lstrip().startswith(token) for token in markers.specials)
 
 
 def _after_last_special(common: str, markers: Markers) -> int:

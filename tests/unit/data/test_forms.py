@@ -146,6 +146,10 @@ CHATS = {
         "chosen": [*CHAT, answer("Hello.")],
         "rejected": [*CHAT, answer("Go away.")],
     },
+    "whole chats whose copies of the prompt differ in blanks": {
+        "chosen": [*CHAT, answer("Hello.")],
+        "rejected": [CHAT[0], user("Hi\n"), answer("Go away.")],
+    },
     "whole chats beside one of them": {
         "messages": [*CHAT, answer("Hello.")],
         "chosen": [*CHAT, answer("Hello.")],
@@ -1334,6 +1338,18 @@ LEFT_OUT = {
         "a dialogue that is rendered already goes on after its answers differ; give it as messages",
         {"chosen": "<|im_start|>assistant\na<|im_start|>assistant\nc", "rejected": "<|im_start|>assistant\nb"},
     ),
+    "an images column": (assemble.NOT_TEXT, {**GOOD, "images": ["a.png"]}),
+    "two messages of the assistant's as one answer": (
+        assemble.TWO_ASSISTANTS,
+        {"prompt": "p", "chosen": [answer("a")], "rejected": [answer("b"), answer("c")]},
+    ),
+    "two messages of the assistant's before the answers": (
+        assemble.TWO_ASSISTANTS,
+        {
+            "chosen": [user("p"), answer("a"), answer("b")],
+            "rejected": [user("p"), answer("a"), answer("c")],
+        },
+    ),
     "one answer": (ONE_ANSWER, {"prompt": "p", "responses": ["a"], "scores": [1]}),
     "one answer and no other": (ONE_ANSWER, {"prompt": "p", "chosen": "a", "rejected": []}),
     "no answers": ("responses is an empty list", {"prompt": "p", "responses": [], "scores": []}),
@@ -1371,7 +1387,10 @@ LEFT_OUT = {
         f"{DISAGREE}: the scores and the ranks of responses",
         {"prompt": "p", "responses": ["a", "b"], "scores": [1, 2], "ranks": [1, 2]},
     ),
-    "no verdict": ("no column says which of response_a and response_b is better", TWO),
+    "no verdict": (
+        "no column says which of response_a and response_b is better; if one does: --columns preference=COLUMN",
+        TWO,
+    ),
     "a tie": (f"winner is tie (bothbad): {ranking.ALL_TIED}", {**TWO, "winner": "tie (bothbad)"}),
     "a strength of 0": (f"preference_strength is 0: {ranking.ALL_TIED}", {**TWO, "preference_strength": 0}),
     "an index of letters": ("preference is 1, but the answers are response_a and response_b", {**TWO, "preference": 1}),
@@ -1421,6 +1440,12 @@ def test_above_margin_leaves_out_what_is_below_or_not_known():
 def test_a_prompt_that_the_dialogues_do_not_say_is_counted():
     row = {"prompt": "Bye", "chosen": [user("Hi"), answer("a")], "rejected": [user("Hi"), answer("b")]}
     assert read(row).changed == [OTHER_PROMPT]
+
+
+def test_columns_that_differ_in_case_alone():
+    found = read({"Prompt": "other", "prompt": "p", "chosen": "a", "Chosen": "x", "rejected": "b", "images": []})
+    assert pair(found) == ([user("p")], "a", "b")
+    assert found.unused == ["column Prompt", "column Chosen", "column images"]
 
 
 def test_other_columns_and_keys_are_named_once_each():
