@@ -134,22 +134,23 @@ def _template_kwargs(row: Row) -> dict[str, Any]:
 
 def _require_unicode(comparison: Comparison) -> None:
     try:
-        for text in _strings([comparison.messages, comparison.text, comparison.tools, comparison.template_kwargs]
-                             + [[answer.messages, answer.text] for answer in comparison.answers]):  # fmt: skip
-            text.encode()
+        _encode([comparison.messages, comparison.text, comparison.tools, comparison.template_kwargs])
+        _encode([[answer.messages, answer.text] for answer in comparison.answers])
     except UnicodeEncodeError:  # half of a surrogate pair, or bytes that were not UTF-8
         raise LeftOut(NOT_UNICODE) from None
 
 
-def _strings(value: Any):
+def _encode(value: Any) -> None:
+    """Encodes all texts in a value."""
     if isinstance(value, str):
-        yield value
+        if not value.isascii():
+            value.encode()
     elif isinstance(value, dict):
         for entry in value.values():
-            yield from _strings(entry)
+            _encode(entry)
     elif isinstance(value, list):
         for entry in value:
-            yield from _strings(entry)
+            _encode(entry)
 
 
 # ----------------------------------------------------------------------------------------------------------- the pairs
