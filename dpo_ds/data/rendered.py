@@ -20,7 +20,9 @@ def rendered_prompt(prompt: str, answers: list[str], markers: Markers) -> tuple[
     A token of the template in the middle of a prompt shows nothing: the user may ask what it means.
     """
     opening = markers.opening.strip()
-    opened = bool(opening) and prompt.rstrip().endswith(opening)
+    # An opening such as "Assistant:" is written by people too.
+    marked = any(sign in opening for sign in ("<", "[", *filter(None, markers.specials)))
+    opened = marked and prompt.rstrip().endswith(opening)
     if not opened and not _begins(prompt, markers):
         return None
     if all(answer.startswith(prompt) for answer in answers):

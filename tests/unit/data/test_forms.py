@@ -631,6 +631,20 @@ MORE = {
         answer("Go</s>"),
         {"rendered": False},
     ),
+    "03: a template that writes as people do": (
+        Markers(frozenset({"</s>"}), "\n\nAssistant:"),
+        {"prompt": "\n\nHuman: Hi\n\nAssistant:", "chosen": " Hello", "rejected": " Go"},
+        [user("Hi")],
+        *HELLO_GO,
+        {"rendered": False},
+    ),
+    "04: HelpSteer2's turns": (
+        CHATML,
+        {"prompt": "a\n<extra_id_1>Assistant\nb\n<extra_id_1>User\nHi", "chosen": "Hello", "rejected": "Go"},
+        [user("a"), answer("b"), user("Hi")],
+        *HELLO_GO,
+        {"text": as_text([user("a"), answer("b"), user("Hi")])},
+    ),
     "04: query": (
         CHATML,
         {"query": "Hi", "chosen": "The one", "rejected": "The other"},
@@ -804,6 +818,17 @@ MORE = {
             "rejected": "\n\nHuman: Hi\n\nAssistant: Go",
         },
         [user("Hi")],
+        *HELLO_GO,
+        {"changed": []},
+    ),
+    "11: dialogues as text beside a prompt as messages with a system message": (
+        CHATML,
+        {
+            "prompt": [system("s"), user("Hi")],
+            "chosen": "\n\nHuman: Hi\n\nAssistant: Hello",
+            "rejected": "\n\nHuman: Hi\n\nAssistant: Go",
+        },
+        [system("s"), user("Hi")],
         *HELLO_GO,
         {"changed": []},
     ),
@@ -1300,6 +1325,7 @@ LEFT_OUT = {
         {"chat_template_kwargs": "no", "prompt": "p", "chosen": "a", "rejected": "b"},
     ),
     "half a surrogate pair": (NOT_UNICODE, {"prompt": "p", "chosen": "a \ud83d", "rejected": "b"}),
+    "half a surrogate pair in a prompt": (NOT_UNICODE, {"prompt": "p \ud83d", "chosen": "a", "rejected": "b"}),
     "half a surrogate pair in a tool": (
         NOT_UNICODE,
         {"prompt": "p", "tools": [{"name": "\ud83d"}], "chosen": [answer("a")], "rejected": [answer("b")]},
