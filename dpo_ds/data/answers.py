@@ -4,6 +4,7 @@ Each reader is given the row and the columns that are there, under our names.
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 from dpo_ds.data.comparison import LeftOut, Message, Preference
@@ -75,11 +76,15 @@ def _is_list_of_chats(value: list) -> bool:
 SCORES_OF_PAIR = ("score_{}", "{}_score", "rating_{}", "{}_rating", "{}_avg_rating", "reward_{}", "{}_reward")
 
 
+@lru_cache
+def _columns_of_scores(names: tuple[str, ...]) -> list[tuple[str, ...]]:
+    sides = [name.split("_")[0] for name in names]
+    return [tuple(pattern.format(side) for side in sides) for pattern in SCORES_OF_PAIR]
+
+
 def _margin_of(row: Row, names: tuple[str, ...]) -> float | None:
     """How much better the chosen answer's score is, if the row has both scores."""
-    sides = [name.split("_")[0] for name in names]
-    for pattern in SCORES_OF_PAIR:
-        columns = [pattern.format(side) for side in sides]
+    for columns in _columns_of_scores(names):
         if any(row.get(column) is None for column in columns):
             continue
         try:
@@ -206,7 +211,9 @@ def two_answers(row: Row, names: tuple[str, ...]) -> Answers:
     if found is None and scores is not None:
         return Answers(sides, values=scores)
     if found is None:
-        raise LeftOut(f"no column says which of {called[0]} and {called[1]} is better")
+        raise LeftOut(
+            f"no column says which of {called[0]} and {called[1]} is better; if one does: --columns preference=COLUMN"
+        )
     if scores is not None:
         margin = scores[found.chosen] - scores[found.rejected]
         if margin < 0:

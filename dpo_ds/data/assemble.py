@@ -33,7 +33,8 @@ BEGINNING = "one dialogue is the beginning of the other"
 NO_PROMPT = "chosen and rejected share no prompt"
 NOT_UNICODE = "a text is not valid Unicode"
 TWO_SYSTEMS = "the column system and the dialogue's system message differ"
-TWO_ASSISTANTS = "two assistant messages follow each other where the answers begin"
+TWO_ASSISTANTS = "two assistant messages follow each other where the answers begin, or in one"
+NOT_TEXT = "the row has images, sound or video; only text can be trained on"
 OPEN_CALL = "the prompt ends in a tool call without the tool's answer"
 # Kinds that change a row.
 REPEATED = "the answers repeat the prompt: it is taken once"
@@ -51,6 +52,7 @@ ABOUT = re.compile(
     r"critique|comments?|notes?|metadata|meta|info|annotator|hash|status|version|policy|explanation|justification|"
     r"statement|elaboration|weight|margin)"
 )
+MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 SYSTEMS = ("system", "system_prompt", "system_message")
 
 
@@ -67,10 +69,13 @@ class Parts:
 
 def assemble(row: Row, prompt: Prompt | None, answers: Answers, reading: Reading) -> Comparison:
     """The comparison that a row makes. Raises LeftOut if its halves do not fit, or if it compares nothing."""
+    if any(row.get(name) for name in MEDIA):
+        raise LeftOut(NOT_TEXT)
     sides = [(where, decoded(value)) for where, value in answers.sides]
     texts = [value for _, value in sides if isinstance(value, str)]
     if len(texts) == len(sides):
-        _require_different(texts, answers)
+        if len(texts) == 2 and texts[0] == texts[1]:
+            raise LeftOut(EQUAL)
         parts = _from_texts(row, prompt, texts, reading)
     else:
         chats = [_as_chat(row, where, value) for where, value in sides]
@@ -130,22 +135,23 @@ def _template_kwargs(row: Row) -> dict[str, Any]:
 
 def _require_unicode(comparison: Comparison) -> None:
     try:
-        for text in _strings([comparison.messages, comparison.text, comparison.tools, comparison.template_kwargs]
-                             + [[answer.messages, answer.text] for answer in comparison.answers]):  # fmt: skip
-            text.encode()
+        _encode([comparison.messages, comparison.text, comparison.tools, comparison.template_kwargs])
+        _encode([[answer.messages, answer.text] for answer in comparison.answers])
     except UnicodeEncodeError:  # half of a surrogate pair, or bytes that were not UTF-8
         raise LeftOut(NOT_UNICODE) from None
 
 
-def _strings(value: Any):
+def _encode(value: Any) -> None:
+    """Encodes all texts in a value."""
     if isinstance(value, str):
-        yield value
+        if not value.isascii():
+            value.encode()
     elif isinstance(value, dict):
         for entry in value.values():
-            yield from _strings(entry)
+            _encode(entry)
     elif isinstance(value, list):
         for entry in value:
-            yield from _strings(entry)
+            _encode(entry)
 
 
 # ----------------------------------------------------------------------------------------------------------- the pairs
@@ -154,7 +160,7 @@ def _strings(value: Any):
 def _pairs(row: Row, built: list[Answer], answers: Answers, reading: Reading) -> list[Preference]:
     """The pairs of answers that say something: neither is empty, they differ, and one is better."""
     filled = [n for n, answer in enumerate(built) if not _is_empty(answer)]
-    if len(filled) < 2 or (len(built) == 2 and len(filled) < 2):
+    if len(filled) < 2:
         raise LeftOut(EMPTY)
     if len(filled) < len(built):
         row.notes.changed[EMPTY_OF_SEVERAL] = None
@@ -192,11 +198,6 @@ def _equal(one: Answer, other: Answer) -> bool:
     return one.messages == other.messages and one.text == other.text
 
 
-def _require_different(sides: list, answers: Answers) -> None:
-    if len(sides) == 2 and sides[0] == sides[1]:
-        raise LeftOut(EQUAL)
-
-
 # --------------------------------------------------------------------------------------------------------------- texts
 
 
@@ -217,6 +218,8 @@ def _from_texts(row: Row, prompt: Prompt | None, texts: list[str], reading: Read
     whole = [_dialogue(text) for text in texts]
     if prompt is not None and any(text.lstrip().startswith("Assistant:") for text in texts):
         whole = [None]
+    if all(whole) and prompt is not None and prompt.messages is not None:
+        return _from_chats(row, prompt, [parse_dialogue(text or "") or [] for text in whole])
     if all(whole):
         return _from_dialogues(row, prompt, [text for text in whole if text])
     if prompt is None:
@@ -224,6 +227,9 @@ def _from_texts(row: Row, prompt: Prompt | None, texts: list[str], reading: Read
     if prompt.messages is not None:
         return _said(row, prompt.messages, texts, prompt)
     assert prompt.text is not None
+    turns = _helpsteer_messages(prompt.text)
+    if turns is not None:
+        return _said(row, turns, texts, prompt)
     dialogue = _dialogue(prompt.text)
     text = prompt.text if dialogue is None else dialogue
     texts = _once(row, text, prompt.text, texts, dialogue is not None)
@@ -254,13 +260,19 @@ def _dialogue(text: str) -> str | None:
 EXTRA_ID = re.compile(r"\n?<extra_id_1>(User|Assistant|System)\n")  # between the turns of HelpSteer2's prompts
 
 
+def _helpsteer_messages(text: str) -> list[Message] | None:
+    """The messages of a prompt in HelpSteer2's style, without the open answer at its end; None if it is none."""
+    first, *turns = EXTRA_ID.split(text)
+    messages = [{"role": "user", "content": first}] + [
+        {"role": name.lower(), "content": content} for name, content in zip(turns[::2], turns[1::2], strict=True)
+    ]
+    if messages[-1] == {"role": "assistant", "content": ""}:
+        messages.pop()
+    return messages if turns else None
+
+
 def _dialogue_messages(text: str) -> list[Message] | None:
     """The messages of a dialogue as text. What the assistant has begun at its end stays as it is written."""
-    if EXTRA_ID.search(text):
-        first, *turns = EXTRA_ID.split(text)
-        return [{"role": "user", "content": first}] + [
-            {"role": name.lower(), "content": content} for name, content in zip(turns[::2], turns[1::2], strict=True)
-        ]
     messages = parse_dialogue(text)
     if messages and messages[-1]["role"] == "assistant":
         begun = text[text.rfind("\n\nAssistant:") + len("\n\nAssistant:") :]
@@ -296,7 +308,7 @@ def _said(row: Row, messages: list[Message], texts: Sequence[str], prompt: Promp
 
 def _once(row: Row, text: str, written: str, texts: list[str], dialogue: bool) -> list[str]:
     """The answers without a prompt that all of them repeat. A short prompt may well be echoed: Hi, Hi there."""
-    telling = dialogue or len(text.split()) >= 3 or len(text.encode()) >= 16
+    telling = dialogue or len(text.split()) >= 3 or len(text.encode(errors="surrogatepass")) >= 16
     for prefix in (text, written, written.strip()):
         if telling and prefix and all(answer.startswith(prefix) and _ends_at(prefix, answer) for answer in texts):
             row.notes.changed[REPEATED] = None
@@ -382,6 +394,8 @@ def _as_chat(row: Row, where: str, value: Any) -> list[Message]:
         return (parse_dialogue(dialogue) if dialogue else None) or [{"role": "assistant", "content": value}]
     if isinstance(value, list) and value and is_part(value[0]):
         return [{"role": "assistant", "content": read_content(value, where)}]
+    if isinstance(value, dict) and isinstance(value.get("messages"), list):
+        value = value["messages"]
     if not value:
         raise LeftOut(f"{where} is {a_kind(value)}")
     return read_messages(value, where, row.notes)
@@ -391,6 +405,8 @@ def _from_chats(row: Row, prompt: Prompt | None, chats: list[list[Message]]) -> 
     """Answers as messages: alone, or as whole dialogues that have their prompt in common."""
     if len(chats) == 2 and chats[0] == chats[1]:
         raise LeftOut(EQUAL)
+    if not all(chats):
+        raise LeftOut(EMPTY)
     shared = _shared(chats)
     if any(len(chat) == shared for chat in chats):
         if min(map(len, chats)) < max(map(len, chats)):
@@ -421,7 +437,8 @@ def _given(
     whole = any(first["role"] != "assistant" for first in firsts)
     if prompt.messages is None:
         text = prompt.text or ""
-        messages = _dialogue_messages(_dialogue(text) or text) or [{"role": "user", "content": text}]
+        messages = _dialogue_messages(_dialogue(text) or text) or _helpsteer_messages(text)
+        messages = messages or [{"role": "user", "content": text}]
         if whole:
             _compare(row, prompt, common)
             return common
@@ -473,6 +490,8 @@ def _chat_parts(row: Row, messages: list[Message], chats: list[list[Message]]) -
         if last + 1 < len(chat):
             row.notes.changed[TAIL] = None
             chat = chat[: last + 1]
+        if any(a["role"] == b["role"] == "assistant" and not a.get("tool_calls") for a, b in pairwise(chat)):
+            raise LeftOut(TWO_ASSISTANTS)
         if len(chat) == 1 and isinstance(chat[0]["content"], str) and not begun:
             chat = [{**chat[0], "content": chat[0]["content"].strip()}]
         answers.append(Answer(chat, _answer_text(chat, begun)))
@@ -496,9 +515,10 @@ def _is_plain(message: Message) -> bool:
 
 
 def _key(message: Message) -> tuple:
-    """What makes two messages the same. A name or a call's id may be in one copy alone."""
+    """What makes two messages the same. A blank, a name or a call's id may be in one copy alone."""
     calls = [call["function"] for call in message.get("tool_calls", [])]
-    return message["role"], message["content"], repr(calls), message.get("reasoning_content") or message.get("thinking")
+    said = (message["content"] or "").strip()
+    return message["role"], said, repr(calls), message.get("reasoning_content") or message.get("thinking")
 
 
 def _shared(chats: Sequence[Sequence[Message]]) -> int:

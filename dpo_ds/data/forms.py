@@ -4,8 +4,9 @@ A row is read in two halves: what gives its answers and says which is better, an
 the one goes with every form of the other. What cannot be read raises LeftOut, whose text is the kind in the report.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Literal
 
 from dpo_ds.data.answers import (
@@ -247,15 +248,19 @@ def _read_half(row: Row, half: str) -> Any:
     return None
 
 
-def _fitting(row: Row, half: str, columns: set[str]) -> list[tuple[Form, tuple[str, ...]]]:
+def _fitting(row: Row, half: str, columns: Iterable[str]) -> list[tuple[Form, tuple[str, ...]]]:
     """The forms of a half for which the columns are enough, each with its set of columns."""
-    mapped = {*row.columns}
-    fitting = []
-    for form in FORMS:
-        sets = [names for names in form.needs if {*names} <= columns]
+    return [(FORMS[n], names) for n, names in _fits(half, frozenset(columns), frozenset(row.columns))]
+
+
+@lru_cache(maxsize=10_000)  # nearly all rows of a set have the same columns
+def _fits(half: str, columns: frozenset[str], mapped: frozenset[str]) -> list[tuple[int, tuple[str, ...]]]:
+    fits = []
+    for n, form in enumerate(FORMS):
+        sets = [names for names in form.needs if columns.issuperset(names)]
         if form.half == half and sets:
-            fitting.append((form, max(sets, key=lambda names: len(mapped & {*names}))))
-    return sorted(fitting, key=lambda fit: -len(mapped & {*fit[1]}))
+            fits.append((n, max(sets, key=lambda names: len(mapped.intersection(names)))))
+    return sorted(fits, key=lambda fit: -len(mapped.intersection(fit[1])))
 
 
 # ------------------------------------------------------------------------------------------------------------- reading

@@ -20,7 +20,9 @@ def rendered_prompt(prompt: str, answers: list[str], markers: Markers) -> tuple[
     A token of the template in the middle of a prompt shows nothing: the user may ask what it means.
     """
     opening = markers.opening.strip()
-    opened = bool(opening) and prompt.rstrip().endswith(opening)
+    # An opening such as "Assistant:" is written by people too.
+    marked = any(sign in opening for sign in ("<", "[", *filter(None, markers.specials)))
+    opened = marked and prompt.rstrip().endswith(opening)
     if not opened and not _begins(prompt, markers):
         return None
     if all(answer.startswith(prompt) for answer in answers):
@@ -59,7 +61,7 @@ def require_own(text: str, markers: Markers) -> None:
 
 
 def _begins(text: str, markers: Markers) -> bool:
-    return any(text.lstrip().startswith(token) for token in markers.specials)
+    return any(token and text.lstrip().startswith(token) for token in markers.specials)
 
 
 def _after_last_special(common: str, markers: Markers) -> int:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 from dpo_ds.data.comparison import Markers, Message, Preference
@@ -25,7 +26,10 @@ class Row:
     def __init__(self, fields: dict[str, Any], columns: dict[str, str]):
         self.fields, self.columns = fields, columns
         mapped = {*columns.values()}
-        self.names = {_plain(name): name for name in reversed(fields) if name not in mapped} | columns
+        given = [name for name in reversed(fields) if name not in mapped]
+        # A column that is called exactly so comes before one in another case.
+        self.names = {_plain(name): name for name in given} | {name: name for name in given if _plain(name) == name}
+        self.names |= columns
         self.used: set[str] = set()
         self.notes = Notes()
 
@@ -48,10 +52,11 @@ class Row:
 
     def first(self, names: Sequence[str]) -> str | None:
         """The first of the names that holds something. Those that --columns gives come before the others."""
-        return next((name for name in sorted(names, key=lambda name: name not in self.columns) if
-                     self.get(name) is not None), None)  # fmt: skip
+        mapped = [name for name in names if name in self.columns]
+        return next((name for name in [*mapped, *names] if self.get(name) is not None), None)
 
 
+@lru_cache(maxsize=10_000)
 def _plain(name: str) -> str:
     """A column's name as forms have it: `Chosen Response` and `chosen-response` are chosen_response."""
     return name.strip().lower().replace("-", "_").replace(" ", "_")

@@ -146,6 +146,10 @@ CHATS = {
         "chosen": [*CHAT, answer("Hello.")],
         "rejected": [*CHAT, answer("Go away.")],
     },
+    "whole chats whose copies of the prompt differ in blanks": {
+        "chosen": [*CHAT, answer("Hello.")],
+        "rejected": [CHAT[0], user("Hi\n"), answer("Go away.")],
+    },
     "whole chats beside one of them": {
         "messages": [*CHAT, answer("Hello.")],
         "chosen": [*CHAT, answer("Hello.")],
@@ -627,6 +631,20 @@ MORE = {
         answer("Go</s>"),
         {"rendered": False},
     ),
+    "03: a template that writes as people do": (
+        Markers(frozenset({"</s>"}), "\n\nAssistant:"),
+        {"prompt": "\n\nHuman: Hi\n\nAssistant:", "chosen": " Hello", "rejected": " Go"},
+        [user("Hi")],
+        *HELLO_GO,
+        {"rendered": False},
+    ),
+    "04: HelpSteer2's turns": (
+        CHATML,
+        {"prompt": "a\n<extra_id_1>Assistant\nb\n<extra_id_1>User\nHi", "chosen": "Hello", "rejected": "Go"},
+        [user("a"), answer("b"), user("Hi")],
+        *HELLO_GO,
+        {"text": as_text([user("a"), answer("b"), user("Hi")])},
+    ),
     "04: query": (
         CHATML,
         {"query": "Hi", "chosen": "The one", "rejected": "The other"},
@@ -800,6 +818,17 @@ MORE = {
             "rejected": "\n\nHuman: Hi\n\nAssistant: Go",
         },
         [user("Hi")],
+        *HELLO_GO,
+        {"changed": []},
+    ),
+    "11: dialogues as text beside a prompt as messages with a system message": (
+        CHATML,
+        {
+            "prompt": [system("s"), user("Hi")],
+            "chosen": "\n\nHuman: Hi\n\nAssistant: Hello",
+            "rejected": "\n\nHuman: Hi\n\nAssistant: Go",
+        },
+        [system("s"), user("Hi")],
         *HELLO_GO,
         {"changed": []},
     ),
@@ -1296,6 +1325,7 @@ LEFT_OUT = {
         {"chat_template_kwargs": "no", "prompt": "p", "chosen": "a", "rejected": "b"},
     ),
     "half a surrogate pair": (NOT_UNICODE, {"prompt": "p", "chosen": "a \ud83d", "rejected": "b"}),
+    "half a surrogate pair in a prompt": (NOT_UNICODE, {"prompt": "p \ud83d", "chosen": "a", "rejected": "b"}),
     "half a surrogate pair in a tool": (
         NOT_UNICODE,
         {"prompt": "p", "tools": [{"name": "\ud83d"}], "chosen": [answer("a")], "rejected": [answer("b")]},
@@ -1334,6 +1364,18 @@ LEFT_OUT = {
         "a dialogue that is rendered already goes on after its answers differ; give it as messages",
         {"chosen": "<|im_start|>assistant\na<|im_start|>assistant\nc", "rejected": "<|im_start|>assistant\nb"},
     ),
+    "an images column": (assemble.NOT_TEXT, {**GOOD, "images": ["a.png"]}),
+    "two messages of the assistant's as one answer": (
+        assemble.TWO_ASSISTANTS,
+        {"prompt": "p", "chosen": [answer("a")], "rejected": [answer("b"), answer("c")]},
+    ),
+    "two messages of the assistant's before the answers": (
+        assemble.TWO_ASSISTANTS,
+        {
+            "chosen": [user("p"), answer("a"), answer("b")],
+            "rejected": [user("p"), answer("a"), answer("c")],
+        },
+    ),
     "one answer": (ONE_ANSWER, {"prompt": "p", "responses": ["a"], "scores": [1]}),
     "one answer and no other": (ONE_ANSWER, {"prompt": "p", "chosen": "a", "rejected": []}),
     "no answers": ("responses is an empty list", {"prompt": "p", "responses": [], "scores": []}),
@@ -1371,7 +1413,10 @@ LEFT_OUT = {
         f"{DISAGREE}: the scores and the ranks of responses",
         {"prompt": "p", "responses": ["a", "b"], "scores": [1, 2], "ranks": [1, 2]},
     ),
-    "no verdict": ("no column says which of response_a and response_b is better", TWO),
+    "no verdict": (
+        "no column says which of response_a and response_b is better; if one does: --columns preference=COLUMN",
+        TWO,
+    ),
     "a tie": (f"winner is tie (bothbad): {ranking.ALL_TIED}", {**TWO, "winner": "tie (bothbad)"}),
     "a strength of 0": (f"preference_strength is 0: {ranking.ALL_TIED}", {**TWO, "preference_strength": 0}),
     "an index of letters": ("preference is 1, but the answers are response_a and response_b", {**TWO, "preference": 1}),
@@ -1421,6 +1466,12 @@ def test_above_margin_leaves_out_what_is_below_or_not_known():
 def test_a_prompt_that_the_dialogues_do_not_say_is_counted():
     row = {"prompt": "Bye", "chosen": [user("Hi"), answer("a")], "rejected": [user("Hi"), answer("b")]}
     assert read(row).changed == [OTHER_PROMPT]
+
+
+def test_columns_that_differ_in_case_alone():
+    found = read({"Prompt": "other", "prompt": "p", "chosen": "a", "Chosen": "x", "rejected": "b", "images": []})
+    assert pair(found) == ([user("p")], "a", "b")
+    assert found.unused == ["column Prompt", "column Chosen", "column images"]
 
 
 def test_other_columns_and_keys_are_named_once_each():
