@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 FORMAT = 2  # raise it when the cached files change, or the code that decides their content
-
-
 SMALL = 20_000  # rows; for fewer, starting processes costs more than it saves
 
 

@@ -16,23 +16,11 @@ if TYPE_CHECKING:
 
 # Kinds in the report. The first three change a pair, the others leave it out.
 MOVED = "the response's first tokens merge with the prompt's: the boundary was moved back"
-
-
 FOLDED = "the template takes no system role: its message went into the first user's"
-
-
 CUT_PROMPT = "the prompt was cut to --max_length"
-
-
 CUT_RESPONSE = "a response was cut to --max_length"
-
-
 NO_ROOM = "no room for a response token within --max_length"
-
-
 EQUAL_NOW = "the responses are equal once cut"
-
-
 REFUSED = "the chat template refuses the dialogue"
 
 

@@ -24,29 +24,14 @@ from dpo_ds.data.sources import RAW
 from dpo_ds.errors import UserError
 
 ROLES = {"user": "Human", "assistant": "Assistant", "system": "System"}
-
-
 TURN = re.compile(r"\n\n(Human|Assistant|System):")
 
-
 MISSING = "a field is missing"
-
-
 WRONG_TYPE = "a field has the wrong type"
-
-
 NOT_UNICODE = "a text is not valid Unicode"
-
-
 EQUAL = "chosen and rejected are equal"
-
-
 EMPTY = "a response is empty"
-
-
 DIFFER = "the dialogues differ before the last answer"
-
-
 NO_PROMPT = "chosen and rejected share no prompt"
 
 
@@ -82,7 +67,6 @@ def check_preferences(rows: datasets.Dataset, max_left_out: float = 0.1) -> tupl
 
 
 _MESSAGE = {"role": datasets.Value("string"), "content": datasets.Value("string")}
-
 
 _FEATURES = datasets.Features(
     {

@@ -11,18 +11,10 @@ from dpo_ds import hub
 from dpo_ds.errors import UserError
 
 SAMPLE = "sample"
-
-
 PREFERRED_SPLITS = {"train": ("train_prefs", "train"), "eval": ("test_prefs", "validation", "test")}
-
-
 LOADERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
-
-
 # pandas would read an answer of "4" or "None" as a number or a missing value; here it is text.
 CSV = {"converters": dict.fromkeys(("prompt", "chosen", "rejected"), str), "keep_default_na": False}
-
-
 RAW = "json line"  # the only column of a JSON file whose rows differ in type: each row as text
 
 

@@ -14,8 +14,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json")
-
-
 OTHER_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "*.py")
 
 

@@ -9,8 +9,6 @@ from dpo_ds.errors import UserError
 from dpo_ds.ranks import world
 
 GIB = 2**30
-
-
 NODE_GPUS = 8
 
 
