@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 from dpo_ds.config import Options
 from dpo_ds.errors import UserError
-from dpo_ds.plan.choose import PLENTY, _by_class, choose
+from dpo_ds.plan.choose import PLENTY, choose, decide_by_class
 from dpo_ds.plan.machine import GIB, NODE_GPUS, Machine, gib
 from dpo_ds.plan.plan import Plan
 
@@ -20,7 +20,7 @@ def for_run(options: Options) -> Plan:
     machine = Machine.of(options)
     if options.plan == "off":
         return choose(
-            _by_class(options, machine),
+            decide_by_class(options, machine),
             dataclasses.replace(machine, gpu_memory=machine.gpu_memory and PLENTY, host_memory=PLENTY),
         )
     plan = choose(options, machine)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from dpo_ds.errors import UserError
+from dpo_ds.errors import UserError, one_line
 from dpo_ds.scoring import attention
 from dpo_ds.scoring.packed import Pair, pack
 from dpo_ds.scoring.rotary import fix_frequencies
@@ -133,10 +133,9 @@ def require_exact(name: str, config: PreTrainedConfig, trust_remote_code: bool =
     try:
         difference = _difference(config, trust_remote_code)
     except Exception as error:  # an architecture's own code may raise anything on packed inputs
-        reason = " ".join(f"{error}".split())[:200]
         raise UserError(
             f"--model {name}: {architecture} cannot be shown to score packed pairs exactly (its tiny twin "
-            f"failed: {reason}); {INSTEAD}"
+            f"failed: {one_line(error, 200)}); {INSTEAD}"
         ) from error
     if not difference < TOLERANCE:
         raise UserError(
@@ -214,7 +213,7 @@ def _kernel_problem(
         torchs = _scored(small, attention.SDPA, dtype, device, trust_remote_code)
         found = _scored(small, name, dtype, device, trust_remote_code)
     except Exception as error:  # a kernel built for another torch, GPU or CUDA may raise anything
-        return f"stops: {' '.join(f'{type(error).__name__}: {error}'.split())[:200]}"
+        return f"stops: {one_line(f'{type(error).__name__}: {error}', 200)}"
     for what, exact, plain, fast in zip(("log-probabilities", "gradients"), truth, torchs, found, strict=True):
         off, allowed = float((fast - exact).abs().max()), KERNEL_SLACK * float((plain - exact).abs().max())
         allowed += KERNEL_FLOOR * float(exact.abs().max() if what == "gradients" else 1.0)

@@ -13,7 +13,7 @@ import tiny
 
 from dpo_ds.data.encoder import Encoder
 from dpo_ds.engine import build
-from dpo_ds.errors import RunStopped, UserError, files_of
+from dpo_ds.errors import RunStopped, UserError, files_of, one_line
 from dpo_ds.plan import choose
 from dpo_ds.ranks import console
 from dpo_ds.ranks.collectives import Problem
@@ -130,6 +130,13 @@ def test_a_file_that_cannot_be_written_names_option_and_remedy(tmp_path):
     with pytest.raises(UserError, match=r"--cache_dir .*/file/x: .*; name a place that can be read and written"):
         with files_of("--cache_dir", tmp_path / "file" / "x"):
             (tmp_path / "file" / "x").mkdir()
+
+
+def test_one_line_of_what_was_said():
+    assert one_line(ValueError("no\n  such\tkey ")) == "no such key"
+    assert one_line(ValueError()) == "ValueError", "an error without words"
+    assert one_line(" two\nwords ") == "two words" and one_line("") == ""
+    assert one_line("x" * 400) == "x" * 300 and one_line("x" * 400, None) == "x" * 400
 
 
 def test_a_rank_above_0_says_its_own_reason(monkeypatch, capsys):
