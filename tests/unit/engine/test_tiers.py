@@ -98,6 +98,10 @@ REFUSED = {
     "bf16 masters": ({"bf16": {"enabled": True, "bf16_master_weights_and_grads": True}}, "loses DPO's small updates"),
     "unchecked gradients": (
         {"bf16": {"enabled": True, "check_grad_overflow": False}}, "that is not finite would be applied"),
+    "zenflow": (
+        {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}, "zenflow": {"topk_ratio": 0.1}}},
+        "updates weights after each micro-batch"),
+    "a writer of DeepSpeed's": ({"checkpoint": {"writer": {"type": "fast"}}}, "cannot load ZeRO's checkpoints again"),
     "nvme without a folder": (
         {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}}, "--nvme_path"),
     "nvme at stage 2": ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "nvme"}}}, "stage 3"),
