@@ -12,7 +12,7 @@ from dpo_ds.plan.__main__ import everything
 from dpo_ds.plan.choose import choose
 from dpo_ds.plan.machine import GIB, Machine, host_memory
 from dpo_ds.plan.plan import Plan
-from dpo_ds.plan.refuse import for_run, remedies
+from dpo_ds.plan.refuse import for_run, remedies, show
 
 # ---------------------------------------------------------------------------------------------- choosing and refusing
 
@@ -77,13 +77,42 @@ def test_a_refusal_says_what_would_fit_and_it_does():
     with pytest.raises(UserError) as error:
         for_run(options)
     message = str(error.value)
-    assert "\n" not in message and "1,321 GiB of host memory (there are 1,000)" in message
-    for change in ("--lora: ", "--nvme_path on a local disk: ", "more host memory: ", "16 GPUs: "):
-        assert change in message, message
+    assert message.startswith(
+        f"--model {LLAMA_70B} does not fit 8 GPU(s) of 80.0 GiB: 321 GiB of host memory are missing (it needs 1,321, "
+        "there are 1,000); it would fit with --lora ("
+    )
+    assert message.endswith("; --plan only shows the table, --plan off starts anyway") and len(message) < 300
     found = dict(remedies(options, Machine.of(options)))
+    assert list(found) == ["--lora", "--nvme_path on a local disk", "more host memory", "16 GPUs"]
     assert all(changed.fits for changed in found.values())
     assert for_run(options.replace(host_memory=1400.0)).fits
     assert for_run(options.replace(plan="off")).options.ds_config == "zero3_offload_large"
+
+
+def test_each_place_where_memory_is_missing_is_named():
+    options = parse_options([
+        "--model", LLAMA_70B, "--micro_batch_tokens", "65536", "--gpus", "16", "--gpu_memory", "40",
+        "--host_memory", "500",
+    ])  # fmt: skip
+    with pytest.raises(UserError) as error:
+        for_run(options)
+    for words in ("does not fit 2 nodes of 8 GPU(s) of 40.0 GiB: ", "GiB on each GPU are missing", " and ",
+                  "GiB of host memory in each node are missing"):  # fmt: skip
+        assert words in str(error.value), error.value
+
+
+def test_the_table_comes_with_every_change_that_would_fit():
+    options = parse_options([
+        "--model", LLAMA_70B, "--plan", "only", "--gpus", "8", "--gpu_memory", "80", "--host_memory", "1000",
+    ])  # fmt: skip
+    said = []
+    with pytest.raises(UserError) as error:
+        show(options, said.append)
+    assert "--plan" not in str(error.value), "the table has been shown"
+    (text,) = said
+    assert "| **host** | **at most** | **1,321** of 1,000 | |" in text
+    for change, other in remedies(options, Machine.of(options)):
+        assert f"\n- {change}: {other.how}; " in text
 
 
 def test_nvme_without_a_folder_is_told_so():
@@ -112,7 +141,7 @@ def test_the_users_70b_command_is_refused_in_seconds(tmp_path):
     seconds = time.time() - started
     assert done.returncode == 2, done.stdout[-3000:]
     (line,) = [line for line in done.stdout.splitlines() if "dpo_ds: error:" in line]
-    assert "does not fit 8 rank(s) without GPU" in line and "on 8 GPUs of 80 GiB" in line
+    assert "does not fit 8 rank(s) without GPU" in line and "with 8 GPUs of 80 GiB (" in line
     assert "Traceback" not in done.stdout and not (tmp_path / "out").exists()
     assert seconds < 60, "15 on an idle machine; the tests' is not"
 
