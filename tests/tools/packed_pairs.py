@@ -1,4 +1,4 @@
-"""Random pairs, and a model folder as the scorer that packs them."""
+"""Random pairs, and a model folder's PairScorer."""
 
 import numpy as np
 import tiny

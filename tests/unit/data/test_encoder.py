@@ -35,7 +35,7 @@ LONG = 10**6
 
 
 def tokenizer(template=None, specials=("<s>", "</s>"), bos="<s>", eos="</s>", adds="$A", extra=()):
-    """A byte-level BPE of some 300 tokens. `adds`: what it writes around a text by itself."""
+    """A byte-level BPE of about 300 tokens. `adds` says which special tokens it writes around a text by itself."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -75,7 +75,7 @@ def texts(tok, pair: dict) -> tuple[str, str, str]:
 
 @pytest.mark.parametrize("adds", ["$A", "<s> $A", "$A </s>", "<s> $A </s>"])
 def test_plain_text_is_concatenated_and_ends_with_eos(adds):
-    """Whatever the tokenizer adds by itself: BOS once, EOS after the responses alone, no token otherwise changed."""
+    """Whatever the tokenizer adds, there is one BOS, only responses end with EOS, and no other token changes."""
     tok = tokenizer(adds=adds)
     (pair,) = encode(tok, row())
     bos = "<s>" if "<s>" in adds else ""
@@ -136,7 +136,7 @@ HASHES = (
     "{% if add_generation_prompt %}### assistant:\n{% endif %}"
 )
 ASK = "What is the answer?"
-# shape: tokenizer, the prompt, what stands before the answer in the response, what ends it
+# name: (tokenizer, prompt, what precedes the answer in the response, what ends the response)
 SHAPES = {
     "Llama-3": (
         lambda: tokenizer(HEADERS, ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>",
@@ -218,7 +218,7 @@ def test_a_template_that_takes_no_dialogue_names_the_remedy():
 
 
 def test_a_merge_across_the_boundary_moves_it_back_and_is_counted():
-    """ "answ" and "er" make one token, so the shared prompt ends before it, for both responses."""
+    """ "answ" and "er" are one token, so the prompt of both responses ends before it."""
     tok = tokenizer()
     merged, plain = encode(tok, row("What is the answ", "er here?", "ing?"), row("What is the", " answer?", " here?"))
     assert texts(tok, merged) == ("What is the", " answer here?</s>", " answing?</s>")
@@ -240,7 +240,8 @@ def test_a_template_that_writes_answers_otherwise_than_its_generation_prompt():
 
 
 def test_prompt_and_response_are_the_tokens_of_the_whole_text_wherever_it_is_split():
-    """Random splits of a text: prompt + response is the text's own tokenisation, the prompt a prefix of its own."""
+    """At random splits of a text, prompt + response has the tokens of the whole text. The prompt's tokens are the first
+    of those that it has alone."""
     tok, generator = tokenizer(), np.random.default_rng(0)
     text = " ".join(SENTENCES[:2])
     splits = [np.sort(generator.integers(1, len(text), 2)) for _ in range(200)]
@@ -261,10 +262,10 @@ def test_prompt_and_response_are_the_tokens_of_the_whole_text_wherever_it_is_spl
 
 
 def slow_keep_end(prompt, chosen, rejected, limit, bos):
-    """Prompt tokens go one by one from the left while the longer response does not fit; then responses' last ones."""
+    """Drops prompt tokens one by one from the left until the longer response fits, then the responses' last tokens."""
     prompt, responses = list(prompt), [list(chosen), list(rejected)]
     while len(prompt) > 1 and len(prompt) + max(map(len, responses)) > limit:
-        del prompt[1 if prompt[0] == bos and len(prompt) > 2 else 0]  # BOS stays while there is another
+        del prompt[1 if prompt[0] == bos and len(prompt) > 2 else 0]  # BOS goes when one other is left
     for response in responses:
         while len(prompt) + len(response) > limit:
             response.pop()
@@ -307,7 +308,7 @@ def test_truncation_does_what_the_slow_version_does(truncation, slow, adds):
 
 
 def test_the_smallest_max_length_keeps_a_token_of_each():
-    """What is left of the prompt is its end, so that BOS goes too."""
+    """The prompt keeps its last token, so BOS goes too."""
     tok = tokenizer(adds="<s> $A")
     (pair,) = encode(tok, row("What is the", " answer", " here"), max_length=2)
     assert [len(pair[key]) for key in ("prompt", "chosen", "rejected")] == [1, 1, 1]
@@ -330,7 +331,7 @@ COUNT = 40
 
 
 def checked_rows(count=COUNT, **changes):
-    """Rows as check_preferences gives them; `changes`: {field: value} of row 3."""
+    """Rows as check_preferences returns them. `changes` replaces fields of row 3."""
     rows = [{"prompt": f"Question {n}:", "chosen": f" answer {n}", "rejected": f" no {n * n}"} for n in range(count)]
     rows[3] |= changes
     return check_preferences(datasets.Dataset.from_list(rows))[0]
@@ -382,7 +383,7 @@ def test_the_same_content_is_tokenised_once(tmp_path, monkeypatch):
 
 
 def test_where_the_rows_come_from_and_how_they_are_cut_up_does_not_matter(tmp_path, monkeypatch):
-    """A file of another kind, and the same rows out of a larger table in another arrangement."""
+    """The same rows come from JSON, from Parquet, from memory, and from a table that stores them in another order."""
     pairs = [{"prompt": f"p{n}", "chosen": f" a{n}", "rejected": " b"} for n in range(30)]
     whole = datasets.Dataset.from_list(pairs)
     whole.to_json(tmp_path / "a.jsonl")
@@ -542,7 +543,7 @@ def test_nothing_left_stops(tmp_path):
 
 @pytest.fixture(scope="module")
 def hundred(tmp_path_factory):
-    """100 pairs, each prompt twice, in a file; the same in another order."""
+    """A folder with three files: 100 pairs with two for each prompt, the same in another order, and the first 7."""
     place = tmp_path_factory.mktemp("held-out")
     rows = [{"prompt": f"Question {n // 2}:", "chosen": f" answer {n}", "rejected": f" no {n}"} for n in range(100)]
     shuffled = np.random.default_rng(0).permutation(100)
@@ -567,7 +568,7 @@ def prompts(pairs: PairSet) -> set[bytes]:
 
 def test_the_parts_are_the_whole_and_share_no_prompt(hundred, capsys):
     train, held = parts(hundred)
-    assert (len(train), len(held)) == (94, 6), "a twentieth is 5, and a prompt has two pairs"
+    assert (len(train), len(held)) == (94, 6), "a twentieth is 5 pairs, but each prompt has two"
     assert not prompts(train) & prompts(held) and len(ids(train) | ids(held)) == 100
     assert f"{hundred}/rows.jsonl: 100 of 100 pairs are used" in capsys.readouterr().out
 

@@ -1,4 +1,4 @@
-"""Preference sets as people have them: every form and file kind, and every row that cannot be used counted by kind."""
+"""Preference sets in every form and kind of file. Rows that cannot be used are counted by kind."""
 
 import gzip
 import json
@@ -94,7 +94,7 @@ def test_a_dialogue_as_text_with_answers_as_messages(tmp_path):
 def test_an_implicit_dialogue_as_text(tmp_path):
     pair = only(tmp_path, {"chosen": DIALOGUE + " La, la.", "rejected": DIALOGUE + " La."})
     assert pair["text"] == DIALOGUE and pair["messages"] == TURNS
-    assert (pair["chosen"], pair["rejected"]) == (" La, la.", " La."), "the prompt is the dialogue, not all they share"
+    assert (pair["chosen"], pair["rejected"]) == (" La, la.", " La."), "the dialogue is the prompt, not all they share"
 
 
 def test_an_implicit_prompt_is_what_both_share_in_whole_words(tmp_path):
@@ -254,7 +254,7 @@ def test_what_cannot_be_read_says_so_in_one_line(case, tmp_path, caplog, monkeyp
     with pytest.raises(UserError, match=message) as error:
         load_preferences(str(tmp_path / name))
     assert name in str(error.value) and "\n" not in str(error.value)
-    assert not caplog.records, "the library says nothing beside it"
+    assert not caplog.records, "datasets logs nothing itself"
 
 
 def test_a_folder_without_data_says_so(tmp_path):
@@ -422,7 +422,7 @@ def test_no_prompt_is_on_both_sides():
     held = held_out(hashes(prompts))
     assert not set(prompts[held]) & set(prompts[~held])
     most = np.bincount(prompts).max()
-    assert 100 <= held.sum() < 100 + most, "as many as wanted, and no more than the last prompt brings"
+    assert 100 <= held.sum() < 100 + most, "at least as many as wanted, and fewer than one prompt's more"
 
 
 def test_the_choice_does_not_depend_on_the_order_of_the_rows():

@@ -22,7 +22,7 @@ def test_every_pair_once_within_the_limit_and_as_many_rounds_on_every_rank(ranks
     counted = [i for own in dealt for m in own if m.weight for i in m.indices]
     assert sorted(counted) == sorted(indices)
     assert all(sum(lengths[list(m.indices)]) <= limit for own in dealt for m in own)
-    assert all(set(m.indices) <= set(indices) for own in dealt for m in own), "idle ranks run a pair of the step"
+    assert all(set(m.indices) <= set(indices) for own in dealt for m in own), "idle ranks run one of the step's pairs"
 
 
 def test_the_order_the_pairs_come_in_does_not_matter():
