@@ -25,6 +25,10 @@ import torch
 Pair = tuple[np.ndarray, np.ndarray, np.ndarray]  # prompt, chosen and rejected token ids
 
 
+class CannotPack(ValueError):
+    """A model's architecture cannot be scored with packed pairs. The message says why."""
+
+
 @dataclass
 class PackedBatch:
     input_ids: torch.Tensor  # [1, T] int64
