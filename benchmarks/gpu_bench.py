@@ -1,10 +1,10 @@
-"""dpo_ds against TRL at Llama-3-8B's shape on one GPU; then the layers of the 70B shape, and what they say of 8 GPUs.
+"""dpo_ds against TRL at Llama-3-8B's shape on one GPU; then the 70B shape's layers, and an estimate for 8 GPUs.
 
     python benchmarks/gpu_bench.py [--small] [--minutes 9] [--parts trl layers] [--sets hh …] [--output FILE]
 
-Weights are random, texts are random words with lengths like HH's, UltraFeedback's and a long-prompt set's. LoRA first,
-then all weights with the optimizer on the host where it has the memory. --small does the same with tiny shapes, on a
-CPU too. What there is no time for within --minutes is named and left out.
+Weights are random. Texts are random words, as long as those of HH, of UltraFeedback, and of a set with long prompts.
+LoRA comes first, then all weights with the optimizer in host memory, if there is enough of it. --small does the same
+with tiny shapes, also on a CPU. Runs that do not end within --minutes are named and left out.
 """
 
 import argparse
@@ -35,7 +35,7 @@ TINY = dict(
 # our guess.
 SETS = {"hh": ((124, 41, 51), 1024), "ultrafeedback": ((180, 350, 300), 1024), "long": ((2048, 100, 100), 2300)}
 GOALS = {"hh": 2.0, "ultrafeedback": 1.3, "long": 2.0}
-HOST_FOR_FULL = 8.03e9 * 22.4 + 30 * 2**30  # bytes: Adam, masters, gradients; the process
+HOST_FOR_FULL = 8.03e9 * 22.4 + 30 * 2**30  # bytes: Adam, masters and gradients; the process
 
 
 def make_model(folder: Path, shape: dict, tokenizer) -> Path:
@@ -61,7 +61,8 @@ def make_model(folder: Path, shape: dict, tokenizer) -> Path:
 
 
 def write_texts(lengths: tuple[int, int, int], longest: int, pairs: int, file: Path, tokenizer) -> Path:
-    """Random words; the lengths vary around their means as real ones do (gamma, shape 2), but for long prompts."""
+    """Writes pairs of random words. Lengths follow a gamma distribution of shape 2, like real ones, but all long
+    prompts have the mean length."""
     generator = np.random.default_rng(0)
     ids = [
         i
@@ -139,7 +140,7 @@ def short(found: dict) -> dict:
 
 
 def layer_times(small: bool) -> dict:
-    """Seconds of one layer and of the rest, for a micro-batch of 1,024-token pairs, activations recomputed."""
+    """Seconds of one layer and of all else, for a micro-batch of 1,024-token pairs with recomputed activations."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -201,11 +202,12 @@ def fastest(call) -> float:
 
 
 def predict(found: dict, measured_peak: float, peak: float, pairs: int = 128, gpus: int = 8) -> dict:
-    """The full 70B run on paper, from one GPU's layer times: every assumption is a number here.
+    """Estimates the full 70B run from one GPU's layer times. Every assumption is a number here.
 
-    Compute scales with the GPUs' bf16 peaks. ZeRO-3 gathers the weights for forward, for recomputation with backward,
-    and reduces gradients once, over NVLink, behind the computation: the longer of both counts. The optimizer's step is
-    the host's memory at work: 30 bytes a parameter (gradient, weight, two moments read; three written; bf16 weight).
+    Compute scales with the GPUs' bf16 peaks. ZeRO-3 gathers the weights for forward and again for backward with its
+    recomputation, and reduces gradients once. All this goes over NVLink during the computation, so the longer of the
+    two counts. The optimizer's step is bound by host memory: it moves 30 bytes a parameter (it reads gradient, weight
+    and two moments, and writes weight, two moments and the bf16 weight).
     """
     parameters, layers = 70.55e9, SHAPE_70B["num_hidden_layers"]
     link, host, pcie = 235e9, 250e9, gpus * 20e9  # bytes/s: NVLink 3 in all-gathers; two sockets' memory; PCIe 4
@@ -247,7 +249,7 @@ def main() -> None:
     results = work.Results(options.output)
     for part in options.parts:
         if part == "trl":
-            with tempfile.TemporaryDirectory() as folder:  # with TMPDIR in memory: 16 GB are written and read
+            with tempfile.TemporaryDirectory() as folder:  # 16 GB: set TMPDIR to a folder in memory
                 against_trl(Path(folder), options.small, until, options.sets, results)
             continue
         found = layer_times(options.small)

@@ -1,11 +1,11 @@
-"""Each attention kernel of this machine and the fused head against plain forwards; then what they cost.
+"""Compares each attention kernel of this machine and the fused head with plain forwards; then measures their costs.
 
     python benchmarks/gpu_check.py [--models gpt2 ...] [--small] [--output FILE]     (bash benchmarks/gpu_run.sh first)
 
-Every model of the table as its tiny twin, packed and with each kernel, in fp32 and bf16: log-probabilities and
-gradients beside those of two plain fp32 forwards a pair with the whole matrix of logits. A bf16 kernel may be off by
-what a plain bf16 forward is off, and half as much again. A broken layout must not pass. Without a GPU it does the same
-with what a CPU has; --small takes small shapes for the timings.
+The tiny twin of each of the twelve models is scored with packed pairs and each kernel, in fp32 and bf16. Its
+log-probabilities and gradients are compared with those of two plain fp32 forwards for each pair, which compute all
+logits. A bf16 kernel's error may be 1.5 times that of a plain bf16 forward. A broken layout must not pass. Without a
+GPU, the CPU's kernels are checked. --small takes small shapes for the timings.
 """
 
 import argparse
@@ -32,10 +32,10 @@ from dpo_ds.scoring.twin import randomise, twin
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 LENGTHS = ((37, 11, 23), (64, 30, 9), (5, 40, 41), (90, 1, 17))
-FP32 = {"logps": 2e-3, "gradients": 1e-3}  # sums of up to 41 log-probabilities; GPUs may use TF32 nowhere here
-SLACK = 1.5  # a packed bf16 run's error over a plain one's
+FP32 = {"logps": 2e-3, "gradients": 1e-3}  # for sums of up to 41 log-probabilities; nothing here may use TF32
+SLACK = 1.5  # a packed bf16 run's allowed error, over a plain one's
 FLOOR = {"logps": 2e-2, "gradients": 1e-2}
-BROKEN = 0.05  # a broken layout moves log-probabilities by more, of the twins' one to five a token
+BROKEN = 0.05  # a broken layout moves log-probabilities by more; the twins' are one to five a token
 
 
 def some_pairs(vocabulary: int) -> list:
@@ -44,7 +44,7 @@ def some_pairs(vocabulary: int) -> list:
 
 
 def graded(model, logps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """logps and the gradient of their margins' sum, flat, both fp32 on the host."""
+    """logps, and the gradient of the sum of their margins as one vector, both fp32 on the host."""
     model.zero_grad()
     (logps[:, 0] - logps[:, 1]).sum().backward()
     flat = torch.cat([p.grad.flatten().float().cpu() for p in model.parameters() if p.grad is not None])
@@ -52,7 +52,7 @@ def graded(model, logps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def difference(found, expected) -> dict:
-    """The largest of a log-probability, and a gradient's relative error in the 2-norm."""
+    """The largest difference of a log-probability, and the gradient's relative error in the 2-norm."""
     (logps, gradient), (logps_0, gradient_0) = found, expected
     return {
         "logps": float((logps - logps_0).abs().max()),
@@ -78,7 +78,7 @@ def plain(config, pairs, dtype, device):
 def packed(config, pairs, dtype, kernel: str, broken: bool = False):
     model = build(config, dtype, DEVICE, attention.implementation(kernel))
     batch = work.pack_pairs(pairs)
-    if broken:  # rejected goes on after chosen
+    if broken:  # rejected's positions continue after chosen's
         batch.position_ids = torch.arange(batch.input_ids.shape[1])[None]
     return graded(model, Scorer(model)(batch.to(DEVICE)).view(-1, 2))
 
@@ -90,7 +90,7 @@ def kernels(config, dtype) -> list[str]:
 def check_model(name: str, results: work.Results) -> None:
     config = twin(known_models()[name].config)
     if getattr(config, "num_local_experts", None):
-        # All experts at work: which few of them a token goes to would be a matter of bf16's rounding.
+        # Use all experts: with fewer, bf16's rounding would decide which of them a token goes to.
         config.num_experts_per_tok = config.num_local_experts
     pairs = some_pairs(config.get_text_config().vocab_size)
     expected = plain(config, pairs, torch.float32, "cpu")
@@ -106,7 +106,7 @@ def check_model(name: str, results: work.Results) -> None:
                 return {**error, "allowed": allowed, "passed": all(error[key] <= allowed[key] for key in error)}
 
             results.attempt("checks", {"model": name, "kernel": kernel, "dtype": str(dtype)}, measure)
-    if torch.cuda.is_available():  # the kernel beside torch's own, both in bf16: nothing but rounding is between them
+    if torch.cuda.is_available():  # the kernel and torch's own, both in bf16, differ only by rounding
         torchs = packed(config, pairs, torch.bfloat16, attention.SDPA)
         for kernel in kernels(config, torch.bfloat16)[:-1]:
             results.attempt(
@@ -123,7 +123,7 @@ def check_model(name: str, results: work.Results) -> None:
 
 
 def check_head(dtype, allowed: float) -> dict:
-    """The fused head's sum over 128 tokens beside fp64, forward and gradient."""
+    """Compares the fused head's sum over 128 tokens, and its gradients, with fp64."""
     torch.manual_seed(0)
     hidden = torch.randn(128, 256).to(dtype)
     weight = (torch.randn(8192, 256) / 8).to(dtype)
@@ -145,7 +145,7 @@ def check_head(dtype, allowed: float) -> dict:
 
 
 def timed(call, repeats: int = 5) -> float:
-    """Seconds, the fastest of several."""
+    """Seconds of the fastest call of several."""
     best = float("inf")
     for _ in range(repeats + 1):
         if DEVICE.type == "cuda":
@@ -164,7 +164,8 @@ def batch_of(lengths: tuple[int, int, int], tokens: int) -> PackedBatch:
 
 
 def attention_costs(small: bool, results: work.Results) -> None:
-    """Forward and backward of one layer's attention at Llama-3-8B's heads, and the prompt's second gathering alone."""
+    """Times one layer's attention with Llama-3-8B's heads, forward and backward, and the gathering of keys and
+    values alone."""
     heads, key_heads, width, tokens = (4, 2, 16, 512) if small else (32, 8, 128, 8192)
     dtype = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
     config = next(iter(known_models().values())).config
@@ -198,7 +199,7 @@ def attention_costs(small: bool, results: work.Results) -> None:
 
 
 def head_costs(small: bool, results: work.Results, rows: int) -> None:
-    """Forward and backward of the head at Llama-3-8B's shape, by tile, and the memory above its inputs."""
+    """Times the head at Llama-3-8B's shape, forward and backward, for each tile size, and measures its memory."""
     N, H, V = (64, 32, 2048) if small else (rows, 4096, 128256)
     dtype = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
     hidden = torch.randn(N, H, device=DEVICE, dtype=dtype, requires_grad=True)
@@ -236,7 +237,7 @@ def main() -> int:
     for name in options.models:
         try:
             check_model(name, results)
-        except Exception as error:  # of the plain forwards; the next model is worth having all the same
+        except Exception as error:  # in the plain forwards; the next model is still checked
             results.note("checks", {"model": name, "passed": False, "error": f"{type(error).__name__}: {error}"[:600]})
     attention_costs(options.small, results)
     for rows in (4096,) if options.small else (2048, 4096, 16384):

@@ -1,9 +1,9 @@
-"""One decoder layer at Llama-3-8B's shape, and what a packing moves of bf16 log-probabilities.
+"""Times one decoder layer at Llama-3-8B's shape, and measures how far packing moves bf16 log-probabilities.
 
     python benchmarks/gpu_layers.py [--small] [--output FILE]
 
-A layer is timed eager, with compiled and with Liger's norms, rotary positions and SwiGLU, activations kept or
-recomputed; beside them, a large product's speed and memory's.
+A layer is timed with eager, compiled and Liger's norms, rotary positions and SwiGLU, and with activations kept or
+recomputed. The speeds of a large product and of copying memory are measured too.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from dpo_ds.scoring.scorer import Scorer
 
 ON_GPU = torch.cuda.is_available()
 DEVICE, DTYPE = (torch.device("cuda"), torch.bfloat16) if ON_GPU else (torch.device("cpu"), torch.float32)
-CLASSES = llama.LlamaRMSNorm, llama.LlamaMLP  # Liger puts its own in their place
+CLASSES = llama.LlamaRMSNorm, llama.LlamaMLP  # Liger replaces them by its own
 PLAIN = llama.LlamaRMSNorm.forward, llama.apply_rotary_pos_emb, llama.LlamaMLP.forward
 
 
@@ -99,7 +99,7 @@ def product(m: int, k: int, n: int) -> dict:
 
 
 def tile(m: int, k: int, n: int) -> dict:
-    """What the head does with a tile of logits [m, n], each in milliseconds."""
+    """Milliseconds of each operation that the head does with a tile of logits [m, n]."""
     a, b = (torch.randn(*shape, device=DEVICE, dtype=DTYPE) for shape in ((m, k), (k, n)))
     out, total, low = (torch.zeros(m, width, device=DEVICE) for width in (n, k, n))
     low = low.to(DTYPE)
@@ -119,7 +119,7 @@ def copy() -> dict:
 
 
 def packing_noise(shape: dict, layers: int, results: work.Results) -> None:
-    """The same pairs in micro-batches of other sizes: how far may DPO's first loss be from ln 2?"""
+    """Scores the same pairs in micro-batches of several sizes: how far may DPO's first loss be from ln 2?"""
     generator = np.random.default_rng(1)
     sizes = generator.integers(100, 400, (32, 3))
     pairs = [tuple(generator.integers(1, 2000, n).astype(np.int32) for n in row) for row in sizes]

@@ -1,9 +1,9 @@
-"""dpo_ds.train itself on this machine: every ZeRO stage on the tiny model, then six layers of Llama-3-8B's shape.
+"""Runs dpo_ds.train on this machine: the tiny model at every ZeRO stage, then six layers of Llama-3-8B's shape.
 
     python benchmarks/gpu_train.py [--small] [--output FILE]
 
-Each run is a process of its own. Kept of each: exit code, losses, step times, MFU, the plan's GPU memory and the most
-that nvidia-smi saw. Six layers (2.4 B parameters, all weights, ZeRO-3) are what 128 GiB of host memory lets through.
+Each run is a process. Its exit code, losses, speed and MFU are kept, the GPU memory by the plan, and the most that
+nvidia-smi saw. Six layers (2.4 B parameters, all weights, ZeRO-3) are the most that 128 GiB of host memory allow.
 """
 
 import argparse
@@ -30,7 +30,7 @@ SIX_RUN = (
 
 
 def gpu_memory_used() -> int:
-    """MiB of the first GPU in use; 0 without one."""
+    """MiB in use on the first GPU; 0 without a GPU."""
     words = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits", "--id=0"]
     with contextlib.suppress(OSError, ValueError):
         return int(subprocess.run(words, capture_output=True, text=True).stdout)
@@ -38,7 +38,7 @@ def gpu_memory_used() -> int:
 
 
 def train(folder: Path, words: list[str], seconds: float) -> dict:
-    """What a run of dpo_ds.train did within so many seconds."""
+    """Runs dpo_ds.train for at most that many seconds. Returns what is kept of it."""
     started, most, done = time.perf_counter(), [0], threading.Event()
 
     def watch() -> None:

@@ -1,4 +1,4 @@
-"""One run of dpo_ds for vs_trl.py, through the package's own steps; prints its measurements as JSON.
+"""One run of dpo_ds for vs_trl.py, by the package's own steps. Prints its measurements as JSON.
 
 python benchmarks/one_ours.py MODEL PAIRS.jsonl MAX_LENGTH OUTPUT_DIR [further options of dpo_ds.train]
 """
@@ -46,7 +46,7 @@ def main(model: str, pairs: str, max_length: str, output_dir: str, *more: str) -
             self.seconds.append(time.perf_counter() - self.began)
             self.losses.append(metrics["loss"])
             self.cold.append(work.process_age())
-            # Beside every step: a shared CPU's speed moves.
+            # After every step, because a shared CPU's speed changes.
             self.matmul.append(0.0 if torch.cuda.is_available() else work.matmul_speed())
 
     run = prepare(options, here)
@@ -54,7 +54,7 @@ def main(model: str, pairs: str, max_length: str, output_dir: str, *more: str) -
     plain_pass = sweep.score_answers
 
     def timed_pass(*words):
-        """A pass over pairs alone, as TRL's is timed: without loading the model."""
+        """Times a pass over pairs without the loading of the model, as TRL's is timed."""
         began = time.perf_counter()
         try:
             return plain_pass(*words)
@@ -63,10 +63,10 @@ def main(model: str, pairs: str, max_length: str, output_dir: str, *more: str) -
 
     sweep.score_answers = timed_pass
     timer = Timer()
-    train(run, [timer], save=False)  # a checkpoint would hold an 8B model's base weights each time
+    train(run, [timer], save=False)  # a checkpoint of an 8B model would hold its base weights too
     # Without the first step, which is not timed.
     lengths = [run.train_pairs.lengths(run.schedule.step(number)) for number in range(1, run.schedule.steps)]
-    flops = Flops(run.model, run.options.replace(reference="live"))  # wherever it is made
+    flops = Flops(run.model, run.options.replace(reference="live"))  # counts the reference's forward in any case
     peak = work.peak_memory()
     return {
         "pairs": len(run.train_pairs),

@@ -1,7 +1,7 @@
-"""One run of TRL's DPOTrainer for vs_trl.py; prints its measurements as JSON.
+"""One run of TRL's DPOTrainer for vs_trl.py. Prints its measurements as JSON.
 
     python benchmarks/one_trl.py MODEL PAIRS.jsonl MAX_LENGTH OUTPUT_DIR live|precomputed recompute|keep [bf16=True] \
-        [lora=True]          PAIRS in the order in which they are to be taken
+        [lora=True]          PAIRS are taken in the file's order
 """
 
 import json
@@ -31,7 +31,7 @@ def main(
     seconds, losses, cold = [], [], []
 
     class Watch(TrainerCallback):
-        """From one step's end to the next, so that loading a batch counts as it does with us."""
+        """Times each step from the end of the one before, so that loading a batch counts, as it does in dpo_ds."""
 
         def on_train_begin(self, *_, **__):
             self.last = time.perf_counter()

@@ -1,11 +1,11 @@
-"""Shows that a change moved nothing: loss curves, exported bytes and `plan --all` of two checkouts, side by side.
+"""Shows that a change moved nothing: compares loss curves, exported bytes and `plan --all` of two checkouts.
 
-    python benchmarks/same_behaviour.py record CHECKOUT FILE     twenty runs of that checkout; about five minutes
-    python benchmarks/same_behaviour.py compare FILE FILE        exit code 1 where a number or a byte differs
+    python benchmarks/same_behaviour.py record CHECKOUT FILE     makes twenty runs of that checkout; about five minutes
+    python benchmarks/same_behaviour.py compare FILE FILE        ends with exit code 1 if a number or a byte differs
 
-Only the public commands are used, so the two checkouts may look quite different inside. The tiny models are made once,
-in --models, by the first checkout recorded; a later recording takes them as they are. Bind both to one core each
-(`taskset -c 0 python …`): with several threads, sums in older checkouts have no fixed order.
+Only the public commands are used, so the two checkouts may differ inside. The first recording makes the tiny models
+in --models; later recordings use them. Bind each recording to one core (`taskset -c 0 python …`): with several threads,
+sums in older checkouts have no fixed order.
 """
 
 import argparse
@@ -22,7 +22,7 @@ CURVES = ("loss", "rewards/margins", "grad_norm", "learning_rate", "eval/loss", 
 MIXTRAL = "Mixtral-8x7B-Instruct-v0.1"
 COMMON = ("--dataset=sample --max_steps=5 --global_batch_pairs=8 --learning_rate=4e-4 --max_length=96 --eval_pairs=6 "
           "--generations=0 --host_memory=20").split()  # fmt: skip
-# What is run beside the twelve twins on one rank: (name, model, ranks, options).
+# Runs besides those of the twelve twins on one rank: (name, model, ranks, options).
 OTHERS = (
     ("two ranks, ZeRO-3", "gpt2", 2, ["--ds_config=zero3_standard"]),
     ("two ranks, ZeRO-2", "Meta-Llama-3-8B-Instruct", 2, ["--ds_config=zero2_small"]),
@@ -67,7 +67,7 @@ def make_twins(checkout: Path, models: Path) -> list[str]:
 def facts_of(run: Path) -> dict:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     curves = {key: [line[key] for line in lines if key in line] for key in CURVES}
-    # The card names the run's folder.
+    # The model card is left out, because it names the run's folder.
     merged = sorted(path for path in (run / "merged").rglob("*") if path.is_file() and path.suffix != ".md")
     hashes = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in merged}
     return {"curves": {key: values for key, values in curves.items() if values}, "merged": hashes}

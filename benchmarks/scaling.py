@@ -2,10 +2,13 @@
 
     python benchmarks/scaling.py [pairs prompts ranks export]        (about 15 minutes on two cores)
 
-pairs: real dialogues over and over, each made different, through load, check, tokenise, deal and the reference table's
-file; each size a process of its own. prompts: one step's time and peak against the prompt's tokens. ranks: the same
-steps on 1, 2 and 4 gloo ranks. export: a checkpoint's merged folder against the model's size. What was measured, and a
-plot, go to benchmarks/results/scaling_*.json and .png.
+pairs      load, check, tokenise and deal pairs, and write a reference table, for each size in its own process; the
+           pairs are real dialogues, repeated with a number in each
+prompts    one step's time and peak memory for each length of prompt
+ranks      the same steps on 1, 2 and 4 gloo ranks
+export     the merged folder of a checkpoint, for each size of model
+
+Figures and a plot are written to benchmarks/results/scaling_*.json and .png.
 """
 
 import argparse
@@ -44,7 +47,7 @@ def child(task: str, *words) -> dict:
 
 
 def family_resident() -> int:
-    """Bytes of this process's own memory and its children's; what they share once."""
+    """Bytes of this process's memory and its children's. Memory that they share counts once."""
     total = 0
     for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
         with contextlib.suppress(OSError):  # it has ended
@@ -54,8 +57,8 @@ def family_resident() -> int:
 
 
 def data_path(file: str, model: str, folder: str) -> dict:
-    """Load, check and tokenise; deal an epoch; fill a table's file. Seconds of each, and the most memory it took in
-    this process, the child that tokenises and its workers together."""
+    """Loads, checks and tokenises; deals an epoch; fills a table's file. Returns the seconds of each, and the most
+    memory that this process, the child that tokenises and its workers took together."""
     import numpy as np
 
     from dpo_ds.config import parse_options
@@ -98,7 +101,7 @@ def data_path(file: str, model: str, folder: str) -> dict:
 
 
 def index_of(count: str) -> dict:
-    """Memory of the index of that many pairs: all that a run holds of them beside the memory-mapped tokens."""
+    """The memory of an index of that many pairs: what a run holds of them besides the memory-mapped tokens."""
     import numpy as np
 
     from dpo_ds.data.pairs import PairSet
@@ -131,7 +134,7 @@ def index_of(count: str) -> dict:
     for number in range(20):
         deal(pairs.parts(schedule.step(number), 8192), 8, 8192)
     seconds = (time.perf_counter() - began) / 20
-    time.sleep(0.02)  # once more sampled, with all of it there
+    time.sleep(0.02)  # so that the peak is read once more
     return {"pairs": n, "a step's dealing s": seconds, "memory MiB": (peak.value - before) / 2**20}
 
 
@@ -177,7 +180,7 @@ def grow_prompts(folder: Path) -> list[dict]:
                 "step s": found["step_seconds"][-1],
                 "peak MiB": found["peak_memory"] / 2**20,
                 "FLOPs of a large product's": found["flops"]
-                * 0.75  # without the reference's forward, which is not in the step
+                * 0.75  # the reference's forward, a quarter of the FLOPs, is not in the step
                 / found["step_seconds"][-1]
                 / found["matmul"],
             }
@@ -246,7 +249,7 @@ def grow_export(folder: Path) -> list[dict]:
 
 # ----------------------------------------------------------------------------------------------------------------- main
 
-# What is plotted: (x, [y], whether both axes are logarithmic)
+# The plots: (x, [y], whether both axes are logarithmic)
 PLOTS = {
     "pairs": ("pairs", ["tokenise s", "open again s", "deal s", "table s", "memory MiB"], True),
     "prompts": ("prompt tokens", ["step s", "peak MiB"], True),

@@ -1,12 +1,12 @@
-"""dpo_ds against TRL's DPOTrainer on the same work: model folder, pairs, order, batch, optimizer, fp32.
+"""dpo_ds against TRL's DPOTrainer, with the same model folder, pairs, order, batch and optimizer, in fp32.
 
     python benchmarks/vs_trl.py                      all three sets (about an hour on two cores, nearly all of it TRL's)
     python benchmarks/vs_trl.py --sets hh --rounds 1
 
-Each run is a process of its own. TRL's settings are tried once, on one step, the fastest goes on; then TRL and dpo_ds
-take turns. A step's time begins where the one before it ended; the first step, which pays for first times, is left out
-on both sides. What the reference's forward takes counts on both sides, wherever it is made. Medians of the rounds are
-printed as a table and written to benchmarks/results/ with hardware and versions.
+Each run is a process. TRL's settings are tried once, on one step, and the fastest is used. Then TRL and dpo_ds take
+turns. A step's time begins at the end of the step before. The first step is slower, and is left out on both sides. The
+reference's forward counts on both sides, wherever it is computed. Medians of the rounds are printed as a table and
+written to benchmarks/results/ with hardware and versions.
 """
 
 import argparse
@@ -21,16 +21,16 @@ from pathlib import Path
 import work
 
 HERE = Path(__file__).resolve().parent
-TRL = list(itertools.product(("live", "precomputed"), ("recompute", "keep")))  # the first is TRL's default
-OURS = ("precomputed", "live")  # the first is ours
+TRL = list(itertools.product(("live", "precomputed"), ("recompute", "keep")))  # TRL's default is the first
+OURS = ("precomputed", "live")  # dpo_ds's default is the first
 PAIRS = {"hh": 64, "alpaca": 24, "long": 16}  # in steps of 8, of which the first is not timed
 CURVES_AGREE = 1e-3
-GOALS = {"hh": (15, 5), "alpaca": (6, 4), "long": (15, 5)}  # times TRL's speed; TRL's memory over ours
+GOALS = {"hh": (15, 5), "alpaca": (6, 4), "long": (15, 5)}  # our speed over TRL's; TRL's memory over ours
 FLOPS_GOAL = 0.6
 
 
 def one(script: str, *words) -> dict:
-    """Runs one process; its measurements."""
+    """Runs one process. Returns its measurements."""
     done = subprocess.run(
         [sys.executable, HERE / script, *map(str, words)], capture_output=True, text=True, cwd=work.ROOT
     )
@@ -129,7 +129,7 @@ def as_markdown(sums: list[dict]) -> str:
 
 
 def verdict(one_set: dict) -> list[str]:
-    """Goals missed."""
+    """The goals that were missed."""
     ours = one_set[f"ours {OURS[0]}"]
     speed, memory = GOALS[one_set["set"]]
     wanted = [

@@ -1,8 +1,8 @@
-"""The work that the benchmarks share: a model folder, real pairs in one order, and what machine this is.
+"""What the benchmarks share: a model folder, real pairs in a fixed order, measurements, and facts of the machine.
 
-The model is a Llama of 17 M parameters with random weights and GPT-2's vocabulary; the pairs are real, from
-../shared/data (DPO_DS_DATA names another place): HH harmless, AlpacaEval, and `long`, cut from HH's dialogues so that a
-prompt has 2,048 tokens and a response up to 100.
+The model is a Llama of 17 M parameters with random weights and GPT-2's vocabulary. The pairs are real. They are read
+from ../shared/data; DPO_DS_DATA names another place. The sets are HH harmless, AlpacaEval, and `long`. The last is cut
+from HH's dialogues: its prompts have 2,048 tokens, its responses up to 100.
 """
 
 import gzip
@@ -32,7 +32,7 @@ def tokenizer():
 
 
 def make_model(folder: Path, **shape) -> Path:
-    """A Llama of SHAPE with random weights, tied, and GPT-2's tokenizer."""
+    """A Llama of SHAPE with random, tied weights, and GPT-2's tokenizer."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -72,7 +72,7 @@ def _split_dialogue(row: dict) -> dict | None:
 
 
 def _long_rows() -> list[dict]:
-    """HH's responses of about 100 tokens after 2,048 tokens of real dialogues, the pair's own last."""
+    """HH's responses of 50 to 100 tokens. The prompt is 2,048 tokens of dialogues, and ends with the pair's own."""
     words = tokenizer()
     rows, before = [], []
     for row in read("hh"):
@@ -88,7 +88,7 @@ def _long_rows() -> list[dict]:
 
 
 def write_pairs(name: str, pairs: int, folder: Path) -> tuple[Path, Path]:
-    """The set's first rows for dpo_ds, and the same in the order in which its seed takes them."""
+    """Writes the set's first rows twice: in the file's order, and in the order in which dpo_ds trains on them."""
     import numpy as np
 
     from dpo_ds.data.steps import Schedule
@@ -113,13 +113,13 @@ def pack_pairs(pairs):
 
 
 def result_of(done) -> dict | None:
-    """What a finished child process printed as its RESULT; None if it failed."""
+    """The RESULT that a finished child process printed; None if it failed."""
     lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     return None if done.returncode or not lines else json.loads(lines[0].removeprefix("RESULT "))
 
 
 def required_result_of(done) -> dict:
-    """The same, or the end of this benchmark with what the child said."""
+    """The same. If the child failed, this benchmark ends with the child's output."""
     found = result_of(done)
     if found is None:
         raise SystemExit(f"{done.args} failed:\n{done.stdout[-2000:]}{done.stderr[-4000:]}")
@@ -127,8 +127,8 @@ def required_result_of(done) -> dict:
 
 
 def pairs_per_second(found: dict) -> float:
-    """Of one run's measurements, the reference's forward included. The first step pays for first times, and counts only
-    where there is no other."""
+    """The speed of one run, including the reference's forward. The first step is slower than the others, so it counts
+    only if it is the only one."""
     counted = found["step_seconds"][1:] or found["step_seconds"]
     return 1 / (found["reference_seconds"] / found["pairs"] + sum(counted) / len(counted) / BATCH)
 
@@ -140,7 +140,7 @@ def process_age() -> float:
 
 
 class Results:
-    """A benchmark's figures: each printed and kept in the file as soon as it is there, so that a failure loses none."""
+    """A benchmark's figures. Each is printed and written to the file at once, so that a later failure loses none."""
 
     def __init__(self, file: Path, **facts):
         self.file, self.facts = file, {"machine": machine(), **facts}
@@ -153,10 +153,10 @@ class Results:
         self.file.write_text(json.dumps(self.facts, indent=1) + "\n")
 
     def attempt(self, kind: str, facts: dict, measure: Callable[[], dict]) -> None:
-        """Notes the facts with what `measure` finds, or with why it could not."""
+        """Notes the facts with what `measure` returns, or with its error."""
         try:
             found = measure()
-        except Exception as error:  # the next figure is worth having all the same
+        except Exception as error:  # the next figure is still measured
             found = {"passed": False, "error": f"{type(error).__name__}: {error}"[:600]}
         self.note(kind, {**facts, **found})
 
@@ -167,20 +167,20 @@ def memory() -> int:
 
 
 def gpu_memory() -> int | None:
-    """The most bytes of tensors that the GPU ever held for this process."""
+    """The most bytes that this process's tensors took on the GPU; None without one."""
     import torch
 
     return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
 
 
 def peak_memory() -> int:
-    """The most bytes that this process ever held. (getrusage's figure begins with what its parent held.)"""
+    """The most bytes that this process took. (getrusage's figure begins at its parent's.)"""
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
 
 
 def matmul_speed(seconds: float = 0.5, size: int = 2048) -> float:
-    """FLOPs per second of a large fp32 product: the median of as many as there is time for."""
+    """FLOPs per second of a large fp32 product: the median of those that fit into `seconds`."""
     import torch
 
     a, b = torch.randn(size, size), torch.randn(size, size)

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, get_args, g
 
 import yaml
 
-from dpo_ds.errors import UserError
+from dpo_ds.errors import UserError, one_line
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -300,7 +300,7 @@ def parse_options(argv: list[str], command: str = "train") -> Options:
     """
     values, unknown = _parser(command).parse_known_args(_flags_of_config(argv) + argv)
     if unknown and not unknown[0].startswith("-"):
-        raise UserError(f"unexpected argument {_one_line(unknown[0])}: options are written --name value")
+        raise UserError(f"unexpected argument {one_line(unknown[0], None)}: options are written --name value")
     if unknown:
         raise UserError(_unknown(unknown[0], ["--" + name for name in [*FIELDS, *ALIASES, "config"]]))
     options = Options(**{name: getattr(values, name) for name in FIELDS})
@@ -376,18 +376,14 @@ def _read_yaml(path: str) -> dict:
     except OSError as error:
         raise UserError(f"--config {path}: {error.strerror}; name a YAML file of options") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"--config {path} is not YAML: {_one_line(str(error))}") from None
+        raise UserError(f"--config {path} is not YAML: {one_line(error, None)}") from None
     if not isinstance(content, dict):
         raise UserError(f"--config {path} holds no 'key: value' lines")
     return content
 
 
-def _one_line(text: str) -> str:
-    return " ".join(text.split())
-
-
 def _unknown(word: str, known: list[str]) -> str:
-    name = _one_line(word.split("=")[0])
+    name = one_line(word.split("=")[0], None)
     [nearest] = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
     return f"unknown option {name}; did you mean {nearest}? (--help lists all)"
 
@@ -398,7 +394,7 @@ def read_columns(text: str | None) -> dict[str, str]:
     for entry in (text or "").split(",") if text is not None else []:
         name, equals, column = (part.strip() for part in entry.partition("="))
         if not equals or not name or not column:
-            raise UserError(f"--columns {_one_line(text or '')}: write name=column, as in prompt=question,chosen=best")
+            raise UserError(f"--columns {one_line(text or '')}: write name=column, as in prompt=question,chosen=best")
         if name not in COLUMNS:
             [nearest] = difflib.get_close_matches(name, COLUMNS, n=1, cutoff=0.0)
             raise UserError(f"--columns has no name {name}; did you mean {nearest}? It takes {', '.join(COLUMNS)}")
@@ -467,7 +463,7 @@ def template_variables(options: Options) -> dict[str, Any]:
         variables = None
     if not isinstance(variables, dict):
         raise UserError(
-            f"--chat_template_kwargs is {_one_line(text)}, but must be a JSON object, such as "
+            f"--chat_template_kwargs is {one_line(text)}, but must be a JSON object, such as "
             "'{\"enable_thinking\": false}'"
         )
     return variables
@@ -487,7 +483,7 @@ def _require_number(name: str, text: str) -> None:
     except ValueError:
         fine = False
     if not fine:
-        raise UserError(f"--{name} is {_one_line(text)}, but must be 0, a number above it, or model")
+        raise UserError(f"--{name} is {one_line(text, None)}, but must be 0, a number above it, or model")
 
 
 def to_yaml(options: Options) -> str:

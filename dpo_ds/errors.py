@@ -13,9 +13,11 @@ class RunStopped(Exception):
     """A run cannot go on, for a reason that a traceback would not show: one line, exit code 1."""
 
 
-def one_line(error: BaseException, most: int = 300) -> str:
-    """A library's error message, in one line."""
-    return " ".join(str(error).split())[:most] or type(error).__name__
+def one_line(said: BaseException | str, most: int | None = 300) -> str:
+    """What a library or the user said, in one line of at most `most` characters. An error without words gives its
+    type's name."""
+    line = " ".join(str(said).split())[:most]
+    return line or (type(said).__name__ if isinstance(said, BaseException) else "")
 
 
 @contextlib.contextmanager

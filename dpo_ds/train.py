@@ -35,9 +35,11 @@ def make_plan(options: Options) -> "Plan | None":
         process.let_rank_0_plan()
         return None
     from dpo_ds.engine import join
-    from dpo_ds.plan.refuse import for_run
+    from dpo_ds.plan.refuse import for_run, show
 
     join.quiet_start()
+    if options.plan == "only":
+        return show(options, console.say)
     plan = for_run(options)
     if options.plan != "off":
         console.say(plan.as_markdown())

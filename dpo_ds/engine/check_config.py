@@ -215,12 +215,16 @@ def _refuse_broken(name: str, config: dict) -> None:
             "and reports it; remove it"
         )
     zenflow = at(config, "zero_optimization.zenflow")
-    if zenflow is not None:  # on a CPU, stage 2 gave NaN in its second step, and stage 3 a traceback
-        why = "it is another algorithm, and runs of dpo_ds fail with it; remove it"
+    # With any values, each micro-batch's gradient is applied at once to the columns that ZenFlow selects. On a CPU,
+    # stage 2 gave NaN in its second step, and stage 3 a traceback.
+    if zenflow is not None:
+        why = "it updates weights after each micro-batch, but a step of dpo_ds is one update by all pairs; remove it"
         raise _wrong(name, "zero_optimization.zenflow", zenflow, why)
     writer = at(config, "checkpoint.writer")
+    # With any writer, DeepSpeed loads by torch.load with weights_only, which refuses the objects in ZeRO's files. A
+    # writer also needs variables of DeepSpeed's launcher, and below stage 3 several ranks would write the same file.
     if writer is not None:
-        why = "DeepSpeed 0.19 fails to set its own writers up in most runs; remove it, and torch writes the checkpoints"
+        why = "with a writer, DeepSpeed 0.19 cannot load ZeRO's checkpoints again, so no run could resume; remove it"
         raise _wrong(name, "checkpoint.writer", writer, why)
     optimizer = at(config, "optimizer.type", "AdamW")
     if optimizer not in ("AdamW", "Adam"):

@@ -67,7 +67,7 @@ def folder_of_versions() -> Path:
 
 @contextlib.contextmanager
 def _turn(folder: Path, speaks: bool) -> Iterator[None]:
-    """Holds the kernel's lock on a folder, if its file system has locks."""
+    """Holds the kernel's lock on a folder. Where no lock can be taken, says so once and goes on without."""
     lock = FileLock(folder / "dpo_ds.lock")
     started = time.monotonic()
     try:
@@ -78,8 +78,9 @@ def _turn(folder: Path, speaks: bool) -> Iterator[None]:
             except Timeout:
                 if speaks:
                     _say_waiting(folder, started)
-    except (OSError, NotImplementedError):
-        pass
+    except (OSError, NotImplementedError) as error:  # as on some network file systems
+        if speaks:
+            _say_no_lock(folder.parent, getattr(error, "strerror", None) or "its file system has none")
     try:
         yield
     finally:
@@ -101,6 +102,14 @@ def _await_others(folder: Path, speaks: bool) -> None:
             _say_waiting(folder, started)
             next_word += NEXT_WORD
         time.sleep(0.5)
+
+
+@functools.cache  # said once, not once for each op
+def _say_no_lock(folder: Path, reason: str) -> None:
+    _say(
+        f"no file lock can be taken in {folder} ({reason}): two processes may compile the same op at the same time; "
+        f"set {FOLDER} to a folder on a local disk"
+    )
 
 
 def _say_waiting(folder: Path, started: float) -> None:

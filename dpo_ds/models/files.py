@@ -7,15 +7,13 @@ from typing import TYPE_CHECKING
 from safetensors import SafetensorError, safe_open
 
 from dpo_ds.errors import UserError, one_line
-from dpo_ds.models.find import _not_found
+from dpo_ds.models.find import unreadable
 from dpo_ds.models.model import Model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json")
-
-
 OTHER_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "*.py")
 
 
@@ -51,7 +49,7 @@ def fetch_weights(model: Model) -> Path:
         try:
             folder = Path(snapshot_download(model.source, allow_patterns=[*WEIGHT_FILES, *OTHER_FILES]))
         except (OSError, HfHubHTTPError) as error:
-            raise UserError(_not_found(model.name, model.source, error)) from error
+            raise unreadable(model.name, model.source, error) from error
     for file in weight_files(folder):
         try:
             with safe_open(file, framework="pt"):  # reads only the header

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from dpo_ds import hub
 from dpo_ds.embedded import model_folder
-from dpo_ds.errors import UserError
+from dpo_ds.errors import UserError, one_line
 from dpo_ds.models.model import Model
 from dpo_ds.resources import MODEL_SHAPES
 
@@ -71,7 +71,7 @@ def find_model(name: str, trust_remote_code: bool = False) -> Model:
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers reads the user's file, so any error is about it
-        raise UserError(_not_found(name, source, error)) from error
+        raise unreadable(name, source, error) from error
     _require_causal(name, config, trust_remote_code)
     return Model(name, source, config, trust_remote_code)
 
@@ -80,15 +80,16 @@ def _looks_like_path(name: str) -> bool:
     return name.startswith(("/", "./", "../", "~")) or name.count("/") > 1
 
 
-def _not_found(name: str, source: str, error: Exception) -> str:
-    text = " ".join(str(error).split())
+def unreadable(name: str, source: str, error: Exception) -> UserError:
+    """The UserError for a model whose files cannot be read, from its folder or from the hub."""
     if Path(source).is_dir():
-        return f"--model {name}: its config.json cannot be used: {text[:300]}"
-    if "gated" in text.lower() or "401" in text or "403" in text or "private" in text.lower():
+        return UserError(f"--model {name}: its config.json cannot be used: {one_line(error)}")
+    text = str(error).lower()
+    if any(word in text for word in ("gated", "401", "403", "private")):
         remedy = "ask for access on its page, then set HF_TOKEN or run `hf auth login`"
-        return f"--model {name} is gated or does not exist on the hub: {remedy}"
+        return UserError(f"--model {name} is gated or does not exist on the hub: {remedy}")
     remedy = "check the id and the network, or download the model elsewhere and name its folder; tiny-gpt2 needs none"
-    return f"--model {name} is not a local folder and cannot be read from the hub: {remedy}"
+    return UserError(f"--model {name} is not a local folder and cannot be read from the hub: {remedy}")
 
 
 def _require_causal(name: str, config: "PreTrainedConfig", trust_remote_code: bool) -> None:

@@ -14,8 +14,6 @@ if TYPE_CHECKING:
 LanguageModel: TypeAlias = "PreTrainedModel | PeftModel"  # without adapters or with them
 
 ALL = "all-linear"
-
-
 HEAD = "lm_head"
 
 

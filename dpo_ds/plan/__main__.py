@@ -17,7 +17,7 @@ from dpo_ds.models.find import known_models
 from dpo_ds.plan.choose import choose
 from dpo_ds.plan.machine import GIB, NODE_GPUS, Machine, gib
 from dpo_ds.plan.plan import Plan
-from dpo_ds.plan.refuse import refusal
+from dpo_ds.plan.refuse import refusal, show
 from dpo_ds.ranks import console
 
 
@@ -56,8 +56,11 @@ def main(argv: list[str]) -> None:
         print(everything())
         return
     options = parse_options(rest, "plan")
+    if not own.json:
+        show(options, print)
+        return
     plan = choose(options, Machine.of(options))
-    print(json.dumps(plan.facts(), indent=1) if own.json else plan.as_markdown())
+    print(json.dumps(plan.facts(), indent=1))
     if not plan.fits:
         raise UserError(refusal(plan, options))
 

@@ -138,7 +138,7 @@ def _largest(plan: Callable[[int], Plan], least: int, most: int) -> Plan:
     return bottom
 
 
-def _by_class(options: Options, machine: Machine) -> Options:
+def decide_by_class(options: Options, machine: Machine) -> Options:
     """The options of a run with --plan off: the tier of the model's size class, and default sizes."""
     on_gpu = machine.gpu_memory is not None
     model = known_model(options.model, options.trust_remote_code)

@@ -21,23 +21,14 @@ from dpo_ds.scoring.twin import require_exact
 
 # What every process needs before a model is loaded.
 CUDA = 2 * GIB  # per GPU: context, cuBLAS and NCCL workspaces; an estimate
-
-
 PROCESS = int(0.8 * GIB)  # host memory per rank: Python, torch, DeepSpeed, datasets; measured 0.35 to 0.7 GiB on CPU
-
-
 # The libraries' work space per rank on CPU, measured; products in bf16 need more.
 CPU_WORK, CPU_WORK_BF16 = 70 * 2**20, 160 * 2**20
 
-
 LEFT_BEHIND = "freed, but kept by the C library"
 
-
 ADAM, MASTER = 8, 4  # bytes per trained parameter: two fp32 moments; the fp32 weight
-
-
 FP32 = 4
-
 
 WHEN = ("always", "compute and step", "compute", "step")
 

@@ -9,8 +9,6 @@ from dpo_ds.errors import UserError
 from dpo_ds.ranks import world
 
 GIB = 2**30
-
-
 NODE_GPUS = 8
 
 
@@ -49,14 +47,21 @@ class Machine:
         return cls(ranks, per_node, gpu, host, nvme)
 
     @property
+    def nodes(self) -> int:
+        return self.ranks // self.ranks_per_node
+
+    @property
     def name(self) -> str:
-        nodes = self.ranks // self.ranks_per_node
-        host = f"{gib(self.host_memory)} GiB of host memory" + (" each" if nodes > 1 else "")
+        host = f"{gib(self.host_memory)} GiB of host memory" + (" each" if self.nodes > 1 else "")
         nvme = f", {gib(self.nvme)} GiB of NVMe" if self.nvme else ""
+        return f"{self.devices}, {host}{nvme}"
+
+    @property
+    def devices(self) -> str:
         if self.gpu_memory is None:
-            return f"{self.ranks} rank(s) without GPU, {host}{nvme}"
-        where = f"{nodes} nodes of {self.ranks_per_node}" if nodes > 1 else f"{self.ranks}"
-        return f"{where} GPU(s) of {gib(self.gpu_memory)} GiB, {host}{nvme}"
+            return f"{self.ranks} rank(s) without GPU"
+        where = f"{self.nodes} nodes of {self.ranks_per_node}" if self.nodes > 1 else f"{self.ranks}"
+        return f"{where} GPU(s) of {gib(self.gpu_memory)} GiB"
 
 
 def host_memory() -> int:

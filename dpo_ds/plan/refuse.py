@@ -1,11 +1,11 @@
-"""Makes a run's plan, or refuses it: one line with what is missing and the cheapest changes that would make it fit."""
+"""Makes a run's plan, or refuses it: one line with what is missing and the cheapest change that would make it fit."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from dpo_ds.config import Options
 from dpo_ds.errors import UserError
-from dpo_ds.plan.choose import PLENTY, _by_class, choose
+from dpo_ds.plan.choose import PLENTY, choose, decide_by_class
 from dpo_ds.plan.machine import GIB, NODE_GPUS, Machine, gib
 from dpo_ds.plan.plan import Plan
 
@@ -20,23 +20,47 @@ def for_run(options: Options) -> Plan:
     machine = Machine.of(options)
     if options.plan == "off":
         return choose(
-            _by_class(options, machine),
+            decide_by_class(options, machine),
             dataclasses.replace(machine, gpu_memory=machine.gpu_memory and PLENTY, host_memory=PLENTY),
         )
     plan = choose(options, machine)
+    if not plan.fits:
+        raise UserError(refusal(plan, options) + "; --plan only shows the table, --plan off starts anyway")
+    return plan
+
+
+def show(options: Options, say: Callable[[str], None]) -> Plan:
+    """Says the plan's table and, if it does not fit, every single change that would make it fit. Then raises UserError
+    if it does not fit."""
+    plan = choose(options, Machine.of(options))
+    lines = [plan.as_markdown()]
+    if not plan.fits and (found := list(remedies(options, plan.machine))):
+        lines += [
+            "",
+            "It would fit with one of these changes:",
+            *(f"- {change}: {other.how}; {_needs(other)}" for change, other in found),
+        ]
+    say("\n".join(lines))
     if not plan.fits:
         raise UserError(refusal(plan, options))
     return plan
 
 
 def refusal(plan: Plan, options: Options) -> str:
-    """One line: what is missing, and the cheapest changes that would make it fit."""
-    changes = [f"{what}: {found.how}, {_needs(found)}" for what, found in remedies(options, plan.machine)]
-    instead = f"; what would fit: {'; '.join(changes)}" if changes else ""
-    return (
-        f"--model {plan.model.name} does not fit {plan.machine.name}: with {plan.how} it needs "
-        f"{' and '.join(plan.lacking)}{instead} (python -m dpo_ds.plan shows the parts; --plan off starts anyway)"
-    )
+    """One line: what is missing where, and the cheapest change that would make it fit."""
+    change, other = next(remedies(options, plan.machine), (None, plan))
+    remedy = f"; it would fit with {change} ({_needs(other)})" if change else ""
+    return f"--model {plan.model.name} does not fit {plan.machine.devices}: {' and '.join(_missing(plan))}{remedy}"
+
+
+def _missing(plan: Plan) -> Iterator[str]:
+    places = {"gpu": "on each GPU", "host": "of host memory", "nvme": "on --nvme_path"}
+    for where, available in plan.available.items():
+        need = plan.need(where)
+        if need > available:
+            node = " in each node" if where != "gpu" and plan.machine.nodes > 1 else ""
+            short = f"{gib(need - available)} GiB {places[where]}{node} are missing"
+            yield f"{short} (it needs {gib(need)}, there are {gib(available)})"
 
 
 def _needs(plan: Plan) -> str:
@@ -77,6 +101,6 @@ def remedies(options: Options, machine: Machine) -> Iterator[tuple[str, Plan]]:
             break
     if not on_gpu:
         server = Machine(NODE_GPUS, NODE_GPUS, 80 * GIB, PLENTY)
-        for changed in (options, options.replace(lora=True)):
+        for flag, changed in (("", options), ("--lora on ", options.replace(lora=True))):
             if found := trial(changed.replace(precision="auto"), server):
-                yield "on 8 GPUs of 80 GiB", found
+                yield f"{flag}8 GPUs of 80 GiB", found

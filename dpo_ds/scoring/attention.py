@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 
 from dpo_ds.errors import UserError
-from dpo_ds.scoring.packed import Layout, is_segments, layout_of
+from dpo_ds.scoring.packed import CannotPack, Layout, is_segments, layout_of
 
 
 def packed_attention(
@@ -42,12 +42,12 @@ def packed_attention(
     `attention_mask` is PackedBatch.segments. transformers' window counts the token itself; None means no window.
     """
     if not is_segments(attention_mask):
-        raise ValueError(
+        raise CannotPack(
             f"{type(module).__name__} did not pass the segments on to its attention: this architecture cannot be "
             "scored with packed pairs"
         )
     if kwargs.get("s_aux") is not None:
-        raise ValueError(f"{type(module).__name__} uses attention sinks, which packed attention does not support")
+        raise CannotPack(f"{type(module).__name__} uses attention sinks, which packed attention does not support")
     layout = layout_of(attention_mask, query.device)
     query_THD = query[0].transpose(0, 1)
     key_KGD, value_KGD = (x[0].transpose(0, 1).index_select(0, layout.key_rows) for x in (key, value))

@@ -22,6 +22,7 @@ import torch
 from transformers import PreTrainedModel
 
 from dpo_ds.scoring.embedding import TiedGradient
+from dpo_ds.scoring.packed import CannotPack
 
 FEWEST_COLUMNS = 256  # the least width of a tile, for any number of rows
 KEPT_ON_CPU = 2**25  # logits, 128 MiB
@@ -76,6 +77,8 @@ def replace_head(model: PreTrainedModel) -> None:
     def forward(self, hidden, targets=None, budget=None, tied=None, low=None, up_layer=None):
         if targets is None:
             return plain_linear(hidden)
+        if hidden.shape[1] != self.weight.shape[1]:  # a further layer stands between body and head, as in ELECTRA
+            raise CannotPack(f"its head takes {self.weight.shape[1]} numbers, but its body gives {hidden.shape[1]}")
         inputs = HeadInputs(hidden, self.weight, targets, getattr(self, "bias", None), scale, softcap, budget, tied)
         # With an adapter, the product is made inside the up layer's own call, so that ZeRO-3 has gathered both weights.
         return fused_logps(inputs) if low is None else up_layer(low, inputs)

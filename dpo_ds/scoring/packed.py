@@ -26,6 +26,10 @@ import torch
 from dpo_ds.data.pairs import Group
 
 
+class CannotPack(ValueError):
+    """A model's architecture cannot be scored with packed pairs. The message says why."""
+
+
 @dataclass
 class PackedBatch:
     input_ids: torch.Tensor  # [1, T] int64

@@ -10,7 +10,7 @@ from dpo_ds.models.lora import LanguageModel, plain_model
 from dpo_ds.scoring import attention
 from dpo_ds.scoring.embedding import TiedGradient, replace_embedding
 from dpo_ds.scoring.head import LogitBudget, replace_head
-from dpo_ds.scoring.packed import PackedBatch
+from dpo_ds.scoring.packed import CannotPack, PackedBatch
 from dpo_ds.scoring.router import router_loss
 
 
@@ -44,6 +44,8 @@ class Scorer(torch.nn.Module):
             use_cache=False,
             **({"output_router_logits": True} if balance else {}),
         )
+        if not hasattr(outputs, "last_hidden_state"):  # the base model is a whole language model, as in Llama 4
+            raise CannotPack(f"{type(causal_lm.base_model).__name__} returns logits, not hidden states")
         hidden_NH = outputs.last_hidden_state[0].index_select(0, batch.rows)
         head = causal_lm.get_output_embeddings()
         logps_N = head(hidden_NH, targets=batch.targets, budget=self.budget, tied=tied)

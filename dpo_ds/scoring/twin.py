@@ -8,15 +8,17 @@ twin of the same config class, a fraction of a megabyte, is scored both ways.
 import contextlib
 import copy
 import functools
+import traceback
+from types import FrameType
 
 import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from dpo_ds.data.pairs import Group
-from dpo_ds.errors import UserError
+from dpo_ds.errors import UserError, one_line
 from dpo_ds.scoring import attention
-from dpo_ds.scoring.packed import pack
+from dpo_ds.scoring.packed import CannotPack, pack
 from dpo_ds.scoring.rotary import fix_frequencies
 from dpo_ds.scoring.scorer import Scorer
 
@@ -123,7 +125,8 @@ def randomise(model: torch.nn.Module) -> None:
 def require_exact(name: str, config: PreTrainedConfig, trust_remote_code: bool = False) -> None:
     """Checks on the config's twin that packed pairs get the same scores as with plain forwards.
 
-    Raises UserError with the reason if the scores differ, or if the twin cannot be built or scored.
+    Raises UserError with the reason if the scores differ, or if the model's code fails on the twin. An exception of
+    dpo_ds's own code is a bug, and is raised as it is.
     """
     architecture = type(config).__name__.removesuffix("Config")
     if any(getattr(config.get_text_config(), key, None) for key in STATE_KEYS):
@@ -133,17 +136,37 @@ def require_exact(name: str, config: PreTrainedConfig, trust_remote_code: bool =
         )
     try:
         difference = _difference(config, trust_remote_code)
-    except Exception as error:  # an architecture's own code may raise anything on packed inputs
-        reason = " ".join(f"{error}".split())[:200]
+    except Exception as error:  # a model's code may raise anything on packed inputs
+        if not (isinstance(error, CannotPack) or _from_model(error)):
+            raise
         raise UserError(
             f"--model {name}: {architecture} cannot be shown to score packed pairs exactly (its tiny twin "
-            f"failed: {reason}); {INSTEAD}"
+            f"failed: {one_line(error, 200)}); {INSTEAD}"
         ) from error
     if not difference < TOLERANCE:
         raise UserError(
             f"--model {name}: {architecture} does not keep packed pairs apart (log-probabilities of its tiny twin "
             f"are wrong by {difference:.2g}); {INSTEAD}"
         )
+
+
+def _from_model(error: BaseException) -> bool:
+    """Whether an exception was raised in the model's code, or in what that code called, dpo_ds excepted."""
+    inner: list[FrameType] = []  # the calls inside dpo_ds's last
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        inner = [] if _package(frame) == "dpo_ds" else [*inner, frame]
+    return any(_package(frame).startswith("transformers") or _calls_model(frame) for frame in inner)
+
+
+def _package(frame: FrameType) -> str:
+    """A model's remote code is in the package transformers_modules."""
+    return frame.f_globals.get("__name__", "").partition(".")[0]
+
+
+def _calls_model(frame: FrameType) -> bool:
+    """Whether torch calls a module of the model there. This frame is the last if the module takes no such argument."""
+    called = frame.f_locals.get("self") if frame.f_code.co_name == "_call_impl" else None
+    return isinstance(called, torch.nn.Module) and type(called).__module__.partition(".")[0] not in ("dpo_ds", "torch")
 
 
 @functools.cache
@@ -164,7 +187,10 @@ def _difference(config: PreTrainedConfig, trust_remote_code: bool) -> float:
     """The largest difference between the packed and the plain log-probability of a response."""
     model = _build(twin(config), trust_remote_code)
     plain = torch.stack([_plain(model, group.prompt, answer) for group in _groups() for answer in group.answers])
-    model.set_attn_implementation(attention.implementation(attention.SDPA))
+    kernel = attention.implementation(attention.SDPA)
+    model.set_attn_implementation(kernel)  # warns and changes nothing where a model has attention code of its own
+    if model.config._attn_implementation != kernel:
+        raise CannotPack("its attention does not go through transformers' attention interface")
     return float((Scorer(model)(pack(_groups())) - plain).abs().max())
 
 
@@ -218,7 +244,7 @@ def _kernel_problem(
         torchs = _scored(small, attention.SDPA, dtype, device, trust_remote_code)
         found = _scored(small, name, dtype, device, trust_remote_code)
     except Exception as error:  # a kernel built for another torch, GPU or CUDA may raise anything
-        return f"stops: {' '.join(f'{type(error).__name__}: {error}'.split())[:200]}"
+        return f"stops: {one_line(f'{type(error).__name__}: {error}', 200)}"
     for what, exact, plain, fast in zip(("log-probabilities", "gradients"), truth, torchs, found, strict=True):
         off, allowed = float((fast - exact).abs().max()), KERNEL_SLACK * float((plain - exact).abs().max())
         allowed += KERNEL_FLOOR * float(exact.abs().max() if what == "gradients" else 1.0)

@@ -16,7 +16,7 @@ ROOT = TOOLS.parents[1]
 
 
 def environment() -> dict:
-    """The tests' own environment, less what would steer a run, with the checkout's packages to import."""
+    """The tests' environment without the variables that would steer a run. Imports find this checkout."""
     drop = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "PYTHONDONTWRITEBYTECODE"}
     env = {key: value for key, value in os.environ.items() if key not in drop}
     return {**env, "PYTHONPATH": f"{ROOT}:{TOOLS}", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "",
@@ -24,7 +24,8 @@ def environment() -> dict:
 
 
 def free_port() -> int:
-    """Below those that the system gives to outgoing connections: none of the runs beside takes it before the launch."""
+    """A free port below the range that the system gives to outgoing connections. A port in that range could be taken by
+    another run before the launch."""
     while True:
         port = random.SystemRandom().randrange(10_000, 30_000)
         with socket.socket() as server, contextlib.suppress(OSError):
@@ -33,7 +34,8 @@ def free_port() -> int:
 
 
 def command(ranks: int, *words: str) -> list[str]:
-    """words start with -m MODULE or a script; one rank is plain python, several go through our deepspeed command."""
+    """The command line for `words`, which start with -m MODULE or a script. Plain python starts one rank, our deepspeed
+    command several."""
     if ranks == 1:
         return [sys.executable, *words]
     return [sys.executable, "-m", "dpo_ds.deepspeed_command", "--num_gpus", str(ranks), "--master_port",
@@ -45,7 +47,7 @@ def run(ranks: int, *words: str, timeout: float = 400, check: bool = True, **env
 
 
 def execute(argv: list[str], timeout: float = 400, check: bool = True, **more) -> subprocess.CompletedProcess:
-    """Runs it to its end, both streams in `stdout`; what takes too long is killed with all its children."""
+    """Runs a command to its end. `stdout` has both streams. After `timeout` seconds it and its children are killed."""
     process = subprocess.Popen(
         argv,
         stdout=subprocess.PIPE,
@@ -66,7 +68,8 @@ def execute(argv: list[str], timeout: float = 400, check: bool = True, **more) -
 
 
 def kill_tree(pid: int) -> None:
-    """A launcher that is killed leaves its ranks running, and whoever reads their output waiting."""
+    """Kills a process and its children. The ranks of a launcher that is killed alone would run on, and the reader of
+    their output would wait."""
     parent = psutil.Process(pid)
     for process in [*parent.children(recursive=True), parent]:
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -74,7 +77,7 @@ def kill_tree(pid: int) -> None:
 
 
 def run_scenarios(ranks: int, scenarios: list[dict], file: Path, **more) -> str:
-    """Runs scenarios (see scenarios.py) in one launch; returns what they printed."""
+    """Runs scenarios (see scenarios.py) in one launch. Returns what they printed."""
     file.write_text(json.dumps(scenarios))
     return run(ranks, TOOLS / "scenarios.py", file, **more).stdout
 
@@ -84,5 +87,5 @@ def metrics(folder: Path) -> list[dict]:
 
 
 def curve(folder: Path, key: str = "loss") -> list[float]:
-    """The training steps' values of a metric."""
+    """A metric's values in the training steps."""
     return [line[key] for line in metrics(folder) if key in line]

@@ -1,9 +1,12 @@
 """A run of the main job that measures its own memory: python memory.py OPTIONS… (under any launcher).
 
-Each rank writes memory-RANK.json to the run's folder: bytes of its own anonymous memory (mapped files do not count) at
-the start, when all is imported and nothing loaded; the peak above that, in building the policy and in the steps; and
-the state, what closing the policy's engine gives back: weights, optimizer and what else stays between two steps. Beside
-them tokens, the most of a micro-batch.
+Each rank writes memory-RANK.json to the run's folder. Memory is in bytes of the rank's own anonymous memory, so mapped
+files do not count:
+
+    start    when everything is imported and nothing is loaded
+    peak     the most above the start, from building the policy to the last step
+    state    what closing the policy's engine frees: weights, optimizer, and all else that stays between two steps
+    tokens   the tokens of the largest micro-batch
 """
 
 import ctypes
@@ -26,14 +29,14 @@ def resident() -> int:
 
 
 def settled() -> int:
-    """What is in use: garbage collected, free pages given back."""
+    """The memory in use, once garbage is collected and free pages are returned."""
     gc.collect()
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     return resident()
 
 
 class Peak:
-    """The highest `measure` since it was made, looked at every two milliseconds."""
+    """The highest value of `measure` since this object was made. It is read every two milliseconds."""
 
     def __init__(self, measure: Callable[[], int] = resident):
         self.value, self.measure = 0, measure

@@ -1,4 +1,4 @@
-"""The slow, obvious DPO that everything fast is compared with: two plain forwards a pair, full logits, plain torch."""
+"""The slow, obvious DPO that the fast one is compared with: two plain forwards for a pair, full logits, plain torch."""
 
 import torch
 import torch.nn.functional as F
@@ -6,13 +6,13 @@ from transformers import AutoModelForCausalLM, get_scheduler
 
 
 def load(folder, dtype=torch.float32):
-    """The model as plain transformers loads it, dropout off."""
+    """The model as plain transformers loads it, without dropout."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager")
     return model.eval()
 
 
 def token_logps(model, prompt, response) -> torch.Tensor:
-    """log p of each token of the response after the prompt, by one forward over both: fp32 [len(response)]."""
+    """log p of each response token, from one forward over prompt and response: fp32 [len(response)]."""
     ids = torch.tensor([[*map(int, prompt), *map(int, response)]])
     logits = model(input_ids=ids, use_cache=False).logits[0].float()
     rows = logits[len(prompt) - 1 : -1].log_softmax(-1)
@@ -45,7 +45,7 @@ def losses(policy: torch.Tensor, reference: torch.Tensor, beta: float) -> torch.
 
 
 def train(folder, steps, *, learning_rate, warmup, beta=0.1, max_grad_norm=1.0) -> list[float]:
-    """Losses of plain DPO with AdamW, one list of pairs a step, each loss before its update."""
+    """Trains plain DPO with AdamW on a list of pairs for each step. Returns each step's loss before its update."""
     policy, reference = load(folder), load(folder)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=learning_rate, weight_decay=0.0)
     schedule = get_scheduler("linear", optimizer, num_warmup_steps=warmup, num_training_steps=len(steps))

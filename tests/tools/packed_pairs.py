@@ -1,4 +1,4 @@
-"""Random groups, and a model folder as the scorer that packs them."""
+"""Random groups, and a model folder's PairScorer."""
 
 import numpy as np
 import tiny

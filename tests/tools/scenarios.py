@@ -1,13 +1,13 @@
 """Several runs of the main job in one launch, one after the other: python scenarios.py FILE (under any launcher).
 
-FILE is JSON: a list of {"argv": [...]}, each prepared and trained as `python -m dpo_ds.train` does, and perhaps with
-    "shard_bytes": n                      exported in shards of that size
-    "stop_after": n                       ended there as if it had been killed; the next with its folder resumes it
-    "nan_gradient_at": n                  the gradients of that step are NaN, its loss is not
+FILE is a JSON list of {"argv": [...]}. Each is prepared and trained as `python -m dpo_ds.train` does. It may also have
+    "shard_bytes": n                      the export writes shards of n bytes
+    "stop_after": n                       the run ends after step n, as if killed; the next run of its folder resumes it
+    "nan_gradient_at": n                  the gradients of step n are NaN, but its loss is finite
     "uneven_routing": true                rank r's tokens go to Mixtral's experts 2r and 2r + 1
-    "experts_implementation": "eager"     not the one that transformers would take
-Beside each run's folder, NAME.calls.json counts the collectives that dpo_ds itself called within its steps, and how
-often it waited for a tensor's numbers.
+    "experts_implementation": "eager"     replaces the one that transformers would choose
+Beside each run's folder, NAME.calls.json counts the collectives that dpo_ds itself called within the run's steps, and
+how often dpo_ds waited for a tensor's values.
 """
 
 import contextlib
@@ -36,7 +36,7 @@ SHARD_BYTES = 5_000_000_000
 
 
 class Calls(Watcher):
-    """Counts what dpo_ds's own files call within a step, in the step's thread."""
+    """Counts the collectives and waits of dpo_ds's own files within a step, in the step's thread."""
 
     def __init__(self):
         self.inside: int | None = None
@@ -49,16 +49,15 @@ class Calls(Watcher):
         counts["steps"] += 1
 
     def count(self) -> None:
-        """Wraps torch's collectives and what reads a tensor's numbers."""
+        """Wraps torch's collectives and the methods that read a tensor's values."""
         package = str(Path(dpo_ds.__file__).parent)
         for place, name in [*((torch.distributed, n) for n in COLLECTIVES), *((torch.Tensor, n) for n in WAITS)]:
             plain = getattr(place, name)
 
             def counted(*args, plain=plain, name=name, **kwargs):
                 caller = sys._getframe(1).f_code.co_filename
-                own = caller.startswith(package) and not caller.endswith(
-                    "scoring/packed.py"
-                )  # segments are on the host
+                # scoring/packed.py reads segments, which are on the host: it waits for nothing.
+                own = caller.startswith(package) and not caller.endswith("scoring/packed.py")
                 if own and threading.get_ident() == self.inside:
                     counts[name] += 1
                 return plain(*args, **kwargs)
@@ -67,7 +66,7 @@ class Calls(Watcher):
 
 
 class NotFinite(torch.autograd.Function):
-    """Losses as they are, their gradients not finite."""
+    """Returns losses unchanged, but makes their gradients NaN."""
 
     @staticmethod
     def forward(ctx, losses):
@@ -79,7 +78,7 @@ class NotFinite(torch.autograd.Function):
 
 
 class SpoilGradients(Watcher):
-    """Of one step."""
+    """Makes the gradients of one step NaN."""
 
     def __init__(self, step: int):
         self.step = step
@@ -93,7 +92,7 @@ PLAIN_LOSS = trainer.dpo_loss
 
 
 class Stopped(Exception):
-    """The run ends here."""
+    """Ends a run."""
 
 
 class StopAfter(Watcher):

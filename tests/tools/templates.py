@@ -1,11 +1,11 @@
-"""Small tokenizers with the chat templates and special tokens of twelve models and a few others, made by code.
+"""Small tokenizers with the chat templates and special tokens of the twelve models and a few others, made by code.
 
-Each is its model's in shape: the same special tokens, the same text around a message, the same way with blanks. The
-vocabulary is not: it is the embedded one, or the like of a sentencepiece model trained on the embedded sample, and
-fits in tiny.VOCABULARY. EOS has id 0, as in tiny's configs.
+Each has its model's special tokens, writes the same text around a message, and treats blanks in the same way. Its
+vocabulary is another: the embedded one, or one like sentencepiece's, trained on the embedded sample. It fits in
+tiny.VOCABULARY. EOS has id 0, as in tiny's configs.
 
-The templates are written here, from what is known of the real ones: meant are the revisions whose Phi-3 takes a system
-role and writes no BOS, and whose Mixtral takes no system role.
+The templates are written here, after the real ones. They follow the revisions in which Phi-3's takes a system role and
+writes no BOS, and Mixtral's takes no system role.
 """
 
 import gzip
@@ -20,8 +20,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from dpo_ds.embedded import model_folder, sample_file
 
-END = "<|endoftext|>"  # what a base calls its EOS; a model's own name takes its place
-WORDS = 512  # tokens of the sentencepiece-like base besides its 256 bytes
+END = "<|endoftext|>"  # EOS in the vocabularies below; make() replaces it by the model's own
+WORDS = 512  # tokens of `pieces`, besides its 256 bytes
 
 # -------------------------------------------------------------------------------------------------------- vocabularies
 
@@ -34,10 +34,11 @@ def byte_level() -> str:
 
 @cache
 def pieces() -> str:
-    """A BPE over words that begin with the mark of a blank, as JSON: like those of Mistral, Gemma, Yi and Phi-3.
+    """A BPE like sentencepiece's, as JSON: like those of Mistral, Gemma, Yi and Phi-3. A mark at a word's beginning
+    stands for the blank before it.
 
-    A character that is not in it, a newline for one, is written as bytes. A blank at a text's end is a token by
-    itself, which melts into the next word when the text goes on.
+    A character outside the vocabulary, such as a newline, is written as bytes. A blank at a text's end is a token by
+    itself. If the text goes on, that blank merges into the next word.
     """
     with gzip.open(sample_file(), "rt", encoding="utf-8") as file:
         texts = [row["prompt"] + row["chosen"] for row in map(json.loads, file)]
@@ -47,7 +48,7 @@ def pieces() -> str:
     trainer = trainers.BpeTrainer(vocab_size=WORDS, special_tokens=[END], initial_alphabet=visible, show_progress=False)
     bpe.train_from_iterator(texts, trainer)
     trained = json.loads(bpe.to_str())["model"]
-    # Only now: the trainer would take their names for special tokens.
+    # The bytes are added only now, because the trainer would take their names for special tokens.
     vocabulary = trained["vocab"] | {f"<0x{byte:02X}>": len(trained["vocab"]) + byte for byte in range(256)}
     merges = [tuple(merge) for merge in trained["merges"]]
     whole = Tokenizer(models.BPE(vocabulary, merges, byte_fallback=True, fuse_unk=True))
@@ -82,8 +83,8 @@ LLAMA_3 = (
     "{{ m.content | trim }}<|eot_id|>{% endfor %}"
     "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
 )
-# The system text goes in front of the user's last message only while that is the last of all, so that the text with
-# an answer has no system text. That is no slip of ours: the real one does so.
+# The system text stands before the user's last message only if that message is the last of all. So a text with an
+# answer has no system text. This is not our mistake: the real template does the same.
 MISTRAL = (
     "{{ bos_token }}{% set system = messages[0].content ~ '\n\n' if messages[0].role == 'system' else '' %}"
     "{% for m in (messages[1:] if system else messages) %}" + ALTERNATE + "{% if m.role == 'user' %}"
@@ -176,12 +177,12 @@ class Shape:
     bos: str | None = None
     pad: str | None = None
     more: tuple[str, ...] = ()  # further special tokens
-    adds_bos: bool = False  # to a plain text
-    rstrip: bool = False  # the further ones swallow the blanks behind them
+    adds_bos: bool = False  # the tokenizer adds BOS to a plain text
+    rstrip: bool = False  # the further special tokens swallow the blanks after them
     base: Callable[[], str] = byte_level
-    blank: str = "never"  # where `pieces` puts a blank of its own: "always" before each piece of text, "first", "never"
-    blanks: tuple[str, ...] = ()  # runs of them that are added tokens
-    named: bool = False  # its chat templates are several, by name
+    blank: str = "never"  # where `pieces` adds a blank: "always" before each piece of text, "first" or "never"
+    blanks: tuple[str, ...] = ()  # runs of blanks that are tokens by themselves
+    named: bool = False  # it has several chat templates, each with a name
     added: tuple[str, ...] = ()  # added tokens that are not special
 
 
@@ -260,12 +261,12 @@ def make(shape: Shape, name: str = "") -> PreTrainedTokenizerFast:
 
 
 def end_of_turn(model_id: str) -> str:
-    """What ends an answer of the model: EOS, where it has no token for that alone."""
+    """The token that ends a model's answer: its end-of-turn token, or EOS if it has none."""
     shape = SHAPES[model_id]
     return next((end for end in ("<|im_end|>", "<|end|>", "<end_of_turn>") if end in shape.more), shape.eos)
 
 
 @cache
 def tokenizer(model_id: str) -> PreTrainedTokenizerFast:
-    """The stand-in for a model's own; shared, so not to be changed."""
+    """The stand-in for a model's tokenizer. It is shared: do not change it."""
     return make({**SHAPES, **OTHERS}[model_id], model_id)

@@ -1,7 +1,7 @@
 """Tiny models with random weights and every peculiarity that matters here, made by code: no downloads.
 
-Twins of the report's twelve models, by their hub id, each with a tokenizer and chat template of that model's shape; and
-a few further shapes, with the embedded tokenizer.
+The report's twelve models have a twin each, by their hub id, with a tokenizer and chat template like that model's. A
+few further shapes have the embedded tokenizer.
 """
 
 from pathlib import Path
@@ -14,7 +14,7 @@ from dpo_ds.embedded import model_folder
 from dpo_ds.models.find import known_models
 from dpo_ds.scoring.twin import randomise, twin
 
-VOCABULARY = 1024  # at least the tokenizers'
+VOCABULARY = 1024  # no tokenizer here has more tokens
 CONTEXT = 512
 WINDOW = 9  # shorter than the prompts
 
@@ -64,5 +64,5 @@ def make(name: str, folder: Path, dtype=torch.float32) -> Path:
 
 
 def short(model_id: str) -> str:
-    """A hub id without its owner: a folder's or a test's name."""
+    """A hub id without its owner, to name a folder or a test."""
     return model_id.rpartition("/")[2]

@@ -1,4 +1,4 @@
-"""What a user can get wrong: one line with the remedy, exit code 2 on every rank, before any weights load."""
+"""A user's mistake ends in one line with the remedy and exit code 2 on every rank, before any weights load."""
 
 import gzip
 import json
@@ -176,7 +176,7 @@ def test_one_line_with_the_remedy(case, place, monkeypatch):
 @pytest.mark.launch
 @pytest.mark.parametrize("more", [["--betta=1"], ["--max_length=100000"]], ids=["option", "model"])
 def test_exit_code_and_one_voice_on_two_ranks(more, place):
-    """The launcher ends with our code, rank 0 has spoken once, nobody shows a traceback."""
+    """The launcher ends with our exit code. Rank 0 reports the error once, and no rank shows a traceback."""
     done = launching.run(
         2, "-m", "dpo_ds.train", "--model", place / "llama", "--dataset", "sample", "--output_dir", place / "two",
         *more, check=False,
@@ -188,7 +188,7 @@ def test_exit_code_and_one_voice_on_two_ranks(more, place):
 
 @pytest.mark.launch
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_pairs(place, tmp_path):
-    """A learning rate that blows the weights up: the run ends with the step's pairs, not with a page of NaN."""
+    """A learning rate that is far too high ends the run with one line that names the step's pairs."""
     done = launching.run(
         1, "-m", "dpo_ds.train", "--model", place / "llama", "--dataset", "sample", "--output_dir", tmp_path / "nan",
         "--learning_rate", "1e30", "--warmup_ratio", "0", "--max_length", "64", "--global_batch_pairs", "4",
@@ -201,7 +201,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_pairs(place, tmp_
 
 @pytest.mark.launch
 def test_weights_that_do_not_fit_the_config_are_noticed(place, tmp_path):
-    """transformers would give what is missing random values, and the run would train nonsense."""
+    """transformers would fill missing tensors with random values."""
     model = copied(place, "deeper", lambda c, f: c.update(num_hidden_layers=3))
     done = launching.run(
         1, "-m", "dpo_ds.train", "--model", model, "--dataset", "sample", "--output_dir", tmp_path / "out",
@@ -214,7 +214,7 @@ def test_weights_that_do_not_fit_the_config_are_noticed(place, tmp_path):
 
 @pytest.mark.launch
 def test_a_reference_that_is_not_the_policy_is_noticed(place, tmp_path):
-    """The first loss must be ln 2. Here the table is made of other weights, behind the key's back."""
+    """The first loss must be ln 2. Here the table's values are changed, and then its hash too."""
     import numpy as np
 
     cache = tmp_path / "cache"
@@ -228,7 +228,7 @@ def test_a_reference_that_is_not_the_policy_is_noticed(place, tmp_path):
     logps = np.load(table)
     np.save(table, logps + np.array([1.0, 0.0], dtype=np.float32))
     caught = launching.run(1, *words, "--output_dir", tmp_path / "second").stdout
-    assert "does not match its hash and is computed again" in caught, "a table that was touched is made again"
+    assert "does not match its hash and is computed again" in caught, "a changed table is computed again"
     np.save(table, logps + np.array([1.0, 0.0], dtype=np.float32))
     manifest = json.loads((table.parent / "table.json").read_text())
     import hashlib

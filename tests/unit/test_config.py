@@ -1,4 +1,4 @@
-"""Options: flags over YAML, one spelling, errors of one line that help."""
+"""Options: flags override YAML, each has one spelling, and an error is one line with the remedy."""
 
 import os
 import re
@@ -146,7 +146,7 @@ def test_dashes_are_refused_with_the_right_spelling(name):
 
 
 def of_type(value, hint) -> bool:
-    """Whether the value is exactly of the annotated type: True is no int here, and 1 no float."""
+    """Whether the value is exactly of the annotated type: True is not an int here, and 1 not a float."""
     if typing.get_origin(hint) is typing.Literal:
         return value in typing.get_args(hint)
     return any(type(value) is kind for kind in typing.get_args(hint) or [hint])
@@ -161,7 +161,7 @@ def test_defaults_have_the_types_of_their_fields(name):
 def test_a_given_value_has_the_type_of_its_field(name):
     hint = typing.get_type_hints(Options)[name]
     kinds = [kind for kind in typing.get_args(hint) or [hint] if kind is not type(None)]
-    # "1" is a str, an int, a float and a true bool.
+    # "1" can be read as a str, an int, a float and a bool.
     text = kinds[-1] if typing.get_origin(hint) is typing.Literal else "1"
     flags = [f"--{name}={text}"]
     if name == "max_length":
@@ -193,7 +193,7 @@ def test_help_shows_every_option_once_under_its_heading():
         if line.endswith(":") and not line.startswith(" "):
             heading = line[:-1]
         elif line.startswith("  --"):
-            flags = line.strip().split("  ")[0]  # then comes the help, two spaces or a line further
+            flags = line.strip().split("  ")[0]  # the help follows after two spaces, or on the next line
             found.append((heading, re.findall(r"--[\w-]+", flags)))
     found.remove(("options", ["--config"]))
     aliases = {name: [alias for alias in ALIASES if ALIASES[alias] == name] for name in FIELDS}

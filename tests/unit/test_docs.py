@@ -35,7 +35,7 @@ def name(page: Path) -> str:
 
 
 def code(page: Path) -> list[str]:
-    """What a page shows as code: spans, and indented lines without prompt and comment."""
+    """What a page shows as code: spans, and indented lines without their `$` and comment."""
     text = page.read_text(encoding="utf-8")
     lines = re.findall(r"^    (?:\$ )?(.+?)(?: {2,}#.*)?$", text, re.M)
     return re.findall(r"`([^`\n]+)`", text) + lines
@@ -68,7 +68,7 @@ def test_links_lead_somewhere(page):
 def test_files_and_options_that_are_named_exist(page):
     for span in code(page):
         if re.fullmatch(r"(dpo_ds|tests|launch|docs|ds_configs)/[\w./-]+", span):
-            # A test may move to another folder of tests.
+            # A test may have moved to another folder of tests.
             named = [ROOT / span, *(ROOT / "tests").rglob(Path(span).name)]
             assert any(path.exists() for path in named), span
         if flag := re.match(r"--(\w+)\b(?!-)", span):

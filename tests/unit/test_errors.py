@@ -1,4 +1,4 @@
-"""Whose fault it is: a bug planted anywhere keeps its traceback; what a user can cause comes out as one line."""
+"""A bug keeps its traceback, wherever it is. What a user can cause ends in one line."""
 
 import contextlib
 import io
@@ -13,7 +13,7 @@ import tiny
 
 from dpo_ds.data.encoder import Encoder
 from dpo_ds.engine import build
-from dpo_ds.errors import RunStopped, UserError, files_of
+from dpo_ds.errors import RunStopped, UserError, files_of, one_line
 from dpo_ds.plan import choose
 from dpo_ds.ranks import console
 from dpo_ds.ranks.collectives import Problem
@@ -36,7 +36,7 @@ def ended(place, monkeypatch, capsys, **options) -> tuple[int, str]:
         "reference": "none", "export": "none", **options,
     }  # fmt: skip
     monkeypatch.setattr(sys, "argv", ["train", *(f"--{key}={value}" for key, value in words.items())])
-    monkeypatch.setattr(console, "leave", lambda: None)  # the process group serves the next test as well
+    monkeypatch.setattr(console, "leave", lambda: None)  # the next test needs the process group too
     with pytest.raises(SystemExit) as end:
         console.run_main(main)
     return end.value.code, capsys.readouterr().err
@@ -89,7 +89,7 @@ def strange_config(folder):
     (folder / "config.json").write_text(json.dumps({**config, "hidden_size": "wide"}))
 
 
-# A library's error that a user's file or option causes: hub, safetensors, JSON, YAML, tokenizer, disk.
+# Files and options for which a library raises an error: hub, safetensors, JSON, YAML, tokenizer, disk.
 CAUSED = {
     "hub": lambda place, path: {"model": "no/such-model"},
     "half a config": lambda place, path: {"model": folder_of(place, path, half("config.json"))},
@@ -132,8 +132,15 @@ def test_a_file_that_cannot_be_written_names_option_and_remedy(tmp_path):
             (tmp_path / "file" / "x").mkdir()
 
 
+def test_one_line_of_what_was_said():
+    assert one_line(ValueError("no\n  such\tkey ")) == "no such key"
+    assert one_line(ValueError()) == "ValueError", "an error without words"
+    assert one_line(" two\nwords ") == "two words" and one_line("") == ""
+    assert one_line("x" * 400) == "x" * 300 and one_line("x" * 400, None) == "x" * 400
+
+
 def test_a_rank_above_0_says_its_own_reason(monkeypatch, capsys):
-    """With its rank and host, once rank 0 has had the time to end the run."""
+    """It adds its rank and host, and waits first, so that rank 0 can end the run."""
     monkeypatch.setenv("RANK", "3")
     monkeypatch.setattr(console, "RANK_0_SPEAKS_FIRST", 0.0)
     with pytest.raises(SystemExit):
@@ -159,10 +166,10 @@ def test_work_that_takes_long_is_said(monkeypatch, capsys):
     import time
 
     monkeypatch.setattr(console, "QUIET_SECONDS", 0.05)
-    with console.working("loading the policy"), contextlib.redirect_stdout(io.StringIO()):  # as DeepSpeed's start is
+    with console.working("loading the policy"), contextlib.redirect_stdout(io.StringIO()):  # as in DeepSpeed's start
         time.sleep(0.4)
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) >= 2 and all(line.startswith("dpo_ds: loading the policy: ") for line in lines)
     time.sleep(0.2)
-    assert capsys.readouterr().out == "", "it is over"
+    assert capsys.readouterr().out == "", "nothing is said after the work"
     assert os.environ.get("RANK", "0") == "0"

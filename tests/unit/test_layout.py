@@ -1,4 +1,4 @@
-"""The package's rooms: DeepSpeed in one wing, no circles, and a workaround's entry for each reach into a library."""
+"""The layout: one wing imports DeepSpeed, imports form no circle, and each workaround of a library has an entry."""
 
 import ast
 import importlib
@@ -16,7 +16,7 @@ MODULES = {".".join(file.relative_to(PACKAGE.parent).with_suffix("").parts): fil
 
 
 def imported(file: Path) -> set[str]:
-    """The modules that a file imports, anywhere in it but for the type checker."""
+    """The modules that a file imports anywhere, except for the type checker only."""
     tree = ast.parse(file.read_text(encoding="utf-8"))
     for node in ast.walk(tree):
         if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
@@ -36,7 +36,7 @@ def test_deepspeed_is_imported_in_one_wing():
         for name, file in MODULES.items()
         if not name.startswith("dpo_ds.engine.") and any(m.split(".")[0] == "deepspeed" for m in imported(file))
     }
-    assert strangers == {"dpo_ds.deepspeed_command"}, "the console script alone stands beside the engine wing"
+    assert strangers == {"dpo_ds.deepspeed_command"}, "outside the engine wing, only the console script may"
 
 
 def test_no_file_imports_in_a_circle():
@@ -63,4 +63,4 @@ def test_a_workaround_is_where_its_entry_says_and_has_its_test(name):
     assert callable(found)
     file, _, test = workaround.test.partition("::")
     assert re.search(rf"^def {test}\(", (TESTS / file).read_text(), re.M), workaround.test
-    assert needed(name), "the installed version has no such fault any more: let the workaround go"
+    assert needed(name), "the installed version no longer has this fault: remove the workaround"

@@ -1,4 +1,4 @@
-"""The recipes: their heads are what the plan says today, every key is explained, and the options take them."""
+"""The recipes: make.py would write the same today, every key has a comment, and the options take them."""
 
 import importlib.util
 

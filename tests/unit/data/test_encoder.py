@@ -38,7 +38,7 @@ def texts(tok, pair: Encoded) -> tuple[str, ...]:
 
 @pytest.mark.parametrize("adds", ["$A", "<s> $A", "$A </s>", "<s> $A </s>"])
 def test_plain_text_is_concatenated_and_ends_with_eos(adds):
-    """Whatever the tokenizer adds by itself: BOS once, EOS after the responses alone, no token otherwise changed."""
+    """Whatever the tokenizer adds, there is one BOS, only responses end with EOS, and no other token changes."""
     tok = tokenizer(adds=adds)
     (pair,) = encode(tok, row())
     bos = "<s>" if "<s>" in adds else ""
@@ -99,7 +99,7 @@ HASHES = (
     "{% if add_generation_prompt %}### assistant:\n{% endif %}"
 )
 ASK = "What is the answer?"
-# shape: tokenizer, the prompt, what stands before the answer in the response, what ends it
+# name: (tokenizer, prompt, what precedes the answer in the response, what ends the response)
 SHAPES = {
     "Llama-3": (
         lambda: tokenizer(HEADERS, ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>",
@@ -189,7 +189,7 @@ def test_a_template_that_takes_no_dialogue_names_the_remedy():
 
 
 def test_a_merge_across_the_boundary_moves_it_back_and_is_counted():
-    """ "answ" and "er" make one token, so the shared prompt ends before it, for both responses."""
+    """ "answ" and "er" are one token, so the prompt of both responses ends before it."""
     tok = tokenizer()
     merged, plain = encode(tok, row("What is the answ", "er here?", "ing?"), row("What is the", " answer?", " here?"))
     assert texts(tok, merged) == ("What is the", " answer here?</s>", " answing?</s>")
@@ -211,7 +211,8 @@ def test_a_template_that_writes_answers_otherwise_than_its_generation_prompt():
 
 
 def test_prompt_and_response_are_the_tokens_of_the_whole_text_wherever_it_is_split():
-    """Random splits of a text: prompt + response is the text's own tokenisation, the prompt a prefix of its own."""
+    """At random splits of a text, prompt + response has the tokens of the whole text. The prompt's tokens are the first
+    of those that it has alone."""
     tok, generator = tokenizer(), np.random.default_rng(0)
     text = " ".join(SENTENCES[:2])
     splits = [np.sort(generator.integers(1, len(text), 2)) for _ in range(200)]
@@ -232,10 +233,10 @@ def test_prompt_and_response_are_the_tokens_of_the_whole_text_wherever_it_is_spl
 
 
 def slow_keep_end(prompt, chosen, rejected, limit, bos):
-    """Prompt tokens go one by one from the left while the longer response does not fit; then responses' last ones."""
+    """Drops prompt tokens one by one from the left until the longer response fits, then the responses' last tokens."""
     prompt, responses = list(prompt), [list(chosen), list(rejected)]
     while len(prompt) > 1 and len(prompt) + max(map(len, responses)) > limit:
-        del prompt[1 if prompt[0] == bos and len(prompt) > 2 else 0]  # BOS stays while there is another
+        del prompt[1 if prompt[0] == bos and len(prompt) > 2 else 0]  # BOS goes when one other is left
     for response in responses:
         while len(prompt) + len(response) > limit:
             response.pop()
@@ -278,7 +279,7 @@ def test_truncation_does_what_the_slow_version_does(truncation, slow, adds):
 
 
 def test_the_smallest_max_length_keeps_a_token_of_each():
-    """What is left of the prompt is its end, so that BOS goes too."""
+    """The prompt keeps its last token, so BOS goes too."""
     tok = tokenizer(adds="<s> $A")
     (pair,) = encode(tok, row("What is the", " answer", " here"), max_length=2)
     assert [len(part) for part in parts_of(pair)] == [1, 1, 1]

@@ -1,4 +1,4 @@
-"""What a start leaves on disk: nothing in TMPDIR, nothing of a killed one, and modes that follow the umask."""
+"""What a start leaves on disk: nothing in TMPDIR, nothing of a start that was killed, and modes after the umask."""
 
 import os
 import subprocess
@@ -40,7 +40,7 @@ def test_a_start_leaves_nothing_in_tmpdir(tmp, tmp_path):
         os.umask(umask)
     assert len(pairs) and list(tmp.iterdir()) == []
     (kept,) = (tmp_path / "cache" / "tokens").iterdir()
-    assert kept.stat().st_mode & 0o777 == 0o755, "a cache that others share"
+    assert kept.stat().st_mode & 0o777 == 0o755, "others may share the cache"
     assert isinstance(PairSet.open(kept).lengths, np.ndarray)
 
 
@@ -58,14 +58,14 @@ with scratch_folder(Path(sys.argv[1]), "key") as folder:
 def test_what_a_killed_start_left_goes_with_the_next(tmp_path):
     subprocess.run([sys.executable, "-c", KILLED, tmp_path], check=False)
     (left,) = tmp_path.iterdir()
-    (tmp_path / f"key@elsewhere@{os.getpid()}@0{files.SCRATCH}").mkdir()  # another machine's, which may be alive
+    (tmp_path / f"key@elsewhere@{os.getpid()}@0{files.SCRATCH}").mkdir()  # of another machine: may be alive
     with files.scratch_folder(tmp_path, "key") as own, files.scratch_folder(tmp_path, "key") as other:
         assert own.is_dir() and other.is_dir() and not left.exists()
     assert [path.name.split("@")[1] for path in tmp_path.iterdir()] == ["elsewhere"]
 
 
 def test_modes_follow_the_umask(tmp_path):
-    """The negative control: safetensors' file is this user's alone."""
+    """As a negative control, only this user may read the file as safetensors writes it."""
     file = tmp_path / "x.safetensors"
     umask = os.umask(0o027)
     try:

@@ -24,7 +24,7 @@ def test_every_part_once_within_the_limit_and_as_many_rounds_on_every_rank(ranks
     counted = [i for own in dealt for m in own if m.weight for i in m.pairs]
     assert sorted(counted) == list(range(count))
     assert all(m.tokens == sum(part.tokens for part in m.parts) <= limit for own in dealt for m in own)
-    assert all(set(m.parts) <= set(parts) for own in dealt for m in own), "idle ranks run a part of the step"
+    assert all(set(m.parts) <= set(parts) for own in dealt for m in own), "idle ranks run one of the step's pairs"
 
 
 def test_ranks_get_about_the_same_number_of_tokens_in_each_round():

@@ -1,4 +1,4 @@
-"""What the encoder makes of a dialogue for each of twelve models: the prompt and the responses, written out."""
+"""The prompt and responses that the encoder makes of a dialogue for each of the twelve models, written out."""
 
 from dataclasses import dataclass, replace
 
@@ -23,14 +23,14 @@ ANSWERS = ["It was good.", "No way."]
 
 @dataclass(frozen=True)
 class Expected:
-    """What a model reads: the three prompts, and what stands around the answer."""
+    """What a model reads: the prompt of each dialogue, and the text before and after an answer."""
 
     single: str
     turns: str
     system: str
     end: str
     before: str = ""
-    folded: bool = False  # the system message into the user's
+    folded: bool = False  # the system message is put into the user's
 
     def changed(self, dialogue: str) -> list[str]:
         return [FOLDED] if self.folded and dialogue == "system" else []
@@ -73,7 +73,7 @@ EXPECTED = {
         before=" ",
     ),
     "stabilityai/stablelm-2-1_6b-chat": STABLELM_2,
-    # The template writes newlines behind these tokens. They swallow them, and the text after them gets a blank.
+    # The template writes a newline after each of these tokens, which swallow it. The text after them gets a blank.
     "microsoft/Phi-3-mini-4k-instruct": Expected(
         "<|user|> Hello<|end|><|assistant|>",
         "<|user|> Hello<|end|><|assistant|> Hi<|end|><|user|> And now?<|end|><|assistant|>",
@@ -127,7 +127,7 @@ TEMPLATED = [model for model in MODELS if templates.SHAPES[model].template]
 
 
 def encode(tok, prompt: str | list, chat_template: str = "auto") -> Encoded:
-    """The pair of a prompt, as text or as (role, content), and the two answers."""
+    """Encodes the pair of a prompt and the two answers. The prompt is text, or a list of (role, content)."""
     if isinstance(prompt, str):
         text, messages = prompt, [{"role": "user", "content": prompt}]
         answers = [Answer([{"role": "assistant", "content": answer}], answer) for answer in ANSWERS]
@@ -140,11 +140,11 @@ def encode(tok, prompt: str | list, chat_template: str = "auto") -> Encoded:
 
 
 def check(tok, pair: Encoded, prompt: str, before: str, end: str, changed: list[str]) -> None:
-    """The prompt as written, both answers after it, the one token that ends a turn, and nothing else."""
+    """Asserts that the pair is the prompt as written, the answers, the token that ends a turn, and nothing else."""
     assert (pair.left_out, pair.changed) == ("", changed)
     assert tok.decode(pair.prompt) == prompt
     for tokens, answer in zip(pair.answers, ANSWERS, strict=True):
-        # Together, because a sentencepiece tokenizer drops a blank where a text begins.
+        # Decoded together, because sentencepiece drops a blank at the beginning of a text.
         whole, text = pair.prompt + tokens, f"{prompt}{before}{answer}{end}"
         assert tok.decode(whole) == text
         assert whole == tok(text, add_special_tokens=False)["input_ids"]
@@ -178,7 +178,7 @@ def test_a_template_without_turn_ends_does_not_pass(model):
 
 @pytest.mark.parametrize("model", [m for m in TEMPLATED if EXPECTED[m].end != templates.SHAPES[m].eos])
 def test_nor_does_one_that_ends_all_turns_but_the_answers(model):
-    """Its prompts are right. The encoder ends its responses with EOS, which is not what ends a turn here."""
+    """The prompts are right, but the encoder ends the responses with EOS, which ends no turn here."""
     shape, end = templates.SHAPES[model], EXPECTED[model].end
     unended = shape.template.replace(end, f"{{{{ '{end}' if m.role != 'assistant' }}}}")
     tok = templates.make(replace(shape, template=unended))
@@ -208,7 +208,7 @@ def test_nor_does_a_spoilt_pair(what, model):
         check_model(tok, replace(pair, prompt=prompt, answers=answers), model, "single")
 
 
-# ------------------------------------------------------------------------------------ what a template refuses, or melts
+# ------------------------------------------------------------------------- what a template refuses; blanks that merge
 
 ALTERNATING = {model for model in TEMPLATED if templates.ALTERNATE in templates.SHAPES[model].template}
 
@@ -231,7 +231,7 @@ def test_a_blank_at_a_plain_prompts_end_melts_into_the_answer(model, prompt):
 
 
 def test_a_blank_at_a_templates_end_melts_into_the_answer():
-    """As sentencepiece has it: "[/INST] " and then "It" are not the tokens of "[/INST] It"."""
+    """With sentencepiece, the tokens of "[/INST] " and those of "It" are not the tokens of "[/INST] It"."""
     model = "mistralai/Mixtral-8x7B-Instruct-v0.1"
     shape = templates.SHAPES[model]
     open_blank = shape.template.replace("[/INST]", "[/INST] ").replace(" {{ m.content }}</s>", "{{ m.content }}</s>")
@@ -250,7 +250,7 @@ def test_a_tokenizer_fits_the_tiny_models_and_knows_its_special_tokens(model):
     for token in {shape.eos, shape.bos, shape.pad, *shape.more} - {None}:
         assert tok(token, add_special_tokens=False).input_ids == [tok.convert_tokens_to_ids(token)]
     assert tok("Hello").input_ids.count(tok.bos_token_id) == shape.adds_bos
-    assert tok.decode(tok("Né  \n1", add_special_tokens=False).input_ids) == "Né  \n1"  # nothing is unknown to it
+    assert tok.decode(tok("Né  \n1", add_special_tokens=False).input_ids) == "Né  \n1"  # it knows every character
 
 
 @pytest.mark.parametrize("model", MODELS)

@@ -1,4 +1,4 @@
-"""The tiers of ds_configs/: each loads in DeepSpeed as filled, for every model; what users' own files may hold."""
+"""DeepSpeed takes each tier of ds_configs/, filled for every model. Mistakes in users' own files are reported."""
 
 import json
 import re
@@ -65,7 +65,7 @@ def test_sizes_follow_the_model():
 
 
 def test_a_file_as_transformers_users_have_it(tmp_path):
-    """Every "auto" that transformers' Trainer fills, fp16 and scheduler among them."""
+    """It has every "auto" that transformers' Trainer fills, also in fp16 and scheduler."""
     file = tmp_path / "ds_config.json"
     file.write_text(json.dumps({
         "fp16": {"enabled": "auto", "loss_scale": 0, "initial_scale_power": 16},
@@ -92,12 +92,16 @@ REFUSED = {
     "a removed key": ({"elasticity": {"enabled": True}}, "Elastic training has been removed"),
     "a removed zero key": ({"zero_optimization": {"stage": 3, "mics_shard_size": 8}}, "MiCS"),
     "a misspelt key": ({"gradient_cliping": 1.0}, "did you mean gradient_clipping"),
-    "a key of nobody's": ({"zzz": 1}, "nor dpo_ds uses: zzz; remove it"),
-    "a former word": ({"zero_optimization": {"stage": 2, "cpu_offload": True}}, "former name of offload_optimizer"),
+    "a key that nobody uses": ({"zzz": 1}, "nor dpo_ds uses: zzz; remove it"),
+    "a former name": ({"zero_optimization": {"stage": 2, "cpu_offload": True}}, "former name of offload_optimizer"),
     "twin flow": ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": 0.3}}}, "ratio"),
     "bf16 masters": ({"bf16": {"enabled": True, "bf16_master_weights_and_grads": True}}, "loses DPO's small updates"),
     "unchecked gradients": (
         {"bf16": {"enabled": True, "check_grad_overflow": False}}, "that is not finite would be applied"),
+    "zenflow": (
+        {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}, "zenflow": {"topk_ratio": 0.1}}},
+        "updates weights after each micro-batch"),
+    "a writer of DeepSpeed's": ({"checkpoint": {"writer": {"type": "fast"}}}, "cannot load ZeRO's checkpoints again"),
     "nvme without a folder": (
         {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}}, "--nvme_path"),
     "nvme at stage 2": ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "nvme"}}}, "stage 3"),
@@ -128,8 +132,8 @@ def params(**section):
 
 OFFLOAD = {"device": "cpu"}
 
-# A file with one mistake, and the key that the one line must name. Each would end in a traceback, most of them after
-# the weights have loaded.
+# Files with one mistake each, and what the one line must say. Without the check, each would end in a traceback, most of
+# them after the weights have loaded.
 MISTAKES = [
     # sections that are no objects
     ({"zero_optimization": True}, "zero_optimization is true: it must be an object"),

@@ -1,4 +1,4 @@
-"""Counted FLOPs are those that a packed forward really makes."""
+"""The FLOPs that are counted are those of a real packed forward."""
 
 import numpy as np
 import pytest
@@ -41,7 +41,7 @@ def test_products_of_a_forward(name):
     )
     flops = Flops(Model(name, name, config), Options(model=name))
     tokens, responses = sum(map(sum, LENGTHS)), sum(ANSWERS)
-    # Rotary positions are a product as well, of next to nothing.
+    # Rotary positions add a small product.
     assert products == pytest.approx(2 * flops.body * tokens + 2 * flops.head * responses, rel=2e-3)
 
 

@@ -1,4 +1,4 @@
-"""Models by their config: the twelve, twins, other architectures by proof."""
+"""Models by their config: the twelve, their twins, and which other architectures score packed pairs exactly."""
 
 import json
 import subprocess
@@ -8,11 +8,14 @@ from pathlib import Path
 import launching
 import pytest
 import tiny
+import torch
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaModel
 
 from dpo_ds.engine.tiers import load_tier
 from dpo_ds.errors import UserError
 from dpo_ds.models.find import find_model, known_model, known_models
+from dpo_ds.scoring import attention, scorer, twin
 from dpo_ds.scoring.twin import require_exact
 
 # ------------------------------------------------------------------------------------------------------- the table
@@ -20,7 +23,7 @@ from dpo_ds.scoring.twin import require_exact
 
 @pytest.mark.parametrize("model_id", tiny.TWELVE, ids=tiny.short)
 def test_parameters_and_class(model_id):
-    """Counted on the meta device; the class and tier of the report; the tier's file is there."""
+    """Parameters are counted on the meta device. The model's tiers exist and have the stage that their names say."""
     model = known_model(model_id)
     counted = sum(p.numel() for p in model.skeleton.parameters())
     assert counted == model.parameters == known_models()[model_id].parameters
@@ -77,13 +80,15 @@ EXACT = [
     "cohere2",
 ]
 NOT_EXACT = {
-    "minimax": "does not keep packed pairs apart",  # linear attention, though it calls itself able
+    "minimax": "does not keep packed pairs apart",  # linear attention, though transformers says that it can be packed
     "rwkv": "does not keep packed pairs apart: it has layers with a running state",
     "qwen3_next": "does not keep packed pairs apart",
-    "roberta": "does not keep packed pairs apart",  # sees to both sides
+    "roberta": "does not keep packed pairs apart",  # attends to later tokens as well
     "gpt_oss": "attention sinks",
     "bloom": "cannot be shown",
-    "gpt_neo": "cannot be shown",
+    "gpt_neo": "cannot be shown .* does not go through transformers' attention interface",
+    "electra": "cannot be shown .* its head takes 128 numbers, but its body gives 64",
+    "llama4_text": "cannot be shown .* returns logits, not hidden states",
     "mamba": "layers with a running state",
     "jamba": "layers with a running state",
     "falcon_h1": "layers with a running state",
@@ -107,9 +112,40 @@ def test_what_cannot_be_packed_is_refused_by_name(model_type):
     assert "some/model" in message and "\n" not in message and "choose a model" in message
 
 
+MODEL_FAILS = {
+    "in its own code": (LlamaMLP, lambda self, x: {}["no such key"]),
+    "in torch, called by it": (LlamaMLP, lambda self, x: self.up_proj(x[..., :-1])),
+    "by its arguments": (LlamaModel, lambda self, input_ids: None),
+}
+
+
+@pytest.mark.parametrize("how", MODEL_FAILS)
+def test_a_model_whose_code_fails_cannot_be_shown_exact(how, monkeypatch):
+    owner, forward = MODEL_FAILS[how]
+    monkeypatch.setattr(owner, "forward", forward)
+    with pytest.raises(UserError, match="Llama cannot be shown to score packed pairs exactly"):
+        require_exact("some/model", default_config("llama"))
+
+
+OWN_BUGS = {
+    "in our code": (twin, "pack", lambda _: {}["no such key"], KeyError),
+    "in our attention, called by the model": (attention, "layout_of", lambda *_: {}["no such key"], KeyError),
+    "in torch, called by us": (attention, "is_segments", lambda _: torch.nn.Linear(2, 1)(torch.ones(3)), RuntimeError),
+    "a name that the model does not have": (scorer, "replace_head", lambda model: model.no_head, AttributeError),
+}
+
+
+@pytest.mark.parametrize("where", OWN_BUGS)
+def test_a_bug_of_ours_is_not_the_models_fault(where, monkeypatch):
+    module, name, bug, kind = OWN_BUGS[where]
+    monkeypatch.setattr(module, name, bug)
+    with pytest.raises(kind):
+        require_exact("some/model", default_config("llama"))
+
+
 @pytest.mark.launch
 def test_a_refusal_comes_before_anything_else(tmp_path):
-    """The user's command with a model of such an architecture: exit code 2, one line, no folder."""
+    """With a model of such an architecture, the command ends with exit code 2 and one line, and makes no folder."""
     folder = tmp_path / "bloom"
     default_config("bloom").save_pretrained(folder)
     config = json.loads((folder / "config.json").read_text()) | {"architectures": ["BloomForCausalLM"], "n_layer": 2}
@@ -123,7 +159,7 @@ def test_a_refusal_comes_before_anything_else(tmp_path):
 
 
 def test_a_folder_of_the_same_name_is_the_users_own(tmp_path, monkeypatch):
-    """`gpt2` in the working folder is not the hub's gpt2."""
+    """A folder `gpt2` in the working folder is not the hub's gpt2."""
     monkeypatch.chdir(tmp_path)
     known_model.cache_clear()
     tiny.make("llama", Path("gpt2"))

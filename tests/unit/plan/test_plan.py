@@ -1,4 +1,4 @@
-"""What the plan chooses and refuses, on machines that are not here."""
+"""What the plan chooses and refuses, for machines of many kinds."""
 
 import json
 import time
@@ -12,7 +12,7 @@ from dpo_ds.plan.__main__ import everything
 from dpo_ds.plan.choose import choose
 from dpo_ds.plan.machine import GIB, Machine, host_memory
 from dpo_ds.plan.plan import Plan
-from dpo_ds.plan.refuse import for_run, remedies
+from dpo_ds.plan.refuse import for_run, remedies, show
 
 # ---------------------------------------------------------------------------------------------- choosing and refusing
 
@@ -26,8 +26,8 @@ def planned(model: str, gpus: int = 8, gpu: int = 80, host: int = 2000, nvme: in
 
 
 def test_70b_is_what_was_measured():
-    """notes: 20.4 bytes a parameter in host memory with bf16 sums of gradients, 22.4 with fp32 ones, the 2 bytes of the
-    weights among them, which are on the GPUs here."""
+    """With fp32 sums of gradients, 22.4 bytes a parameter were measured, all in host memory. Here 2 of them, the
+    weights, are on the GPUs."""
     chosen = planned(LLAMA_70B)
     on_host = sum(part.bytes for part in chosen.parts if part.where == "host" and part.what != "processes")
     weights = sum(part.bytes for part in chosen.parts if part.what.startswith("weights"))
@@ -39,14 +39,14 @@ def test_70b_is_what_was_measured():
 def test_tiers_by_the_machine():
     assert planned("gpt2").options.ds_config == "zero0_debug"
     assert planned("01-ai/Yi-34B-Chat").options.ds_config == "zero3_offload_specialised"
-    assert planned("01-ai/Yi-34B-Chat", 16).options.ds_config == "zero3_standard", "no offload where the GPUs hold it"
+    assert planned("01-ai/Yi-34B-Chat", 16).options.ds_config == "zero3_standard", "no offload if the GPUs can hold all"
     assert planned(LLAMA_70B, host=1000, nvme=4000).options.ds_config == "zero3_nvme_large"
     assert planned("meta-llama/Meta-Llama-3-8B-Instruct", 1, 80).options.ds_config == "zero3_offload_specialised"
     assert not planned(LLAMA_70B, host=1000).fits
 
 
 def test_the_micro_batch_fills_the_gpu():
-    """Larger where there is room, up to a rank's share of a step; the next larger does not fit."""
+    """It grows with the memory, up to a rank's share of a step. The next larger one does not fit."""
     large, small = planned(LLAMA_70B), planned(LLAMA_70B, gpu=40)
     assert large.options.micro_batch_tokens == 4 * (2 * 1024 - 1)
     assert small.options.micro_batch_tokens < large.options.micro_batch_tokens
@@ -77,13 +77,42 @@ def test_a_refusal_says_what_would_fit_and_it_does():
     with pytest.raises(UserError) as error:
         for_run(options)
     message = str(error.value)
-    assert "\n" not in message and "1,321 GiB of host memory (there are 1,000)" in message
-    for change in ("--lora: ", "--nvme_path on a local disk: ", "more host memory: ", "16 GPUs: "):
-        assert change in message, message
+    assert message.startswith(
+        f"--model {LLAMA_70B} does not fit 8 GPU(s) of 80.0 GiB: 321 GiB of host memory are missing (it needs 1,321, "
+        "there are 1,000); it would fit with --lora ("
+    )
+    assert message.endswith("; --plan only shows the table, --plan off starts anyway") and len(message) < 300
     found = dict(remedies(options, Machine.of(options)))
+    assert list(found) == ["--lora", "--nvme_path on a local disk", "more host memory", "16 GPUs"]
     assert all(changed.fits for changed in found.values())
     assert for_run(options.replace(host_memory=1400.0)).fits
     assert for_run(options.replace(plan="off")).options.ds_config == "zero3_offload_large"
+
+
+def test_each_place_where_memory_is_missing_is_named():
+    options = parse_options([
+        "--model", LLAMA_70B, "--micro_batch_tokens", "65536", "--gpus", "16", "--gpu_memory", "40",
+        "--host_memory", "500",
+    ])  # fmt: skip
+    with pytest.raises(UserError) as error:
+        for_run(options)
+    for words in ("does not fit 2 nodes of 8 GPU(s) of 40.0 GiB: ", "GiB on each GPU are missing", " and ",
+                  "GiB of host memory in each node are missing"):  # fmt: skip
+        assert words in str(error.value), error.value
+
+
+def test_the_table_comes_with_every_change_that_would_fit():
+    options = parse_options([
+        "--model", LLAMA_70B, "--plan", "only", "--gpus", "8", "--gpu_memory", "80", "--host_memory", "1000",
+    ])  # fmt: skip
+    said = []
+    with pytest.raises(UserError) as error:
+        show(options, said.append)
+    assert "--plan" not in str(error.value), "the table has been shown"
+    (text,) = said
+    assert "| **host** | **at most** | **1,321** of 1,000 | |" in text
+    for change, other in remedies(options, Machine.of(options)):
+        assert f"\n- {change}: {other.how}; " in text
 
 
 def test_nvme_without_a_folder_is_told_so():
@@ -93,7 +122,7 @@ def test_nvme_without_a_folder_is_told_so():
 
 
 def test_no_remedy_that_the_config_refuses():
-    """zero3_nvme_large and LoRA do not go together: a run that lacks NVMe is told what it lacks, not that."""
+    """zero3_nvme_large does not allow LoRA, so --lora is no remedy for a run that has too little NVMe."""
     options = parse_options([
         "--model", LLAMA_70B, "--ds_config", "zero3_nvme_large", "--gpus", "8", "--gpu_memory", "80", "--nvme", "500",
     ])  # fmt: skip
@@ -104,7 +133,7 @@ def test_no_remedy_that_the_config_refuses():
 
 @pytest.mark.launch
 def test_the_users_70b_command_is_refused_in_seconds(tmp_path):
-    """Eight ranks on a machine without GPUs and without a network: one line, exit code 2, nothing left behind."""
+    """Eight ranks without GPU and network end with one line and exit code 2, and leave nothing behind."""
     started = time.time()
     done = launching.run(
         8, "-m", "dpo_ds.train", "--model", LLAMA_70B, "--output_dir", tmp_path / "out", check=False, timeout=120
@@ -112,9 +141,9 @@ def test_the_users_70b_command_is_refused_in_seconds(tmp_path):
     seconds = time.time() - started
     assert done.returncode == 2, done.stdout[-3000:]
     (line,) = [line for line in done.stdout.splitlines() if "dpo_ds: error:" in line]
-    assert "does not fit 8 rank(s) without GPU" in line and "on 8 GPUs of 80 GiB" in line
+    assert "does not fit 8 rank(s) without GPU" in line and "with 8 GPUs of 80 GiB (" in line
     assert "Traceback" not in done.stdout and not (tmp_path / "out").exists()
-    assert seconds < 60, "15 on an idle machine; the tests' is not"
+    assert seconds < 60, "it takes 15 s on an idle machine, but tests run side by side"
 
 
 @pytest.mark.launch
@@ -145,7 +174,7 @@ def test_the_recipes_readme_shows_the_plan_of_all():
 
 
 def test_a_control_groups_limit_counts():
-    """The machine's memory, or less where a container may not have it all."""
+    """The machine's memory counts, or a container's limit if that is lower."""
     with open("/proc/meminfo") as file:
         total = next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemTotal"))
     assert 0 < host_memory() <= 1.01 * total

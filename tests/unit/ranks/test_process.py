@@ -1,4 +1,4 @@
-"""Work in a process of its own."""
+"""Work in a child process."""
 
 import os
 import signal

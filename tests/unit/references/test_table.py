@@ -1,4 +1,4 @@
-"""Reference tables: made once, gone on with after a kill, made anew when something is wrong with them."""
+"""Reference tables are computed once, completed after a kill, and computed again if they are damaged."""
 
 import json
 import shutil
@@ -52,7 +52,7 @@ def small_chunks(monkeypatch):
 
 @pytest.fixture
 def scored(monkeypatch):
-    """The number of answers in each micro-batch that engines have scored."""
+    """A list of the answers in each micro-batch that engines have scored."""
     plain, batches = Engine.score, []
 
     def counting(self, batch):
@@ -87,7 +87,7 @@ def files(cache) -> dict[int, bytes]:
 
 @pytest.fixture(scope="module")
 def straight(place, tmp_path_factory):
-    """The cache and the tables of a scoring that nothing disturbed."""
+    """The cache and the tables of a scoring without interruption."""
     cache = tmp_path_factory.mktemp("straight")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sweep, "CHUNK", CHUNK)
@@ -133,11 +133,11 @@ def test_a_run_scores_what_its_schedule_comes_to_and_a_later_one_the_rest(place,
 
 
 class Stop(Exception):
-    """A scoring ends here."""
+    """Ends a scoring."""
 
 
 def interrupt(run: Run, scored: list[int], batches: int) -> None:
-    """Scores until `batches` micro-batches more have been scored, and stops there."""
+    """Scores `batches` more micro-batches, and stops."""
     plain, most = Engine.score, len(scored) + batches
 
     def interrupted(self, batch):
@@ -152,7 +152,7 @@ def interrupt(run: Run, scored: list[int], batches: int) -> None:
 
 @pytest.mark.parametrize("batches", [1, 4, 7, 9])
 def test_an_interrupted_scoring_goes_on_to_the_same_table(batches, place, straight, scored, tmp_path):
-    """Chunks that were whole are not scored again; the table is the undisturbed one's, bit for bit."""
+    """Complete chunks are not scored again. The table is that of `straight`, bit for bit."""
     run = prepared(place, tmp_path)
     interrupt(run, scored, batches)
     kept = sum(np.isfinite(np.load(path)).sum() for path in tmp_path.glob("reference/*/logps.npy"))
@@ -204,7 +204,7 @@ def test_a_killed_scoring_goes_on_to_the_same_table(place, straight, scored, tmp
     assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
     assert not list(tmp_path.glob("reference/*/table.json")), "the table was not finished"
     main(words)
-    assert CHUNK <= 2 * PAIRS - sum(scored) <= 32, "whole chunks were kept, and not the one it was killed in"
+    assert CHUNK <= 2 * PAIRS - sum(scored) <= 32, "complete chunks are kept, but not the one that was interrupted"
     assert files(tmp_path) == files(straight[0])
 
 
@@ -212,7 +212,7 @@ def test_a_killed_scoring_goes_on_to_the_same_table(place, straight, scored, tmp
 
 
 def keys(place, cache, **options) -> set[str]:
-    """The tables' keys; made with a stand-in for the engine, because only the keys matter."""
+    """The tables' keys. A stand-in replaces the engine, because only the keys matter."""
 
     class Engine:
         score = staticmethod(lambda batch: torch.zeros(batch.answers))
@@ -266,7 +266,7 @@ def test_the_key_is_made_of_weights_config_pairs_and_precision(place, tmp_path):
 
 
 def test_rows_that_are_missing_are_scored_and_the_others_kept(place, straight, scored, tmp_path):
-    """A table that was being filled: no manifest yet, its rows speak for themselves."""
+    """A table that is not yet complete has no manifest. Its rows show which of them are missing."""
     cache = shutil.copytree(straight[0], tmp_path / "cache")
     for path in cache.glob("reference/*/logps.npy"):
         logps = np.load(path)
@@ -358,12 +358,12 @@ def pairs(place, straight) -> PairSet:
 
 
 def sums(batch) -> torch.Tensor:
-    """Stands in for a model: the sum of each answer's token ids."""
+    """Stands in for a model: it scores a response by the sum of its token ids."""
     return torch.zeros(batch.answers).index_add_(0, batch.token_answers, batch.targets.float())
 
 
 def test_rows_come_back_in_the_order_they_were_asked_for(pairs):
-    """However they are dealt: longest first, several in a micro-batch, or one alone."""
+    """This holds for several pairs in a micro-batch and for one, though the longest are scored first."""
     answers = np.array([19, 2, 28, 3, 11, 0])
     expected = np.array([pairs.answer(a).sum() for a in answers])
     for limit in (int(pairs.packed_lengths.max()), 10_000):
@@ -371,7 +371,7 @@ def test_rows_come_back_in_the_order_they_were_asked_for(pairs):
 
 
 def test_a_log_probability_that_is_not_finite_stops_and_names_the_pair(pairs):
-    """What was scored before is kept; the chunk with the bad one is not."""
+    """The chunks before are kept. The chunk with the bad pair is not."""
     bad, kept = float(pairs.pair(9)[1].sum()), []
 
     def not_finite(batch):

@@ -132,7 +132,7 @@ def test_negative_controls_move_the_scores(name, broken, tmp_path):
     assert moved > 0.01, f"{broken.__name__} went unnoticed"
 
 
-VOCABULARY = 2 * FEWEST_COLUMNS + 101  # three tiles at least, the last narrower
+VOCABULARY = 2 * FEWEST_COLUMNS + 101  # at least three tiles, the last one narrower
 
 
 @pytest.mark.parametrize("adapter", [False, True])
@@ -164,7 +164,7 @@ def test_fused_head_against_float64(adapter, bias, scale, softcap, tile, kept):
         **further,
     )
     torch.testing.assert_close(logps.double(), expected, atol=1e-5, rtol=1e-5)
-    for again in (True, False):  # what was kept is used up by the first backward
+    for again in (True, False):  # the first backward uses up the tiles that were kept
         grads = torch.autograd.grad((logps * outer.float()).sum(), fast, retain_graph=again)
         for grad, wanted in zip(grads, expected_grads, strict=True):
             torch.testing.assert_close(grad.double(), wanted, atol=2e-5, rtol=1e-4)
@@ -178,7 +178,7 @@ def test_the_head_takes_no_rows_at_all():
 
 
 def test_fused_head_in_bf16_is_as_good_as_its_inputs():
-    """The sum of 128 log-probabilities stays within a tenth of a nat of float64 on the same bf16 inputs."""
+    """The sum of 128 log-probabilities is within 0.001 of float64's on the same bf16 inputs."""
     torch.manual_seed(0)
     hidden, weight = torch.randn(128, 64).bfloat16(), (torch.randn(4096, 64) / 8).bfloat16()
     targets = torch.randint(0, 4096, (128,))
@@ -187,7 +187,7 @@ def test_fused_head_in_bf16_is_as_good_as_its_inputs():
 
 
 def test_the_logits_matrix_never_exists():
-    """Peak memory of forward and backward stays far below one [N, V] matrix."""
+    """No tensor of forward and backward comes near the size of one [N, V] matrix."""
     N, V, H = 512, 32768, 8
     hidden, weight = torch.randn(N, H, requires_grad=True), torch.randn(V, H, requires_grad=True)
     targets = torch.randint(0, V, (N,))
@@ -213,7 +213,7 @@ def test_a_model_that_drops_the_layout_is_refused():
 
 @pytest.mark.parametrize("name", ["gpt2", "mistral-v0.1"])
 def test_the_segments_survive_what_hooks_do_to_a_tensor(name, tmp_path):
-    """ZeRO-3's hooks hand a module copies of its inputs, whatever they are; checkpointing hands detached ones."""
+    """ZeRO-3's hooks give a module copies of its inputs. Checkpointing gives it detached ones."""
     scorer, batch = packed_model(tiny.make(name, tmp_path)), pack(random_groups())
     with torch.no_grad():
         expected = scorer(batch)
@@ -248,7 +248,7 @@ ROPES = {
 
 @pytest.mark.parametrize("kind", ROPES)
 def test_frequencies_are_those_of_max_length_whatever_shares_the_row(kind):
-    """One pair lies within the original context of 40, one beyond it, one has a response on either side."""
+    """One pair is within the original context of 40, one is longer, and one has a response on either side of it."""
     shape = {**tiny.COMMON, "max_position_embeddings": 40, "rope_parameters": ROPES[kind]}
     groups = random_groups([(10, 5, 6), (50, 6, 7), (34, 4, 20)])
 
@@ -266,8 +266,8 @@ def test_frequencies_are_those_of_max_length_whatever_shares_the_row(kind):
     plain, packed = scores(fixed=True)
     torch.testing.assert_close(packed, plain, atol=1e-4, rtol=1e-6)
     plain, packed = scores(fixed=False)
-    assert (packed - plain).abs().max() > 0.01, "the negative control: transformers' own change with the row"
-    # Beyond the original context the fixed ones are those that transformers takes for a plain sequence of max_length.
+    assert (packed - plain).abs().max() > 0.01, "negative control: transformers' frequencies change with the row"
+    # Beyond the original context, the fixed frequencies are those of transformers for a plain sequence of max_length.
     require_exact("x", LlamaConfig(**shape))
 
 
@@ -277,8 +277,8 @@ def test_a_model_loaded_without_a_packed_kernel_is_a_bug_not_a_slow_path(tmp_pat
         Scorer(model)
 
 
-class Somewhere:
-    """A config by its heads alone, for choosing kernels."""
+class KernelConfig:
+    """Stands in for a config: it has what the choice of a kernel reads."""
 
     def __init__(self, **facts):
         vars(self).update({"hidden_size": 4096, "num_attention_heads": 32, **facts})
@@ -309,9 +309,9 @@ EVERY_WORD = frozenset().union(*(kernel.words for kernel in attention.KERNELS.va
 )
 def test_the_fastest_kernel_that_will_do_is_chosen(monkeypatch, capability, installed, facts, chosen):
     monkeypatch.setattr(attention, "_arguments", lambda module, _: EVERY_WORD if module in installed else None)
-    assert attention.usable("auto", Somewhere(**facts), torch.bfloat16, capability)[0] == chosen
-    assert attention.usable("auto", Somewhere(**facts), torch.float32, capability) == ["sdpa"]
-    assert attention.usable("sdpa", Somewhere(**facts), torch.bfloat16, capability) == ["sdpa"]
+    assert attention.usable("auto", KernelConfig(**facts), torch.bfloat16, capability)[0] == chosen
+    assert attention.usable("auto", KernelConfig(**facts), torch.float32, capability) == ["sdpa"]
+    assert attention.usable("sdpa", KernelConfig(**facts), torch.bfloat16, capability) == ["sdpa"]
 
 
 @pytest.mark.parametrize(
@@ -327,20 +327,20 @@ def test_a_kernel_that_will_not_do_is_refused_with_what_works(monkeypatch, wante
         attention, "_arguments", lambda module, _: EVERY_WORD if module == "torch.nn.attention.varlen" else None
     )
     with pytest.raises(UserError, match=f"--attention {wanted} {says}"):
-        attention.usable(wanted, Somewhere(), torch.bfloat16, capability)
+        attention.usable(wanted, KernelConfig(), torch.bfloat16, capability)
 
 
 def test_torchs_own_kernel_is_known_by_the_arguments_that_it_takes(monkeypatch):
-    """torch 2.10's varlen_attn has no window, 2.11's takes fewer key heads unasked, 2.12's wants enable_gqa."""
+    """torch 2.10's varlen_attn has no window. With fewer key heads 2.12's needs enable_gqa, which 2.11 lacks."""
     words = attention._arguments("torch.nn.attention.varlen", "varlen_attn")
-    assert attention.KERNELS["varlen"].words <= words, "this torch's"
+    assert attention.KERNELS["varlen"].words <= words, "the installed torch takes them all"
     monkeypatch.setattr(attention, "_arguments", lambda module, _: frozenset({"query", "key", "scale"}))
     with pytest.raises(UserError, match="--attention varlen takes no window_size in the version that is installed"):
-        attention.usable("varlen", Somewhere(), torch.bfloat16, (9, 0))
+        attention.usable("varlen", KernelConfig(), torch.bfloat16, (9, 0))
 
 
 def test_a_kernel_is_tried_on_the_twin():
-    """On a CPU: torch's own passes; one that leaves its result unwritten is wrong; a GPU's kernel stops."""
+    """On a CPU, torch's own kernel passes, one that does not write its result is wrong, and a GPU's kernel stops."""
     config, where = tiny.config("mistral-v0.1"), (torch.bfloat16, torch.device("cpu"), False)
     assert _kernel_problem(attention.SDPA, config, *where) is None
     assert "gives wrong log-probabilities" in _kernel_problem(attention.SIZES_ONLY, config, *where)
@@ -369,7 +369,7 @@ def test_the_segments_stay_on_the_host_and_become_a_layout_once_a_device():
 
 @pytest.mark.parametrize("tile", [2**16, 2**20])
 def test_the_head_holds_one_tile_above_its_inputs_and_gradients(tile):
-    """Counted on the meta device, forward and backward; all logits would be fifty times the larger tile."""
+    """Memory is counted on the meta device. All logits would take fifty times the larger tile."""
     N, H, V = 512, 64, 102_400
     hidden, weight = (torch.zeros(n, H, device="meta", requires_grad=True) for n in (N, V))
     targets = torch.zeros(N, dtype=torch.int64, device="meta")
@@ -380,7 +380,7 @@ def test_the_head_holds_one_tile_above_its_inputs_and_gradients(tile):
     one_tile, rows = 4 * max(tile, FEWEST_COLUMNS * N), 4 * N * H
     assert one_tile <= forward <= 1.1 * one_tile
     gradients = 4 * V * H + rows
-    shared = rows  # hidden times its rows' shares
+    shared = rows  # the hidden states, each times its row's share of the loss
     assert live.peak <= 1.1 * one_tile + gradients + shared + rows
 
 
@@ -402,7 +402,7 @@ def test_what_the_head_keeps_for_backward_is_counted_and_gone_after_it():
 
 
 def test_an_adapter_on_the_head_scores_and_learns_as_peft_has_it(tmp_path):
-    """Not merged: the head's own product and the adapter's, both in every tile."""
+    """The adapter is not merged: every tile adds its product to the head's."""
     folder = tiny.make("llama", tmp_path)
     options = Options(model="llama", lora=True, lora_r=3, lora_targets="q_proj,lm_head")
 
@@ -433,7 +433,7 @@ def test_an_adapter_on_the_head_scores_and_learns_as_peft_has_it(tmp_path):
 
 
 def test_backwards_in_any_order_find_their_own_forwards_gradient(tmp_path):
-    """Of a weight that embedding and head share; with padding tokens among the pairs, which embeddings do not learn."""
+    """Embedding and head share a weight. Some tokens are padding tokens, whose embedding does not learn."""
     model = AutoModelForCausalLM.from_config(LlamaConfig(**{**tiny.TIED, "pad_token_id": 5}), dtype=torch.float32)
     randomise(model)
     model.save_pretrained(tmp_path)
@@ -443,13 +443,13 @@ def test_backwards_in_any_order_find_their_own_forwards_gradient(tmp_path):
     (oracle.answers_logps(plain, groups[:2]).sum() + 2 * oracle.answers_logps(plain, groups[2:]).sum()).backward()
     first, second = scorer(pack(groups[:2])), scorer(pack(groups[2:]))
     with torch.no_grad():
-        scorer(pack(groups))  # a reference's or an evaluation's, in between
+        scorer(pack(groups))  # another forward in between, as of an evaluation
     first.sum().backward(retain_graph=True)
     first.sum().backward()
-    (4 * second.sum()).backward()  # twice the loss above, as the first's two backwards are
+    (4 * second.sum()).backward()  # twice the loss of `plain`, as the two backwards before
     weight = scorer.model.get_output_embeddings().weight
     torch.testing.assert_close(weight.grad / 2, plain.get_output_embeddings().weight.grad, atol=1e-4, rtol=1e-4)
-    # The negative control: without the embedding's rows it would be another.
+    # Negative control: without the embedding's rows, the gradient is another.
     scorer.model.zero_grad()
     embedding = scorer.model.get_input_embeddings()
     embedding.register_forward_hook(lambda module, ids, out: out.detach())
@@ -462,7 +462,7 @@ def test_backwards_in_any_order_find_their_own_forwards_gradient(tmp_path):
 
 
 def test_a_tied_weight_has_one_gradient_at_a_time():
-    """Its head's, to which the embedding's rows are added: not a second one."""
+    """The embedding's rows are added to the head's gradient. There is no second one."""
     config = LlamaConfig(**{**tiny.TIED, "vocab_size": 50_000, "num_hidden_layers": 1})
     with torch.device("meta"):
         sizes_only = attention.implementation(attention.SIZES_ONLY)
