@@ -4,6 +4,7 @@ Mistakes of the user's are found here, in seconds, and raised as UserError with 
 """
 
 import datetime
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -115,10 +116,12 @@ def _kernel(options: Options, model: Model) -> str:
 
 
 def _folder_of(options: Options) -> Path:
-    """The run's folder, by default one named after model and data."""
+    """The run's folder, by default one named after the model and the first data set."""
     if options.output_dir is not None:
         return Path(options.output_dir)
-    return Path("runs", f"{Path(options.model).name}-{Path(options.dataset).name.split('.')[0]}")
+    first = Path(re.split("[,:]", options.dataset)[0]).name.split(".")[0]
+    first = re.sub(r"[*?\[\]]", "x", first)  # a glob's signs
+    return Path("runs", f"{Path(options.model).name}-{first}")
 
 
 def _generations(options: Options) -> int:
