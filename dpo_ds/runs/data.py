@@ -51,7 +51,7 @@ def load_pairs(options: Planned, tokenizer: PreTrainedTokenizerBase, here: World
     if training.weights is not None:
         train = mixed(train, training.weights, options.seed)
     if evaluation is None:
-        return _split(train, options.eval_pairs)
+        return hold_out(train, options.eval_pairs)
     return _without_shared(
         train, _first(PairSet.open(evaluation.folder), options, whole=options.eval_dataset is not None)
     )
@@ -74,7 +74,7 @@ def mixed(pairs: PairSet, weights: list[float], seed: int) -> PairSet:
     return pairs.subset(np.sort(np.concatenate(chosen)))
 
 
-def _split(train: PairSet, eval_pairs: int | None) -> tuple[PairSet, PairSet]:
+def hold_out(train: PairSet, eval_pairs: int | None) -> tuple[PairSet, PairSet]:
     """Holds out some of the training pairs."""
     if eval_pairs == 0 or len(train) < 2:
         return train, train.subset([])

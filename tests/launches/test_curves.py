@@ -97,11 +97,12 @@ def launched(place) -> dict[int, str]:
 @pytest.fixture(scope="module")
 def expected(place, launched) -> dict[str, list[float]]:
     """The oracle's curves, on the very pairs that the schedule gives each step."""
-    from dpo_ds.data.pairs import PairSet, held_out
+    from dpo_ds.data.pairs import PairSet
+    from dpo_ds.runs.data import hold_out
 
     pairs = PairSet.open(next((place / "cache-1" / "tokens").glob("*/manifest.json")).parent)
-    train = pairs.subset(np.flatnonzero(~held_out(pairs.prompt_hashes, 1.0, 12)))
-    schedule = Schedule.of(len(train), BATCH, 1, STEPS, seed=42)
+    train, _ = hold_out(pairs, 12)
+    schedule = Schedule.of(train.pair_groups, BATCH, 1, STEPS, seed=42)
     steps = [[train.pair(i) for i in schedule.step(number)] for number in range(STEPS)]
     return {
         model: oracle.train(place / model, steps, learning_rate=RATE, warmup=round(0.1 * STEPS))

@@ -80,12 +80,11 @@ def test_eight_ranks_get_the_same_number_of_tokens(run, global_batch, least):
     pair is more than an eighth of it cannot be balanced: 1.1% of the time, with 32 pairs a step."""
     folder, _ = run
     pairs = PairSet.open(next((folder.parent / "cache" / "tokens").glob("*/manifest.json")).parent)
-    lengths = pairs.packed_lengths
-    schedule = Schedule.of(len(pairs), global_batch, 1.0, None, seed=42)
+    schedule = Schedule.of(pairs.pair_groups, global_batch, 1.0, None, seed=42)
     work = held = 0
     for number in range(schedule.steps - 1):  # the last is whatever is left
-        dealt = deal(schedule.step(number), lengths, 8, 8192)
-        tokens = np.array([[m.weight * lengths[list(m.indices)].sum() for m in own] for own in dealt])
+        dealt = deal(pairs.parts(schedule.step(number), 8192), 8, 8192)
+        tokens = np.array([[m.weight * m.tokens for m in own] for own in dealt])
         work += tokens.sum()
         held += 8 * tokens.max(axis=0).sum()
     assert work / held >= least
@@ -102,7 +101,7 @@ def test_a_micro_batch_on_cpu_is_as_long_as_the_longest_pair_needs(run):
 
 def test_every_row_is_accounted_for(run):
     _, printed = run
-    assert "2303 of 2312 pairs are used" in printed
+    assert "2303 of 2312 rows are used" in printed
     assert "5 left out: the dialogues differ" in printed and "4 left out: a response is empty" in printed
 
 
