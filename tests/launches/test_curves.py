@@ -3,8 +3,10 @@
 Each row of CASES is a real run of ten steps in fp32; all are compared with the oracle's plain loop.
 """
 
+import gzip
 import json
 import math
+from itertools import pairwise
 
 import launching
 import numpy as np
@@ -13,6 +15,7 @@ import pytest
 import tiny
 
 from dpo_ds.data.steps import Schedule
+from dpo_ds.embedded import sample_file
 
 STEPS, BATCH, RATE = 10, 8, 2e-3
 SMALL, LARGE = "320", "4000"
@@ -41,6 +44,11 @@ CASES = {
     "2-stage3-offload-resumed": (2, "llama", "stage3-offload", {"save_every": SAVE}),
     "1-gpt2-stage0": (1, "gpt2", "stage0", {}),
     "2-gpt2-stage3": (2, "gpt2", "stage3", {"micro_batch_tokens": SMALL}),
+    # Four answers and six weighted pairs a prompt; small micro-batches split such a group.
+    "1-groups-stage0": (1, "llama", "stage0", {}),
+    "1-groups-alone-stage0": (1, "llama", "stage0", {"micro_batch_tokens": SMALL}),
+    "2-groups-stage3": (2, "llama", "stage3", {}),
+    "2-groups-stage2-live": (2, "llama", "stage2", {"reference": "live"}),
 }
 
 
@@ -57,9 +65,22 @@ def ds_config(name: str) -> dict:
     return {"zero_optimization": zero, "gradient_clipping": "auto", "train_batch_size": "auto"}
 
 
+def kind(case: str) -> str:
+    """Cases of one kind have one curve."""
+    return "groups" if "groups" in case else CASES[case][1]
+
+
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    return tmp_path_factory.mktemp("curves")
+    place = tmp_path_factory.mktemp("curves")
+    with gzip.open(sample_file(), "rt", encoding="utf-8") as file:
+        rows = [json.loads(line) for line in file]
+    with open(place / "groups.jsonl", "w") as file:
+        for n, (row, other) in enumerate(pairwise(rows[:61])):
+            answers = [row["chosen"], row["rejected"], other["rejected"], other["chosen"]]
+            several = {"prompt": row["prompt"], "responses": answers, "scores": [4, 1, 3, 2], "weight": 1 + n % 3}
+            file.write(json.dumps(several) + "\n")
+    return place
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +108,8 @@ def launched(place) -> dict[int, str]:
             "precision": "fp32",
             **extra,
         }
+        if kind(case) == "groups":
+            options |= {"dataset": place / "groups.jsonl", "pairs": "all"}
         scenario = {"argv": [f"--{key}={value}" for key, value in options.items()]}
         if "resumed" in case:
             scenarios[ranks].append({**scenario, "stop_after": STOP})
@@ -96,18 +119,22 @@ def launched(place) -> dict[int, str]:
 
 @pytest.fixture(scope="module")
 def expected(place, launched) -> dict[str, list[float]]:
-    """The oracle's curves, on the very pairs that the schedule gives each step."""
+    """The oracle's curves by kind, on the very pairs that the schedule gives each step, one by one."""
     from dpo_ds.data.pairs import PairSet
     from dpo_ds.runs.data import hold_out
 
-    pairs = PairSet.open(next((place / "cache-1" / "tokens").glob("*/manifest.json")).parent)
-    train, _ = hold_out(pairs, 12)
-    schedule = Schedule.of(train.pair_groups, BATCH, 1, STEPS, seed=42)
-    steps = [[train.pair(i) for i in schedule.step(number)] for number in range(STEPS)]
-    return {
-        model: oracle.train(place / model, steps, learning_rate=RATE, warmup=round(0.1 * STEPS))
-        for model in {model for _, model, _, _ in CASES.values()}
-    }
+    sets = [PairSet.open(path.parent) for path in (place / "cache-1" / "tokens").glob("*/manifest.json")]
+    plain, groups = sorted(sets, key=lambda pairs: len(pairs) / len(pairs.answers))
+    assert len(groups) == 6 * 60 and len(groups.answers) == 4 * 60
+    curves = {}
+    for name, model, pairs in (("llama", "llama", plain), ("gpt2", "gpt2", plain), ("groups", "llama", groups)):
+        train, _ = hold_out(pairs, 12)
+        schedule = Schedule.of(train.pair_groups, BATCH, 1, STEPS, seed=42)
+        numbers = [schedule.step(number) for number in range(STEPS)]
+        steps = [[train.pair(i) for i in step] for step in numbers]
+        weights = [train.weights[step].tolist() for step in numbers]
+        curves[name] = oracle.train(place / model, steps, weights, learning_rate=RATE, warmup=round(0.1 * STEPS))
+    return curves
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -115,7 +142,7 @@ def test_same_curve_as_the_oracle(case, place, launched, expected):
     curve = launching.curve(place / case)
     assert len(curve) == STEPS
     assert abs(curve[0] - math.log(2)) < 1e-5
-    np.testing.assert_allclose(curve, expected[CASES[case][1]], rtol=0, atol=1e-5)
+    np.testing.assert_allclose(curve, expected[kind(case)], rtol=0, atol=1e-5)
     if "resumed" in case:
         assert f"from {place / case}/checkpoints/step-00000{SAVE}" in launched[CASES[case][0]]
         assert curve == launching.curve(place / case.removesuffix("-resumed")), "to the bit"
@@ -143,13 +170,13 @@ def test_one_collective_and_one_wait_a_step(place, launched):
 
 def test_grad_norms_agree(place, launched):
     """Before clipping, whatever keeps it: torch at stage 0, DeepSpeed elsewhere."""
-    norms = {case: launching.curve(place / case, "grad_norm") for case in CASES if "gpt2" not in case}
+    norms = {case: launching.curve(place / case, "grad_norm") for case in CASES if kind(case) == "llama"}
     for case, values in norms.items():
         np.testing.assert_allclose(values, norms["1-stage0"], rtol=2e-3, err_msg=case)
 
 
 def test_evaluations_agree_and_start_at_ln_2(place, launched):
-    curves = {case: launching.curve(place / case, "eval/loss") for case in CASES if "gpt2" not in case}
+    curves = {case: launching.curve(place / case, "eval/loss") for case in CASES if kind(case) == "llama"}
     for case, values in curves.items():
         assert len(values) == 3 and abs(values[0] - math.log(2)) < 1e-5, case
         np.testing.assert_allclose(values, curves["1-stage0"], rtol=0, atol=2e-5, err_msg=case)
@@ -157,5 +184,5 @@ def test_evaluations_agree_and_start_at_ln_2(place, launched):
 
 def test_a_reference_table_is_made_once(launched):
     """The first run of a launch scores; the others, on the same weights and pairs, find the table."""
-    assert launched[1].count("to score") == 2 * 2  # llama's and gpt2's, training and held-out pairs
+    assert launched[1].count("to score") == 3 * 2  # llama's, gpt2's and the groups', training and held-out pairs
     assert "found in the table" in launched[1]

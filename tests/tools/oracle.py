@@ -44,16 +44,18 @@ def losses(policy: torch.Tensor, reference: torch.Tensor, beta: float) -> torch.
     return F.softplus(-beta * margins)
 
 
-def train(folder, steps, *, learning_rate, warmup, beta=0.1, max_grad_norm=1.0) -> list[float]:
-    """Trains plain DPO with AdamW on a list of pairs for each step. Returns each step's loss before its update."""
+def train(folder, steps, weights=None, *, learning_rate, warmup, beta=0.1, max_grad_norm=1.0) -> list[float]:
+    """Trains plain DPO with AdamW on a list of pairs for each step, with the weights of each. Returns each step's loss
+    before its update."""
     policy, reference = load(folder), load(folder)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=learning_rate, weight_decay=0.0)
     schedule = get_scheduler("linear", optimizer, num_warmup_steps=warmup, num_training_steps=len(steps))
     curve = []
-    for pairs in steps:
+    for pairs, weight in zip(steps, weights or [[1.0] * len(pairs) for pairs in steps], strict=True):
         with torch.no_grad():
             fixed = pairs_logps(reference, pairs)
-        loss = losses(pairs_logps(policy, pairs), fixed, beta).mean()
+        weight = torch.tensor(weight)
+        loss = (weight * losses(pairs_logps(policy, pairs), fixed, beta)).sum() / weight.sum()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(policy.parameters(), max_grad_norm)
         optimizer.step()

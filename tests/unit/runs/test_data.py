@@ -115,7 +115,7 @@ def asked(pairs: PairSet) -> set[str]:
     return {" ".join(prompt.lower().split("?")[0].split()[-2:]) for prompt in prompts(pairs)}
 
 
-# ----------------------------------------------------------------------------------------------------- several data sets
+# ---------------------------------------------------------------------------------------------------- several data sets
 
 
 def test_several_sets_are_read_as_one(hundred):
@@ -123,7 +123,9 @@ def test_several_sets_are_read_as_one(hundred):
     assert len(train) + len(held) == 160 and len(train.prompts) + len(held.prompts) == 80
 
 
-@pytest.mark.parametrize(("weights", "counts"), [((0.5, 0.5), (60, 60)), ((0.8, 0.2), (100, 25)), ((0.1, 0.9), (7, 60))])
+@pytest.mark.parametrize(
+    ("weights", "counts"), [((0.5, 0.5), (60, 60)), ((0.8, 0.2), (100, 25)), ((0.1, 0.9), (7, 60))]
+)
 def test_a_mix_has_the_shares_that_were_asked_for(hundred, weights, counts, capsys):
     name = f"rows.jsonl:{weights[0]},{hundred}/others.jsonl:{weights[1]}"
     train, _ = parts(hundred, name, eval_pairs=0)
@@ -141,7 +143,7 @@ def test_a_mix_takes_no_pair_twice_and_keeps_prompts_together(hundred):
     assert len(mix.prompts) == 40, "both pairs of a prompt"
 
 
-# ---------------------------------------------------------------------------------------------------------- whole layouts
+# -------------------------------------------------------------------------------------------------------- whole layouts
 
 
 @pytest.mark.parametrize("name", layouts.LARGEST)
