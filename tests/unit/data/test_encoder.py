@@ -196,6 +196,19 @@ def test_a_merge_across_the_boundary_moves_it_back_and_is_counted():
     assert merged.changed == [MOVED] and plain.changed == []
 
 
+def test_a_token_that_reaches_into_an_answer_in_the_middle_of_a_dialogue_is_scored():
+    """Here too "answ" and "er" make one token. It belongs to the answer, as at the boundary of the prompt."""
+    merging = "{% for m in messages %}{{ ' answ' if m.role == 'assistant' }}{{ m.content }}</s>{% endfor %}"
+    merging += "{% if add_generation_prompt %} answ{% endif %}"
+    turns = [{"role": role, "content": "er here"} for role in ("assistant", "user", "assistant")]
+    one, other = Answer(turns), Answer([{"role": "assistant", "content": "er right"}])
+    question = [{"role": "user", "content": "What is the"}]
+    (pair,) = encode(tok := tokenizer(merging), Comparison(question, [one, other], [Preference(0, 1)]))
+    tokens = zip([tok.decode([token]) for token in pair.answers[0]], pair.scored[0], strict=True)
+    assert list(tokens) == [(" answer", True), (" here", True), ("</s>", True), ("er", False), (" here", False),
+                            ("</s>", False), (" answer", True), (" here", True), ("</s>", True)]  # fmt: skip
+
+
 def test_a_boundary_at_the_very_start_still_leaves_a_token_to_predict_from():
     (pair,) = encode(tok := tokenizer(), row("Th", "e answer", "is"))
     assert texts(tok, pair) == ("<s>", "The answer</s>", "This</s>") and pair.changed == [MOVED]

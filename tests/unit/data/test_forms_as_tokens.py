@@ -293,6 +293,9 @@ LEFT_OUT = {
         "plain text has no place for reasoning_content of an answer"),
     "plain text: role tool": (
         PLAIN, row([user("Hi"), tool("sunny")], says("Yes."), says("No.")), "plain text has no role tool"),
+    "a system message that is refused, and no user's to take it": (
+        GEMMA, row([system("Be kind."), says("Hello."), user("Hi")], says("Yes."), says("No.")),
+        f"{REFUSED}: no system role"),
     "an answer of the user's": (CHATML, row([user("Hi")], [user("Yes.")], says("No.")), NO_ASSISTANT),
 }  # fmt: skip
 
@@ -344,6 +347,17 @@ def test_variables_that_would_do_nothing_are_refused(model, variables, message):
         Encoder(templates.tokenizer(model), Tokenizing(LONG, template_kwargs=variables))
 
 
+def test_a_model_with_a_template_for_tools_uses_it_where_a_row_has_some():
+    shape = templates.OTHERS[QWEN_3]
+    tok = templates.make(shape)
+    tok.chat_template = {"default": templates.chatml(), "tool_use": shape.template}
+    plain, calling = row([user("Hi")], says("Yes."), says("No.")), USED["06d an answer that is a call"]
+    for date in (None, "2026-11-26"):
+        one, two = Encoder(tok, Tokenizing(LONG, date=date)).encode([plain, calling[1]])
+        check(QWEN_3, one, HI, "Yes.<|im_end|>", "No.<|im_end|>")
+        check(QWEN_3, two, calling[2], *calling[3])
+
+
 @pytest.mark.parametrize(("day", "printed"), [("2026-11-26", "26 Nov 2026"), ("1999-01-02T03:04:05", "02 Jan 1999")])
 def test_a_template_prints_the_runs_date(day, printed):
     encoded = encode(LLAMA_3_1, row([user("Hi")], says("Yes."), says("No.")), date=day)
@@ -377,3 +391,9 @@ def test_markers_are_what_the_template_writes(model):
     opening, written, other = MARKERS[model]
     markers = Encoder(templates.tokenizer(model), Tokenizing(LONG)).markers
     assert markers.opening == opening and written <= markers.specials and other not in markers.specials
+
+
+def test_what_opens_an_answer_is_without_the_reasoning_that_only_a_variable_opens():
+    """So that a dialogue that was rendered whole is split where its answer begins."""
+    options = Tokenizing(LONG, template_kwargs={"enable_thinking": False})
+    assert Encoder(templates.tokenizer(QWEN_3), options).markers.opening == "<|im_start|>assistant\n"

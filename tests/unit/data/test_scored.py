@@ -108,6 +108,15 @@ CASES = {
         CHATML, row(chat("u: Hi", "a: Hello."), chat("u: Sing", "a: La."), chat("u: Go", "a: No.")),
         "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello.<|im_end|>\n",
         ["La.<|im_end|>"], ["No.<|im_end|>"], []),
+    "plain text: what follows the assistant's last part": (
+        PLAIN,
+        Comparison(chat("u: Hi"),
+                   [Answer([*FORKED, *chat("u: Well")], " A.\n\nHuman: And?\n\nAssistant: B.\n\nHuman: C"),
+                    Answer(ANOTHER, " Go!")], [Preference(0, 1)], "\n\nHuman: Hi\n\nAssistant:"),
+        "\n\nHuman: Hi\n\nAssistant:", [" A.", " B.<|endoftext|>"], [" Go!<|endoftext|>"], [TRAILING]),
+    "plain text: answers that begin with the user's turn": (
+        PLAIN, row(chat("u: Hi", "a: Hello."), chat("u: Sing", "a: La."), chat("u: Go", "a: No.")),
+        "\n\nHuman: Hi\n\nAssistant: Hello.", [" La.<|endoftext|>"], [" No.<|endoftext|>"], []),
     "already rendered": (
         CHATML,
         Comparison([],
@@ -126,6 +135,76 @@ def test_the_assistants_tokens_are_scored(case):
     assert (encoded.left_out, encoded.changed) == ("", changed)
     assert templates.tokenizer(model).decode(encoded.prompt) == prompt
     assert [runs(model, encoded, n) for n in (0, 1)] == [first, second]
+
+
+MARKS = {
+    "the text alone": "{% generation %}{{ m.content }}{% endgeneration %}<|im_end|>\n",
+    "as far as the end of turn": "{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}{{ '\n' }}",
+    "and the newline": "{% generation %}{{ m.content }}<|im_end|>\n{% endgeneration %}",
+}
+
+
+@pytest.mark.parametrize("marks", MARKS)
+def test_the_end_of_turn_is_scored_and_nothing_after_it_whatever_the_template_marks(marks):
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}" + MARKS[marks] + "{% else %}"
+        "{{ m.content }}<|im_end|>\n{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    encoder = Encoder(templates.make(replace(templates.OTHERS[MARKED], template=template)), Tokenizing(10**6))
+    assert encoder.encode([row(chat("u: Hi"), FORKED, ANOTHER)]) == [
+        encode(MARKED, row(chat("u: Hi"), FORKED, ANOTHER))
+    ]
+
+
+def test_the_templates_marks_decide():
+    """This one marks the user's turns too."""
+    template = templates.MARKED.replace("{% else %}", "{% else %}{% generation %}").replace(
+        "{% endif %}{% endfor", "{% endgeneration %}{% endif %}{% endfor"
+    )
+    encoder = Encoder(templates.make(replace(templates.OTHERS[MARKED], template=template)), Tokenizing(10**6))
+    (encoded,) = encoder.encode([row(chat("u: Hi"), FORKED, ANOTHER)])
+    assert runs(MARKED, encoded) == ["Hello.<|im_end|>", "And?<|im_end|>", "Bye.<|im_end|>"]
+
+
+def test_a_tool_call_may_end_with_another_token_than_text():
+    template = (
+        templates.chatml()
+        .replace("<|im_end|>", "{{ '<|eom|>' if m.tool_calls else '<|im_end|>' }}")
+        .replace(
+            "{{ m.content }}", "{{ m.content }}{% for call in m.tool_calls or [] %}{{ call | tojson }}{% endfor %}"
+        )
+    )
+    shape = replace(templates.STABLELM_2, template=template, more=(*templates.CHATML, "<|eom|>"))
+    tok = templates.make(shape)
+    calls = [{**chat("a: ")[0], "tool_calls": CALL}, *chat("t: red", "a: Red.")]
+    (encoded,) = Encoder(tok, Tokenizing(10**6)).encode([row(chat("u: Hi"), calls, ANOTHER)])
+    scored = [token for token, learned in zip(encoded.answers[0], encoded.scored[0], strict=True) if learned]
+    assert tok.decode(scored).endswith("}<|eom|>Red.<|im_end|>") and "red" not in tok.decode(scored)
+
+
+def test_where_the_end_of_a_turn_cannot_be_told_the_row_is_left_out():
+    """As above, and the last answer has a beginning that the others have not, so that no shorter dialogue shows it."""
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ '<think>' if m.role == 'assistant' and loop.last }}"
+        "{{ m.content }}{% for call in m.tool_calls or [] %}{{ call | tojson }}{% endfor %}"
+        "{{ '<|eom|>' if m.tool_calls else '<|im_end|>' }}\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    shape = replace(templates.STABLELM_2, template=template, more=(*templates.CHATML, "<|eom|>"))
+    calls = [{**chat("a: ")[0], "tool_calls": CALL}, *chat("t: red", "a: Red.")]
+    (encoded,) = Encoder(templates.make(shape), Tokenizing(10**6)).encode([row(chat("u: Hi"), calls, ANOTHER)])
+    assert encoded.left_out == UNSTABLE
+
+
+@pytest.mark.parametrize("model", [QWEN_3, MISTRAL, "google/gemma-7b-it", PLAIN])
+def test_a_tokenizer_that_does_not_say_where_its_tokens_stand_gives_the_same(model, monkeypatch):
+    generator = np.random.default_rng(1)
+    rows = [random_row(generator) for _ in range(10)]
+    fast = [encode(model, comparison) for comparison in rows]
+    monkeypatch.setattr(type(templates.tokenizer(model)), "is_fast", property(lambda _: False))
+    assert not templates.tokenizer(model).is_fast
+    assert [encode(model, comparison) for comparison in rows] == fast
 
 
 # case: model, comparison, the kind

@@ -174,6 +174,14 @@ def test_the_longest_message_of_the_last_turn_is_cut():
     assert prompt.endswith(f"blue <|im_end|>\n{OPEN}")
 
 
+def test_a_system_message_stays_whole_though_it_is_the_longest():
+    comparison = row(chat("s: " + "kind " * 30, "u: " + "sea " * 20), "Yes.", "No.")
+    whole = encode(CHATML, comparison)
+    limit = len(whole.prompt) + len(whole.answers[0]) - 10
+    prompt = text_of(CHATML, encode(CHATML, comparison, limit, min_prompt_tokens=limit - 10))
+    assert prompt.startswith(f"<|im_start|>system\n{'kind ' * 30}<|im_end|>\n") and 0 < prompt.count("sea") < 20
+
+
 @pytest.mark.parametrize("model", [CHATML, LLAMA_3, GEMMA])
 def test_a_system_message_that_is_too_long_itself_loses_its_middle(model):
     comparison = row(chat("s: " + "kind " * 99, "u: Hi"), "Yes.", "No.")
