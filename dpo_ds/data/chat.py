@@ -15,17 +15,9 @@ from dpo_ds.data.transcript import NO_ASSISTANT, TRAILING, Transcript, all_open,
 
 # Kinds in the report. The first three change a row, the others leave it out.
 FOLDED = "the template takes no system role: its message went into the first user's"
-
-
 REWRITTEN = "the template writes the answer in place of the end of its generation prompt: the boundary was moved back"
-
-
 SHORTENED = "the chat template drops part of an earlier answer"
-
-
 DROPPED = "the chat template drops part of the answer"
-
-
 UNSTABLE = "the chat template rewrites the turns before an answer when the dialogue goes on"
 
 

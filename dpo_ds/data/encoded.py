@@ -4,16 +4,9 @@ from dataclasses import dataclass, field, replace
 
 from dpo_ds.data.comparison import Comparison, Preference
 
-# Kinds in the report. The first changes a row, the others leave it out.
-PAIRS_DROPPED = "pairs were dropped because their answers are the same tokens, or have none left"
-
-
+# Kinds in the report, of rows that are left out.
 NO_ROOM = "no room for a response token within --max_length"
-
-
 EQUAL_NOW = "the responses are equal once cut"
-
-
 EQUAL_TOKENS = "the responses are the same tokens"
 
 
@@ -65,5 +58,4 @@ def with_pairs_that_differ(cut: Encoded) -> Encoded:
         scored=[cut.scored[n] for n in used],
         cut_answers=[cut.cut_answers[n] for n in used],
         pairs=pairs,
-        changed=[*cut.changed, PAIRS_DROPPED],
     )

@@ -177,15 +177,13 @@ class Encoder:
             self.options.truncation, self.options.max_length, self.options.min_prompt_tokens, len(whole.prompt), longest
         )
         cut = whole if len(whole.prompt) <= room.prompt else self._with_shorter_prompt(comparison, whole, room.prompt)
-        changed = [*cut.changed]
         cut_prompt = max(0, len(whole.prompt) - len(cut.prompt))
         cut_answers = [max(0, len(answer) - room.answer) for answer in cut.answers]
-        changed += [truncate.CUT_PROMPT] if cut_prompt else []
-        changed += [truncate.CUT_RESPONSE] if any(cut_answers) else []
         answers = [answer[: room.answer] for answer in cut.answers]
         scored = [mask and mask[: room.answer] for mask in cut.scored]
-        cut = replace(cut, answers=answers, scored=scored, changed=changed)
-        return with_pairs_that_differ(replace(cut, cut_prompt=cut_prompt, cut_answers=cut_answers))
+        return with_pairs_that_differ(
+            replace(cut, answers=answers, scored=scored, cut_prompt=cut_prompt, cut_answers=cut_answers)
+        )
 
     def _with_shorter_prompt(self, comparison: Comparison, whole: Encoded, length: int) -> Encoded:
         if self.options.truncation == "keep_start":

@@ -23,11 +23,7 @@ Span = tuple[int, int]  # where a part of a text begins and ends, in characters
 
 # Kinds in the report; the template's own message follows the first.
 REFUSED = "the chat template refuses the dialogue"
-
-
 RESERVED = "chat_template_kwargs set a name that is not the template's own"
-
-
 REASONING = ("reasoning_content", "reasoning", "thinking")  # keys for what a model thinks before it answers
 
 
@@ -216,8 +212,6 @@ def prints_date(tokenizer: "PreTrainedTokenizerBase") -> bool:
 
 
 DATE = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")  # transformers' function for the date of today
-
-
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 

@@ -13,8 +13,6 @@ from dpo_ds.data.template import REASONING, ChatTemplate, Span, said
 
 # Kinds in the report. The first changes a row, the other leaves it out.
 TRAILING = "messages after the assistant's last one were left off: nothing is learned there"
-
-
 NO_ASSISTANT = "an answer has no message of the assistant's"
 
 

@@ -12,12 +12,6 @@ from dpo_ds.data.comparison import Comparison, Message
 from dpo_ds.data.dialogue import TURN
 from dpo_ds.data.template import said
 
-# Kinds in the report.
-CUT_PROMPT = "the prompt was cut to --max_length"
-
-
-CUT_RESPONSE = "a response was cut to --max_length"
-
 
 @dataclass(frozen=True)
 class Room:
