@@ -243,7 +243,7 @@ class _Writer:
         is_answer[prompts] = False
         answers_before = first_answer + np.cumsum(sizes - 1) - (sizes - 1)
         pairs_of = [len(batch["pair_ids"][n]) for n in used]
-        kept = batch.take(used)
+        kept = batch.take(pa.array(used, pa.int64()))
         pairs = _flat_numbers(kept, "pairs", np.int64).reshape(-1, 2)
         added = {
             "prompts": sequences[prompts],
@@ -321,8 +321,9 @@ def _encoded(
 def _numbered(content: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Numbers equal rows alike, in the order in which they first appear: the place of each number's first row, and the
     number of every row."""
-    whole = np.ascontiguousarray(content).view(np.uint8).reshape(len(content), -1)
-    _, first, inverse = np.unique(whole.view(f"V{whole.shape[1]}"), return_index=True, return_inverse=True)
+    width = content.shape[1] * content.itemsize
+    whole = np.ascontiguousarray(content).view(f"V{width}").reshape(-1)
+    _, first, inverse = np.unique(whole, return_index=True, return_inverse=True)
     order = np.argsort(first)
     number = np.empty(len(order), dtype=np.int64)
     number[order] = np.arange(len(order))

@@ -136,6 +136,13 @@ class PairSet:
         return self.prompts[:, 1] + answers.astype(np.int64)
 
     @cached_property
+    def group_limits(self) -> np.ndarray:
+        """int64 [G]: the least limit for which `parts` leaves a group whole."""
+        answers = np.bincount(self.answer_groups, minlength=len(self.prompts))
+        keys = self.group_lengths + (answers - 1) * self.prompts[:, 1]
+        return np.maximum(self.group_lengths, -(-keys // 2))
+
+    @cached_property
     def digest(self) -> str:
         """sha256 over the pairs, in order: it depends on the content of this set alone, not on its folder."""
         digest = hashlib.sha256(np.ascontiguousarray(self.pair_ids).tobytes())
@@ -236,11 +243,16 @@ class PairSet:
 
 def _open(folder: Path, name: str) -> np.ndarray:
     if name == "tokens":
-        return np.memmap(folder / "tokens.int32", dtype=np.int32, mode="r")
+        return _mapped(folder / "tokens.int32", np.int32)
     if name == "scored":
         file = folder / "scored.uint8"
-        return np.memmap(file, dtype=np.uint8, mode="r") if file.is_file() else np.zeros(0, dtype=np.uint8)
+        return _mapped(file, np.uint8) if file.is_file() else np.zeros(0, dtype=np.uint8)
     return np.load(folder / f"{name}.npy")
+
+
+def _mapped(file: Path, dtype: type) -> np.ndarray:
+    """A file's numbers, memory-mapped; a file of none cannot be."""
+    return np.memmap(file, dtype=dtype, mode="r") if file.stat().st_size else np.zeros(0, dtype=dtype)
 
 
 def read_manifest(folder: Path) -> dict:

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from dpo_ds.config import Decided, Options
+from dpo_ds.config import Decided, Options, Planned
 from dpo_ds.data.pairs import PairSet, too_small
 from dpo_ds.data.steps import Schedule
 from dpo_ds.engine.requirements import require_compiler, require_nvme
@@ -20,7 +20,8 @@ from dpo_ds.errors import UserError
 from dpo_ds.models.files import fetch_weights, load_tokenizer
 from dpo_ds.models.find import find_model, known_model
 from dpo_ds.models.model import Model, torch_dtype
-from dpo_ds.plan.choose import tokens_on_cpu
+from dpo_ds.plan.choose import choose, tokens_on_cpu
+from dpo_ds.plan.machine import Machine
 from dpo_ds.plan.plan import Plan
 from dpo_ds.plan.refuse import for_run
 from dpo_ds.ranks import console
@@ -29,6 +30,9 @@ from dpo_ds.ranks.world import World
 from dpo_ds.runs import folders
 from dpo_ds.runs.data import load_pairs
 from dpo_ds.scoring.twin import choose_kernel, require_exact
+
+# How far a micro-batch may grow for a group of many answers. A longer group is split.
+MOST_GROWTH = 4
 
 
 @dataclass(frozen=True)
@@ -74,10 +78,10 @@ def prepare(options: Options, here: World, plan: Plan | None = None) -> Run:
     longest = max(int(pairs.packed_lengths.max()) for pairs in (train_pairs, eval_pairs) if len(pairs))
     if planned.micro_batch_tokens < longest:
         raise UserError(too_small(planned.micro_batch_tokens, longest))
-    if options.micro_batch_tokens is None and not torch.cuda.is_available():
-        # The plan assumed the longest pair that --max_length allows. Now the longest group of the data is known.
-        longest = max(int(pairs.group_lengths.max()) for pairs in (train_pairs, eval_pairs) if len(pairs))
-        planned = planned.replace(micro_batch_tokens=min(planned.micro_batch_tokens, tokens_on_cpu(longest)))
+    if options.micro_batch_tokens is None:
+        # The plan assumed pairs as long as --max_length allows. Now the data's groups are known.
+        longest = max(int(pairs.group_limits.max()) for pairs in (train_pairs, eval_pairs) if len(pairs))
+        planned = planned.replace(micro_batch_tokens=on_rank_0(lambda: _tokens_for(longest, planned)))
     schedule = Schedule.of(
         train_pairs.pair_groups, planned.global_batch_pairs, planned.epochs, planned.max_steps, planned.seed
     )
@@ -104,6 +108,21 @@ def prepare(options: Options, here: World, plan: Plan | None = None) -> Run:
         resume_from=found.resume_from,
         finished=found.finished,
     )
+
+
+def _tokens_for(longest: int, planned: Planned) -> int:
+    """The micro-batch's tokens for data whose longest group has so many: enough not to split it, if they fit.
+
+    On CPU no more than that, since larger micro-batches are not faster there.
+    """
+    tokens = planned.micro_batch_tokens
+    if longest <= tokens:
+        return tokens if torch.cuda.is_available() else min(tokens, tokens_on_cpu(longest))
+    larger = planned.replace(micro_batch_tokens=min(longest, MOST_GROWTH * tokens))
+    if planned.plan == "off" or choose(larger, Machine.of(planned)).fits:
+        console.say(f"micro-batches of {larger.micro_batch_tokens} tokens, so that a prompt's answers share one")
+        return larger.micro_batch_tokens
+    return tokens
 
 
 def _kernel(options: Options, model: Model) -> str:

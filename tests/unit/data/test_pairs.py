@@ -66,6 +66,16 @@ def test_a_group_that_fits_is_one_part_with_each_answer_once():
     assert len(pairs.parts(range(1, 7), 52)) > 1
 
 
+@pytest.mark.parametrize("group", range(len(GROUPS)))
+def test_the_least_limit_that_leaves_a_group_whole(group):
+    pairs = pair_set()
+    members = np.flatnonzero(pairs.pair_groups == group)
+    limit = int(pairs.group_limits[group])
+    assert len(pairs.parts(members, limit)) == 1
+    if len(members) > 1:
+        assert len(pairs.parts(members, limit - 1)) > 1
+
+
 def test_many_short_answers_to_a_long_prompt_do_not_read_its_keys_without_bound():
     """Attention reads the prompt's keys once for each answer; the plan counts on two times a micro-batch's tokens."""
     pairs = pair_set()
