@@ -14,6 +14,11 @@ from dpo_ds.engine.shards import TAG
 from dpo_ds.errors import UserError
 from dpo_ds.runs.folders import describe
 
+# A file as models on the hub have it, which transformers reads and refuses to write; the model's tokens end with 2.
+INVALID = """{
+    "do_sample": false, "temperature": 0.9,
+    "eos_token_id": 2
+}"""
 SHARD = 40_000  # bytes: several shards even of a tiny model
 
 # name: (ranks, model, stage, further options)
@@ -35,6 +40,7 @@ def place(tmp_path_factory):
     place = tmp_path_factory.mktemp("export")
     for name in {model for _, model, _, _ in CASES.values()}:
         tiny.make(name, place / name)
+    (place / "llama" / "generation_config.json").write_text(INVALID)
     scenarios: dict[int, list] = {1: [], 2: []}
     for case, (ranks, model, stage, extra) in CASES.items():
         (place / f"stage{stage}.json").write_text(json.dumps({"zero_optimization": {"stage": stage}}))
@@ -159,6 +165,19 @@ def test_lora_starts_at_ln_2_and_learns_the_same_on_any_stage(place):
 def test_bf16_starts_at_ln_2(place):
     for case in ("gpt2-stage0-bf16", "llama-tied-stage3-bf16"):
         assert abs(launching.curve(place / case)[0] - 0.693147) < 1e-3
+
+
+def test_the_bases_generation_config_is_kept_but_for_the_token_that_ends_answers(place):
+    """By the run and by the command alike. Answers are trained to end with EOS, 0 here."""
+    (checkpoint,) = (place / "llama-stage3" / "checkpoints").iterdir()
+    again = place / "llama-stage3-again"
+    if not again.exists():
+        from dpo_ds import export
+
+        export.export_checkpoint(checkpoint, again)
+    for folder in (place / "llama-stage3" / "merged", again):
+        assert (folder / "generation_config.json").read_text() == INVALID.replace("2\n", "[2, 0]\n")
+    assert not list((place / "llama-stage3").glob("*rehearsal*")), "the rehearsal's folder is gone"
 
 
 def test_generations_are_shown(place):

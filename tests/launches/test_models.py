@@ -1,6 +1,6 @@
 """The twelve models of the report, each as its tiny twin, through every check: the table that docs/models.md shows.
 
-Real runs: one rank at stage 0, two ranks at ZeRO-3 (straight; stopped and gone on; LoRA), exported in small shards.
+Real runs: one rank at stage 0; two ranks at ZeRO-3, stopped and resumed; LoRA likewise. Exported in small shards.
 """
 
 import gzip
@@ -51,8 +51,7 @@ def place(tmp_path_factory):
         tiny.make(model_id, place / tiny.short(model_id))
         runs = {
             "one": (1, {"ds_config": place / "stage0.json", "export": "none"}),
-            "straight": (2, {"ds_config": place / "stage3.json", "save_every": SAVE}),
-            "resumed": (2, {"ds_config": place / "stage3.json", "save_every": SAVE, "export": "none"}),
+            "resumed": (2, {"ds_config": place / "stage3.json", "save_every": SAVE}),
             "lora": (2, {"ds_config": place / "stage3.json", "lora": "true", "max_steps": 3, "learning_rate": 5e-3}),
         }
         for kind, (ranks, extra) in runs.items():
@@ -114,7 +113,7 @@ def packed_scoring(model_id, place):
 
 def two_ranks_zero3(model_id, place):
     """Five steps on two ranks at ZeRO-3 are those on one rank at stage 0, to 1e-5, from ln 2 on."""
-    one, two = (launching.curve(place / f"{tiny.short(model_id)}-{kind}") for kind in ("one", "straight"))
+    one, two = (launching.curve(place / f"{tiny.short(model_id)}-{kind}") for kind in ("one", "resumed"))
     assert len(one) == STEPS and abs(one[0] - 0.693147) < 1e-5 and max(abs(np.diff(one))) > 1e-3
     np.testing.assert_allclose(two, one, rtol=0, atol=1e-5)
 
@@ -143,18 +142,21 @@ def lora_merge(model_id, place):
 
 
 def resume(model_id, place):
-    """Stopped after step 3 and gone on from the checkpoint of step 2: the same curve, to the bit."""
-    straight, again = (place / f"{tiny.short(model_id)}-{kind}" for kind in ("straight", "resumed"))
-    for key in ("loss", "grad_norm", "eval/loss"):
-        assert launching.curve(again, key) == launching.curve(straight, key), key
-    steps = [line["step"] for line in launching.metrics(again) if "loss" in line]
+    """Stopped after step 3 and resumed from the checkpoint of step 2, it has the losses and norms of a run that was not
+    stopped. (That they are equal to the bit, on as many ranks: test_resume.py.)"""
+    one, resumed = (place / f"{tiny.short(model_id)}-{kind}" for kind in ("one", "resumed"))
+    for key, tolerance in (("loss", 1e-5), ("grad_norm", 1e-3), ("eval/loss", 2e-5)):
+        np.testing.assert_allclose(
+            launching.curve(resumed, key), launching.curve(one, key), rtol=0, atol=tolerance, err_msg=key
+        )
+    steps = [line["step"] for line in launching.metrics(resumed) if "loss" in line]
     assert steps == list(range(1, STEPS + 1))
 
 
 def export(model_id, place):
     """The merged folder has the hub's tensor names, and plain transformers finds the policy's log-probabilities."""
-    run = place / f"{tiny.short(model_id)}-straight"
-    names = set(merged(place, model_id, "straight"))
+    run = place / f"{tiny.short(model_id)}-resumed"
+    names = set(merged(place, model_id, "resumed"))
     assert names == set(load_file(place / tiny.short(model_id) / "model.safetensors"))
     assert PEER.get(model_id, "model.layers.1.mlp.down_proj.weight") in names
     model = oracle.load(run / "merged")

@@ -7,14 +7,12 @@ import sys
 import time
 
 import launching
-import pytest
 import tiny
 
 
-@pytest.mark.parametrize("stage", [0, 3])
-def test_a_rank_that_hangs_is_noticed(stage, tmp_path):
+def test_a_rank_that_hangs_is_noticed(tmp_path):
     """Two ranks as torchrun would start them; the second is stopped, not killed, once steps have been made."""
-    (tmp_path / "tier.json").write_text(f'{{"zero_optimization": {{"stage": {stage}}}}}')
+    (tmp_path / "tier.json").write_text('{"zero_optimization": {"stage": 3}}')
     words = [
         "-m", "dpo_ds.train", f"--model={tiny.make('llama', tmp_path / 'llama')}", "--dataset=sample", "--eval_pairs=0",
         "--max_steps=100000", "--global_batch_pairs=4", "--max_length=64", "--export=none", "--reference=none",

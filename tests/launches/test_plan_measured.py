@@ -39,14 +39,10 @@ TIERS = {
 # name: (shape, ranks, tier, further options)
 CASES = {
     "10M-1-stage0-fp32": ("10M", 1, "0", {}),
-    "13M-1-stage0-bf16": ("13M", 1, "0", {"precision": "bf16"}),
     "25M-1-stage0-fp32-checkpointing": ("25M", 1, "0", {"gradient_checkpointing": "on"}),
-    "17M-1-stage2-fp32": ("17M", 1, "2", {}),
     "13M-2-stage2-bf16": ("13M", 2, "2", {"precision": "bf16"}),
-    "10M-1-stage3-fp32": ("10M", 1, "3", {}),
     "17M-2-stage3-fp32": ("17M", 2, "3", {}),
     "13M-2-stage3-bf16-sums": ("13M", 2, "3-bf16-sums", {"precision": "bf16"}),
-    "13M-1-offload-fp32": ("13M", 1, "3-offload", {}),
     "17M-2-offload-bf16": ("17M", 2, "3-offload", {"precision": "bf16"}),
     "17M-1-stage3-fp32-lora": ("17M", 1, "3", {"lora": "true"}),
     "17M-2-offload-bf16-lora": ("17M", 2, "3-offload", {"lora": "true", "precision": "bf16"}),
