@@ -39,6 +39,7 @@ TIERS = {
 # name: (shape, ranks, tier, further options)
 CASES = {
     "10M-1-stage0-fp32": ("10M", 1, "0", {}),
+    "13M-1-stage0-bf16": ("13M", 1, "0", {"precision": "bf16"}),
     "25M-1-stage0-fp32-checkpointing": ("25M", 1, "0", {"gradient_checkpointing": "on"}),
     "13M-2-stage2-bf16": ("13M", 2, "2", {"precision": "bf16"}),
     "17M-2-stage3-fp32": ("17M", 2, "3", {}),
