@@ -38,7 +38,7 @@ setup(
         "transformers>=5.10,<6",
         "datasets>=4.0,<6",
         "peft>=0.18,<1",
-        "huggingface_hub>=1.0,<3",
+        "huggingface_hub>=1.5,<3",
         "safetensors>=0.6,<1",
         "numpy>=1.26,<3",
         "pyyaml>=6.0,<7",
