@@ -22,8 +22,8 @@ from dpo_ds.errors import UserError
 # What the manifest counts, and the arrays that have so many entries.
 COUNTED = {
     "tokens": ("tokens",),
-    "groups": ("prompts", "prompt_hashes", "prompt_keys"),
-    "answers": ("answers", "answer_groups", "answer_ids"),
+    "groups": ("prompts", "prompt_gaps", "prompt_hashes", "prompt_keys"),
+    "answers": ("answers", "answer_cuts", "answer_groups", "answer_ids"),
     "pairs": ("pairs", "rows", "sources", "weights", "margins", "pair_ids"),
 }
 
@@ -66,8 +66,10 @@ class PairSet:
 
     tokens int32 [total]; scored uint8 [total]: 1 where a token of an answer is learned, empty if all are.
     Per group: prompts int64 [G, 2], where the prompt starts in `tokens` and its length; prompt_hashes uint8 [G, 16], of
-    the prompt's text; prompt_keys uint8 [G, 3, 16], see data/held_out.py.
-    Per answer: answers int64 [A, 2], start and length; answer_groups int64 [A], ascending; answer_ids uint8 [A, 16].
+    the prompt's text; prompt_keys uint8 [G, 3, 16], see data/held_out.py; prompt_gaps int32 [G, 2, 2], the places in it
+    where truncation took tokens out, and how many (0: none).
+    Per answer: answers int64 [A, 2], start and length; answer_cuts int32 [A], how many tokens truncation took from its
+    end; answer_groups int64 [A], ascending; answer_ids uint8 [A, 16].
     Per pair: pairs int64 [n, 2], the chosen and the rejected answer; the pairs of a group follow each other.
     rows int64 [n] and sources int64 [n], where the pair is from; weights float32 [n]; margins float32 [n] (NaN: not
     known); pair_ids uint8 [n, 16].
@@ -76,9 +78,11 @@ class PairSet:
     tokens: np.ndarray
     scored: np.ndarray
     prompts: np.ndarray
+    prompt_gaps: np.ndarray
     prompt_hashes: np.ndarray
     prompt_keys: np.ndarray
     answers: np.ndarray
+    answer_cuts: np.ndarray
     answer_groups: np.ndarray
     answer_ids: np.ndarray
     pairs: np.ndarray
@@ -160,8 +164,8 @@ class PairSet:
         pairs = self.pairs[chosen]
         answers, places = np.unique(pairs, return_inverse=True)
         groups, answer_groups = np.unique(self.answer_groups[answers], return_inverse=True)
-        per_group = {name: getattr(self, name)[groups] for name in ("prompts", "prompt_hashes", "prompt_keys")}
-        per_answer = {name: getattr(self, name)[answers] for name in ("answers", "answer_ids")}
+        per_group = {name: getattr(self, name)[groups] for name in COUNTED["groups"]}
+        per_answer = {name: getattr(self, name)[answers] for name in ("answers", "answer_cuts", "answer_ids")}
         per_pair = {n: getattr(self, n)[chosen] for n in ("rows", "sources", "weights", "margins", "pair_ids")}
         return replace(
             self,
@@ -236,7 +240,8 @@ class PairSet:
 
 def _open(folder: Path, name: str) -> np.ndarray:
     if name == "tokens":
-        return np.memmap(folder / "tokens.int32", dtype=np.int32, mode="r")
+        file = folder / "tokens.int32"  # an empty file cannot be mapped
+        return np.memmap(file, dtype=np.int32, mode="r") if file.stat().st_size else np.zeros(0, dtype=np.int32)
     if name == "scored":
         file = folder / "scored.uint8"
         return np.memmap(file, dtype=np.uint8, mode="r") if file.is_file() else np.zeros(0, dtype=np.uint8)
