@@ -41,6 +41,7 @@ setup(
         "huggingface_hub>=1.0,<3",
         "safetensors>=0.6,<1",
         "numpy>=1.26,<3",
+        "rich>=13,<16",
         "pyyaml>=6.0,<7",
         "tqdm>=4.66,<5",
         "packaging>=23",
@@ -53,11 +54,13 @@ setup(
             "pytest>=8,<10",
             "pytest-xdist>=3.6",
             "psutil>=5.9",
+            "matplotlib>=3.8,<4",
             "ruff>=0.9",
             "mypy>=1.18",
             "build>=1.2",
             "wheel>=0.43",
         ],
+        "plots": ["matplotlib>=3.8,<4"],  # histograms of python -m dpo_ds.data
         "bench": ["trl>=1.16,<2", "matplotlib>=3.8,<4"],
     },
     classifiers=[

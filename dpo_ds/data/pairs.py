@@ -228,10 +228,11 @@ class PairSet:
             self.prompt(part.group),
             [self.answer(answer) for answer in part.answers],
             np.array(pairs, dtype=np.int64).reshape(-1, 2),
-            [self._scored(answer) for answer in part.answers],
+            [self.scored_of(answer) for answer in part.answers],
         )
 
-    def _scored(self, answer: int) -> np.ndarray | None:
+    def scored_of(self, answer: int) -> np.ndarray | None:
+        """bool [R]: which of an answer's tokens are learned. None: the set's answers are learned whole."""
         if not len(self.scored):
             return None
         start, length = self.answers[answer]
