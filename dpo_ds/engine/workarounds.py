@@ -145,7 +145,7 @@ WORKAROUNDS = {
     "data-copies": Workaround(
         "datasets",
         "Copies of the rows in TMPDIR are not removed in a forked process.",
-        "dpo_ds.runs.prepare:_tokenise",
+        "dpo_ds.runs.data:_tokenise",
         "unit/data/test_leftovers.py::test_a_start_leaves_nothing_in_tmpdir",
         "5.2.0",
     ),

@@ -12,11 +12,16 @@ SCORED = {"chosen": "green", "rejected": "red", "both": "yellow"}  # colours of 
 BARS = "▁▂▃▄▅▆▇█"
 
 
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        raise  # the command handles it for every line that it prints; rich would exit with code 1
+
+
 class Listing:
     """Prints lines, tables and groups. Without colours, ⟦these brackets⟧ stand around what is not learned."""
 
-    def __init__(self) -> None:
-        self.console = Console(highlight=False, markup=False, emoji=False)
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or _Console(highlight=False, markup=False, emoji=False)
         self.coloured = self.console.is_terminal and self.console.color_system is not None and not self.console.no_color
 
     def line(self, text: str | Text = "") -> None:

@@ -25,7 +25,10 @@ h3 { font-size: 1rem; margin: 0 0 .5rem } h4 { font-size: .85rem; margin: .75rem
 p, ul { margin: .5rem 0 } .pale { color: var(--pale) } code { font: .9em/1.5 ui-monospace, monospace }
 .wide { overflow-x: auto } table { border-collapse: collapse; overflow-wrap: normal }
 th, td { padding: .3rem .8rem .3rem 0; text-align: left; vertical-align: top; border-bottom: 1px solid var(--line) }
-th { font-size: .85rem; color: var(--pale) } .n { text-align: right; font-variant-numeric: tabular-nums }
+th { font-size: .85rem; color: var(--pale) }
+.n { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums }
+td:last-child { overflow-wrap: anywhere; min-width: 3rem }
+@media (max-width: 40rem) { body { padding: .75rem } table { font-size: .85rem } td, th { padding-right: .6rem } }
 .row { display: grid; gap: 0 1rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 22rem), 1fr)) }
 figure { margin: 1rem 0 0 } .whole { white-space: nowrap } img { width: 100%; max-width: 30rem; height: auto }
 .group { margin: 1rem 0; padding: 1rem; background: var(--card); border: 1px solid var(--line); border-radius: .5rem }
@@ -100,17 +103,17 @@ def _rows(reports: list[tuple[str, Report]]) -> str:
     ]
     kinds: list[tuple[str | int, ...]] = []
     for name, report in reports:
-        where = name if len(reports) > 1 else ""
+        where = f" of {name}" if len(reports) > 1 else ""
         for verb, found in (("left out", report.left_out), ("changed", report.changed), ("not used", report.unused)):
-            kinds += [(verb, kind, count, f"{named(count, rows)} {where}") for kind, (count, rows) in found.items()]
+            kinds += [(verb, kind, count, f"{named(count, rows)}{where}") for kind, (count, rows) in found.items()]
         for what, (count, rows) in report.cut.items():
             tokens = f"{what}, {report.cut_tokens[what] / count:,.0f} tokens on average"
-            kinds.append(("cut", tokens, count, f"{named(count, rows)} {where}"))
+            kinds.append(("cut", tokens, count, f"{named(count, rows)}{where}"))
         if report.dropped_pairs:
-            kinds.append(("dropped", "pairs whose answers are equal once cut", report.dropped_pairs, where))
+            kinds.append(("dropped", "pairs whose answers are equal once cut", report.dropped_pairs, where.strip()))
     table = _table(["source", "rows", "used", "left out", "pairs"], counts, range(1, 5))
     return table + (
-        _table(["", "what", "how many", "which"], kinds, [2]) if kinds else "<p>No row was changed or cut.</p>"
+        _table(["", "what", "count", "which"], kinds, [2]) if kinds else "<p>No row was changed or cut.</p>"
     )
 
 

@@ -17,7 +17,7 @@ from dpo_ds.data.pairs import PairSet
 from dpo_ds.models.files import load_tokenizer
 from dpo_ds.models.find import find_model
 from dpo_ds.ranks.world import from_environment
-from dpo_ds.runs.prepare import load_pairs
+from dpo_ds.runs.data import load_pairs
 
 
 @pytest.fixture
@@ -35,13 +35,13 @@ def test_a_start_leaves_nothing_in_tmpdir(tmp, tmp_path):
     )
     umask = os.umask(0o022)
     try:
-        pairs, _ = load_pairs(options, load_tokenizer(find_model(str(folder))), from_environment())
+        pairs, _ = load_pairs(options, load_tokenizer(find_model(str(folder))), from_environment(), "2026-11-26")
     finally:
         os.umask(umask)
     assert len(pairs) and list(tmp.iterdir()) == []
     (kept,) = (tmp_path / "cache" / "tokens").iterdir()
     assert kept.stat().st_mode & 0o777 == 0o755, "a cache that others share"
-    assert isinstance(PairSet.open(kept).lengths, np.ndarray)
+    assert isinstance(PairSet.open(kept).packed_lengths, np.ndarray)
 
 
 KILLED = """
