@@ -33,14 +33,15 @@ setup(
     # pip installs dependencies first, so this takes the place of DeepSpeed's script (deepspeed_command.py).
     entry_points={"console_scripts": ["deepspeed = dpo_ds.deepspeed_command:main"]},
     install_requires=[
-        "torch>=2.8,<3",
+        "torch>=2.10,<3",
         "deepspeed>=0.19,<1",
         "transformers>=5.10,<6",
         "datasets>=4.0,<6",
         "peft>=0.18,<1",
         "huggingface_hub>=1.5,<3",
         "safetensors>=0.6,<1",
-        "numpy>=1.26,<3",
+        "numpy>=2.0,<3",
+        "rich>=13,<16",
         "pyyaml>=6.0,<7",
         "tqdm>=4.66,<5",
         "packaging>=23",
@@ -53,11 +54,13 @@ setup(
             "pytest>=8,<10",
             "pytest-xdist>=3.6",
             "psutil>=5.9",
+            "matplotlib>=3.8,<4",
             "ruff>=0.9",
             "mypy>=1.18",
             "build>=1.2",
             "wheel>=0.43",
         ],
+        "plots": ["matplotlib>=3.8,<4"],  # histograms of python -m dpo_ds.data
         "bench": ["trl>=1.16,<2", "matplotlib>=3.8,<4"],
     },
     classifiers=[

@@ -38,7 +38,12 @@ ORDER = [TOP, *WINGS, BOTTOM]
 
 
 def home(module: str) -> str:
-    """Where a module of the package belongs: `engine.build` -> engine, `train` -> TOP, `config` -> BOTTOM."""
+    """Where a module of the package belongs: `engine.build` -> engine, `train` -> TOP, `config` -> BOTTOM.
+
+    A wing's __main__ is a command: `python -m dpo_ds.data` uses what is above its wing.
+    """
+    if module.endswith(".__main__"):
+        return TOP
     first = module.partition(".")[0]
     if first in WINGS:
         return first

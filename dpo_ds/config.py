@@ -293,12 +293,17 @@ def group_of(name: str) -> str:
     return next(heading for above in names[names.index(name) :: -1] if (heading := _HELP[above].heading))
 
 
-def parse_options(argv: list[str], command: str = "train") -> Options:
+def parse_options(argv: list[str], command: str = "train", positional: str | None = None) -> Options:
     """Options from flags, over a YAML file if `--config FILE` is among them (a later flag overrides an earlier one).
 
-    Raises UserError, in one line, for unknown keys (naming the nearest), wrong types and values out of range.
+    positional: the option whose value may stand without its flag. Raises UserError, in one line, for unknown keys
+    (naming the nearest), wrong types and values out of range.
     """
     values, unknown = _parser(command).parse_known_args(_flags_of_config(argv) + argv)
+    if positional is not None and unknown and not unknown[0].startswith("-"):
+        if any(word.partition("=")[0] == f"--{positional}" for word in argv):
+            raise UserError(f"{one_line(unknown[0])} and --{positional} name the same thing: leave out one of them")
+        setattr(values, positional, unknown.pop(0))
     if unknown and not unknown[0].startswith("-"):
         raise UserError(f"unexpected argument {one_line(unknown[0], None)}: options are written --name value")
     if unknown:
@@ -308,14 +313,14 @@ def parse_options(argv: list[str], command: str = "train") -> Options:
     return options
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (--help lists the options)")
 
 
-def _parser(command: str) -> _Parser:
+def _parser(command: str) -> Parser:
     """argparse's parser for the fields of Options, in groups under their headings."""
-    parser = _Parser(
+    parser = Parser(
         prog=f"python -m dpo_ds.{command}",
         usage="%(prog)s [--config FILE] [--name value ...]",
         description=DESCRIPTION,

@@ -30,7 +30,7 @@ from dpo_ds.files import scratch_folder
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-FORMAT = 3  # raise it when the cached files change, or the code that decides their content
+FORMAT = 4  # raise it when the cached files change, or the code that decides their content
 SMALL = 20_000  # rows; for fewer, starting processes costs more than it saves
 BATCH = 1000  # rows that are in memory at a time
 
@@ -111,6 +111,7 @@ _FEATURES = datasets.Features(
         "changed": datasets.List(datasets.Value("string")),
         "unused": datasets.List(datasets.Value("string")),
         "cut_prompt": datasets.Value("int32"),
+        "gaps": datasets.List(datasets.Value("int32")),  # of the prompt: place, tokens, place, tokens
         "cut_answers": datasets.List(datasets.Value("int32")),
         "dropped_pairs": datasets.Value("int32"),
     }
@@ -179,6 +180,7 @@ def _flat(found: Encoded) -> dict:
         "weights": [pair.weight for pair in found.pairs],
         "margins": [float("nan") if pair.margin is None else pair.margin for pair in found.pairs],
         "cut_prompt": found.cut_prompt,
+        "gaps": [number for gap in [*found.gaps, (0, 0), (0, 0)][:2] for number in gap],
         "cut_answers": found.cut_answers,
     }
 
@@ -249,7 +251,9 @@ class _Writer:
             "prompts": sequences[prompts],
             "prompt_hashes": _bytes(kept["prompt_hash"], 16),
             "prompt_keys": _bytes(kept["prompt_keys"], 16 * KEYS).reshape(-1, KEYS, 16),
+            "prompt_gaps": _flat_numbers(kept, "gaps", np.int32).reshape(-1, 2, 2),
             "answers": sequences[is_answer],
+            "answer_cuts": _flat_numbers(kept, "cut_answers", np.int32),
             "answer_rows": first_row + np.repeat(np.arange(len(used)), sizes - 1),
             "answer_ids": _bytes(pc.list_flatten(kept["answer_ids"]), 16),
             "pairs": pairs + np.repeat(answers_before, pairs_of)[:, None],
@@ -290,8 +294,8 @@ class _Writer:
         pairs = place[number][columns["pairs"]]
         order = np.argsort(of_answer[columns["pairs"][:, 0]], kind="stable")
         return {
-            **{name: columns[name][first] for name in ("prompts", "prompt_hashes", "prompt_keys")},
-            **{name: columns[name][answers] for name in ("answers", "answer_ids")},
+            **{name: columns[name][first] for name in ("prompts", "prompt_gaps", "prompt_hashes", "prompt_keys")},
+            **{name: columns[name][answers] for name in ("answers", "answer_cuts", "answer_ids")},
             "answer_groups": of_answer[answers],
             "pairs": pairs[order],
             **{name: columns[name][order] for name in ("rows", "sources", "weights", "margins", "pair_ids")},

@@ -56,10 +56,10 @@ class Report:
         pairs = f": {self.pairs} pairs" if self.pairs != self.used else ""
         lines = [f"{self.used} of {self.rows} rows are used{pairs}"]
         for verb, kinds in (("left out", self.left_out), ("changed", self.changed)):
-            lines += [f"{count} {verb}: {kind} ({_named(count, rows)})" for kind, (count, rows) in kinds.items()]
+            lines += [f"{count} {verb}: {kind} ({named(count, rows)})" for kind, (count, rows) in kinds.items()]
         for what, (count, rows) in self.cut.items():
             mean = self.cut_tokens[what] / count
-            lines.append(f"{count} rows with {what} cut, by {mean:.0f} tokens on average ({_named(count, rows)})")
+            lines.append(f"{count} rows with {what} cut, by {mean:.0f} tokens on average ({named(count, rows)})")
         if self.dropped_pairs:
             lines.append(f"{self.dropped_pairs} pairs dropped: their answers are equal once cut")
         if self.unused:
@@ -72,7 +72,7 @@ class Report:
         left_out = self.rows - self.used
         if left_out and (self.used == 0 or left_out / self.rows > max_left_out):
             kinds = "; ".join(
-                f"{count} x {kind} ({_named(count, rows)})" for kind, (count, rows) in self.left_out.items()
+                f"{count} x {kind} ({named(count, rows)})" for kind, (count, rows) in self.left_out.items()
             )
             raise UserError(
                 f"{left_out} of {self.rows} rows cannot be used: {kinds}; correct the data, or raise "
@@ -80,7 +80,8 @@ class Report:
             )
 
 
-def _named(count: int, rows: Sequence[int]) -> str:
+def named(count: int, rows: Sequence[int]) -> str:
+    """`count` rows, of which the first ones are given: "rows 1, 2, …"."""
     return f"row{'s' if count > 1 else ''} {', '.join(map(str, rows))}{', …' if count > len(rows) else ''}"
 
 

@@ -10,6 +10,9 @@ EQUAL_NOW = "the responses are equal once cut"
 EQUAL_TOKENS = "the responses are the same tokens"
 
 
+Gap = tuple[int, int]  # a place, and how many tokens stood there
+
+
 @dataclass
 class Encoded:
     """A comparison as token ids. All answers continue the same prompt."""
@@ -22,6 +25,7 @@ class Encoded:
     changed: list[str] = field(default_factory=list)  # kinds for the report
     cut_prompt: int = 0  # tokens
     cut_answers: list[int] = field(default_factory=list)  # tokens
+    gaps: list[Gap] = field(default_factory=list)  # where in `prompt` its cut tokens stood: two places at most
 
 
 def without_unused_answers(comparison: Comparison) -> Comparison:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from dpo_ds.data import truncate
 from dpo_ds.data.chat import REWRITTEN, write_chat
 from dpo_ds.data.comparison import Comparison, LeftOut, Markers
-from dpo_ds.data.encoded import Encoded, with_pairs_that_differ, without_unused_answers
+from dpo_ds.data.encoded import Encoded, Gap, with_pairs_that_differ, without_unused_answers
 from dpo_ds.data.template import ChatTemplate, Span
 from dpo_ds.data.transcript import Transcript, write_plain, write_rendered
 from dpo_ds.errors import UserError
@@ -187,9 +187,9 @@ class Encoder:
 
     def _with_shorter_prompt(self, comparison: Comparison, whole: Encoded, length: int) -> Encoded:
         if self.options.truncation == "keep_start":
-            return replace(whole, prompt=whole.prompt[:length])
+            return _cut(whole, whole.prompt[:length])
         if self.options.truncation == "keep_end":
-            return replace(whole, prompt=truncate.ends(whole.prompt, length, self.tokenizer.bos_token_id))
+            return _cut(whole, truncate.ends(whole.prompt, length, self.tokenizer.bos_token_id))
         fewer = truncate.with_fewer_turns(comparison, as_text=self.template is None)
         low, high = 0, len(fewer)  # the first of `fewer` that fits is in fewer[low:high + 1], or there is none
         tried: dict[int, Encoded] = {}
@@ -201,11 +201,11 @@ class Encoder:
             else:
                 low = middle + 1
         if low < len(fewer):
-            return tried[low]
-        if fewer and not tried[len(fewer) - 1].left_out:
-            comparison, whole = fewer[-1], tried[len(fewer) - 1]
+            return replace(tried[low], gaps=_gaps(whole.prompt, tried[low].prompt))
+        if fewer and not (last := tried[len(fewer) - 1]).left_out:
+            comparison, whole = fewer[-1], replace(last, gaps=_gaps(whole.prompt, last.prompt))
         part = self._longest_message(comparison, whole)
-        return replace(whole, prompt=truncate.without_middle(whole.prompt, length, part))
+        return _cut(whole, truncate.without_middle(whole.prompt, length, part))
 
     def _longest_message(self, comparison: Comparison, whole: Encoded) -> tuple[int, int]:
         """Where in the prompt's tokens its longest message begins and ends."""
@@ -229,6 +229,17 @@ def _common(*sequences: list[int]) -> int:
             break
         length += 1
     return length
+
+
+def _cut(whole: Encoded, prompt: list[int]) -> Encoded:
+    """With a shorter prompt. The gap that this makes comes beside the one that turns left."""
+    ((at, tokens),) = made = _gaps(whole.prompt, prompt)
+    before = [(place if place <= at else max(at, place - tokens), count) for place, count in whole.gaps]
+    return replace(whole, prompt=prompt, gaps=sorted(before + made))
+
+
+def _gaps(whole: list[int], shorter: list[int]) -> list[Gap]:
+    return [(_common(whole, shorter), max(0, len(whole) - len(shorter)))]
 
 
 def end_token(tokenizer: "PreTrainedTokenizerBase", tokenizing: Tokenizing) -> int:

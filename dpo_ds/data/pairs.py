@@ -22,8 +22,8 @@ from dpo_ds.errors import UserError
 # What the manifest counts, and the arrays that have so many entries.
 COUNTED = {
     "tokens": ("tokens",),
-    "groups": ("prompts", "prompt_hashes", "prompt_keys"),
-    "answers": ("answers", "answer_groups", "answer_ids"),
+    "groups": ("prompts", "prompt_gaps", "prompt_hashes", "prompt_keys"),
+    "answers": ("answers", "answer_cuts", "answer_groups", "answer_ids"),
     "pairs": ("pairs", "rows", "sources", "weights", "margins", "pair_ids"),
 }
 
@@ -66,8 +66,10 @@ class PairSet:
 
     tokens int32 [total]; scored uint8 [total]: 1 where a token of an answer is learned, empty if all are.
     Per group: prompts int64 [G, 2], where the prompt starts in `tokens` and its length; prompt_hashes uint8 [G, 16], of
-    the prompt's text; prompt_keys uint8 [G, 3, 16], see data/held_out.py.
-    Per answer: answers int64 [A, 2], start and length; answer_groups int64 [A], ascending; answer_ids uint8 [A, 16].
+    the prompt's text; prompt_keys uint8 [G, 3, 16], see data/held_out.py; prompt_gaps int32 [G, 2, 2], the places in it
+    where truncation took tokens out, and how many (0: none).
+    Per answer: answers int64 [A, 2], start and length; answer_cuts int32 [A], how many tokens truncation took from its
+    end; answer_groups int64 [A], ascending; answer_ids uint8 [A, 16].
     Per pair: pairs int64 [n, 2], the chosen and the rejected answer; the pairs of a group follow each other.
     rows int64 [n] and sources int64 [n], where the pair is from; weights float32 [n]; margins float32 [n] (NaN: not
     known); pair_ids uint8 [n, 16].
@@ -76,9 +78,11 @@ class PairSet:
     tokens: np.ndarray
     scored: np.ndarray
     prompts: np.ndarray
+    prompt_gaps: np.ndarray
     prompt_hashes: np.ndarray
     prompt_keys: np.ndarray
     answers: np.ndarray
+    answer_cuts: np.ndarray
     answer_groups: np.ndarray
     answer_ids: np.ndarray
     pairs: np.ndarray
@@ -167,8 +171,8 @@ class PairSet:
         pairs = self.pairs[chosen]
         answers, places = np.unique(pairs, return_inverse=True)
         groups, answer_groups = np.unique(self.answer_groups[answers], return_inverse=True)
-        per_group = {name: getattr(self, name)[groups] for name in ("prompts", "prompt_hashes", "prompt_keys")}
-        per_answer = {name: getattr(self, name)[answers] for name in ("answers", "answer_ids")}
+        per_group = {name: getattr(self, name)[groups] for name in COUNTED["groups"]}
+        per_answer = {name: getattr(self, name)[answers] for name in ("answers", "answer_cuts", "answer_ids")}
         per_pair = {n: getattr(self, n)[chosen] for n in ("rows", "sources", "weights", "margins", "pair_ids")}
         return replace(
             self,
@@ -231,10 +235,11 @@ class PairSet:
             self.prompt(part.group),
             [self.answer(answer) for answer in part.answers],
             np.array(pairs, dtype=np.int64).reshape(-1, 2),
-            [self._scored(answer) for answer in part.answers],
+            [self.scored_of(answer) for answer in part.answers],
         )
 
-    def _scored(self, answer: int) -> np.ndarray | None:
+    def scored_of(self, answer: int) -> np.ndarray | None:
+        """bool [R]: which of an answer's tokens are learned. None: the set's answers are learned whole."""
         if not len(self.scored):
             return None
         start, length = self.answers[answer]

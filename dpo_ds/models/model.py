@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+from dpo_ds.errors import UserError
+
 if TYPE_CHECKING:  # a command that refuses its options must not wait for these imports
     import torch
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -106,6 +108,14 @@ class Model:
         # Command-R's config.json has both; the second is the length of its last training.
         limits = [getattr(text, key, None) for key in ("max_position_embeddings", "model_max_length")]
         return max((limit for limit in limits if limit), default=None)
+
+    def max_length(self, asked: int | None) -> int:
+        """--max_length, by default 1024 or the context if that is less. Raises UserError if it is above the context."""
+        if asked is None:
+            return min(1024, self.context or 1024)
+        if self.context is not None and asked > self.context:
+            raise UserError(f"--max_length {asked} is above the model's context of {self.context}: lower it")
+        return asked
 
     @property
     def hidden_size(self) -> int:

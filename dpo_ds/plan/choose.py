@@ -30,10 +30,7 @@ def decide(options: Options, model: Model, on_gpu: bool) -> Options:
         changes["precision"] = "bf16" if on_gpu else "fp32"
     if options.learning_rate is None:
         changes["learning_rate"] = model.size_class.learning_rate * (10 if options.lora else 1)
-    if options.max_length is None:
-        changes["max_length"] = min(1024, model.context or 1024)
-    elif model.context is not None and options.max_length > model.context:
-        raise UserError(f"--max_length {options.max_length} is above the model's context of {model.context}: lower it")
+    changes["max_length"] = model.max_length(options.max_length)
     if options.router_aux_loss_coef == "model" or float(options.router_aux_loss_coef) > 0:
         changes["router_aux_loss_coef"] = _router_coefficient(options.router_aux_loss_coef, model)
     return options.replace(**changes)

@@ -2,7 +2,7 @@
 
 import contextlib
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from dpo_ds.config import Options, Planned, read_columns, template_variables
+from dpo_ds.config import Options, read_columns, template_variables
+from dpo_ds.data.counts import Report
 from dpo_ds.data.encoder import Encoder, Tokenizing, end_token
 from dpo_ds.data.held_out import families, held_out, shared
 from dpo_ds.data.pairs import PairSet
@@ -27,40 +28,69 @@ if TYPE_CHECKING:
 MOST_HELD_OUT = 500  # pairs, unless --eval_pairs says otherwise
 
 
+Reports = list[tuple[str, Report]]  # of each source, with its name; places are the numbers in PairSet.sources
+
+
 @dataclass(frozen=True)
 class Tokenised:
     """What the child process hands back."""
 
     folder: Path  # of the PairSet
     weights: list[float] | None  # each source's share of the mix
-    lines: list[str]  # of the report
+    reports: Reports
 
 
-def load_pairs(options: Planned, tokenizer: PreTrainedTokenizerBase, here: World, date: str) -> tuple[PairSet, PairSet]:
-    """The tokenised training and held-out pairs. Reports what was left out or changed.
+@dataclass(frozen=True)
+class Loaded:
+    """The pairs of a run, and what became of the rows that they are from."""
+
+    train: PairSet
+    held_out: PairSet  # may be empty
+    train_reports: Reports
+    held_out_reports: Reports  # the same, if held-out pairs are from the training rows
+    notes: list[str]  # what became of pairs after that: mixed, or left out of training
+
+
+def load_pairs(options: Options, tokenizer: PreTrainedTokenizerBase, here: World, date: str) -> tuple[PairSet, PairSet]:
+    """The tokenised training and held-out pairs. Says what was left out or changed.
 
     date: of the run's start, ISO, for chat templates that print it.
     """
+    loaded = read_pairs(options, tokenizer, here, date)
+    return loaded.train, loaded.held_out
+
+
+def read_pairs(options: Options, tokenizer: PreTrainedTokenizerBase, here: World, date: str) -> Loaded:
+    """The same, with the reports. Of the options, --max_length must be decided."""
     title = "reading and tokenising the pairs"
     with console.working(title):
         training, evaluation = in_a_child(title, lambda: _tokenise(options, tokenizer, date), here.all_cores)
     for found in filter(None, (training, evaluation)):
-        for line in found.lines:
-            console.say(line)
+        for name, report in found.reports:
+            for line in report.lines():
+                console.say(f"{name}: {line}")
+    notes: list[str] = []
+
+    def note(line: str) -> None:
+        console.say(line)
+        notes.append(line)
+
     train = PairSet.open(training.folder)
     if training.weights is not None:
-        train = mixed(train, training.weights, options.seed)
+        train = mixed(train, training.weights, options.seed, note)
     if evaluation is None:
-        return hold_out(train, options.eval_pairs)
-    return _without_shared(
-        train, _first(PairSet.open(evaluation.folder), options, whole=options.eval_dataset is not None)
-    )
+        train, held_out = hold_out(train, options.eval_pairs)
+        return Loaded(train, held_out, training.reports, training.reports, notes)
+    held_out = _first(PairSet.open(evaluation.folder), options, whole=options.eval_dataset is not None)
+    train = _without_shared(train, held_out, note)
+    return Loaded(train, held_out, training.reports, evaluation.reports, notes)
 
 
-def mixed(pairs: PairSet, weights: list[float], seed: int) -> PairSet:
+def mixed(pairs: PairSet, weights: list[float], seed: int, note: Callable[[str], None]) -> PairSet:
     """The largest mix in which each source has its share of the pairs, and no pair is there twice.
 
-    Which pairs of a source are taken follows from the seed. Pairs of one prompt are taken one after another.
+    Which pairs of a source are taken follows from the seed. Pairs of one prompt are taken one after another. `note`
+    gets a line about each source.
     """
     counts = np.bincount(pairs.sources, minlength=len(weights))
     total = min(count / weight for count, weight in zip(counts, weights, strict=True) if weight)
@@ -70,7 +100,7 @@ def mixed(pairs: PairSet, weights: list[float], seed: int) -> PairSet:
         _, group = np.unique(pairs.pair_groups[own], return_inverse=True)
         rank = np.random.default_rng([seed, source]).permutation(group.max(initial=-1) + 1)
         chosen.append(own[np.argsort(rank[group.reshape(-1)], kind="stable")][: round(total * weight)])
-        console.say(f"source {source + 1}: {len(chosen[-1])} of {len(own)} pairs are in the mix")
+        note(f"source {source + 1}: {len(chosen[-1])} of {len(own)} pairs are in the mix")
     return pairs.subset(np.sort(np.concatenate(chosen)))
 
 
@@ -90,26 +120,26 @@ def hold_out(train: PairSet, eval_pairs: int | None) -> tuple[PairSet, PairSet]:
     return train.subset(np.flatnonzero(~mask)), train.subset(np.flatnonzero(mask))
 
 
-def _first(pairs: PairSet, options: Planned, whole: bool) -> PairSet:
+def _first(pairs: PairSet, options: Options, whole: bool) -> PairSet:
     """As many pairs as --eval_pairs asks for; by default all of an --eval_dataset (`whole`), or 500 of a split."""
     most = len(pairs) if whole else MOST_HELD_OUT
     most = most if options.eval_pairs is None else options.eval_pairs
     return pairs.subset(np.arange(min(most, len(pairs))))
 
 
-def _without_shared(train: PairSet, evaluation: PairSet) -> tuple[PairSet, PairSet]:
-    """Takes out the training pairs whose prompt is also among the held-out ones."""
+def _without_shared(train: PairSet, evaluation: PairSet, note: Callable[[str], None]) -> PairSet:
+    """The training pairs without those whose prompt is also among the held-out ones."""
     if not len(evaluation):
-        return train, evaluation
+        return train
     both = shared(train.prompt_keys, evaluation.prompt_keys)[train.pair_groups]
     if both.all():
         raise UserError("every prompt of --dataset is also in --eval_dataset: name different data, or --eval_pairs 0")
     if both.any():
-        console.say(f"{both.sum()} training pairs are left out: their prompts are among the held-out ones")
-    return train.subset(np.flatnonzero(~both)), evaluation
+        note(f"{both.sum()} training pairs are left out: their prompts are among the held-out ones")
+    return train.subset(np.flatnonzero(~both))
 
 
-def _tokenise(options: Planned, tokenizer: PreTrainedTokenizerBase, date: str) -> tuple[Tokenised, Tokenised | None]:
+def _tokenise(options: Options, tokenizer: PreTrainedTokenizerBase, date: str) -> tuple[Tokenised, Tokenised | None]:
     """Tokenises what the run reads: the training sources, and the held-out ones if they are named or come with them.
 
     Runs in a child process, because `datasets` takes 90 MiB that the ranks do not need.
@@ -152,7 +182,7 @@ def answer_end(options: Options, tokenizer: PreTrainedTokenizerBase) -> int:
 class _Reader:
     """Tokenises sources with the run's tokenizer and options."""
 
-    def __init__(self, options: Planned, tokenizer: PreTrainedTokenizerBase, date: str):
+    def __init__(self, options: Options, tokenizer: PreTrainedTokenizerBase, date: str):
         from dpo_ds.data.row import Reading
 
         self.options = options
@@ -175,10 +205,7 @@ class _Reader:
         for (name, _), report in zip(splits, reports, strict=True):
             with _named(f"{flag(role)} {name}"):
                 report.check(self.options.max_left_out)
-        lines = [
-            f"{name}: {line}" for (name, _), report in zip(splits, reports, strict=True) for line in report.lines()
-        ]
-        return Tokenised(folder, weights, lines)
+        return Tokenised(folder, weights, [(name, report) for (name, _), report in zip(splits, reports, strict=True)])
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ import pytest
 
 from dpo_ds import __version__
 from dpo_ds.config import Options, parse_options
+from dpo_ds.data.__main__ import parse
 from dpo_ds.data.forms import BESIDE, FORMS, WITHOUT_PROMPT, Reading, read_row, require_form
 from dpo_ds.plan.choose import choose
 from dpo_ds.plan.machine import Machine
@@ -26,7 +27,7 @@ PAGES = sorted(
 )
 LAUNCHERS = {"python", "deepspeed", "torchrun", "accelerate", "bash"}
 TAKE_OPTIONS = {"dpo_ds.train", "dpo_ds.score", "dpo_ds.plan", "launch/train_dpo.py"}
-OTHER_FLAGS = {"config", "help", "all", "json", "module"}  # dpo_ds.plan's own, and DeepSpeed's
+OTHER_FLAGS = {"config", "help", "all", "json", "html", "plots", "row", "rows", "module"}  # commands', DeepSpeed's
 FLAGS = {field.name for field in dataclasses.fields(Options)} | OTHER_FLAGS
 
 
@@ -95,7 +96,9 @@ def test_commands_exist(page, command, monkeypatch):
         source = Path(*target.split(".")) / "__main__.py"
         source = source if source.is_file() else source.parent.with_suffix(".py")
         assert source.is_file(), f"no module {target}"
-    if target in TAKE_OPTIONS:
+    if target == "dpo_ds.data":
+        parse(rest)
+    elif target in TAKE_OPTIONS:
         rest = [word for word in rest if word not in ("--all", "--json", "--help")]
         parse_options(rest if {"--config", "--model", "--model_name"} & {*rest} else ["--model", "gpt2", *rest])
     else:

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import templates
 
+from dpo_ds.data.chat import FOLDED
 from dpo_ds.data.comparison import Answer, Comparison, Preference
 from dpo_ds.data.encoded import EQUAL_NOW, NO_ROOM, Encoded
 from dpo_ds.data.encoder import Encoder, Tokenizing
@@ -225,6 +226,24 @@ def test_a_rendered_text_keeps_both_ends():
     assert prompt.startswith("<|im_start|>system\nBe kind.<|im_end|>\n") and prompt.endswith(f"word <|im_end|>\n{OPEN}")
 
 
+def filled(cut: Encoded, whole: list[int]) -> list[int]:
+    """The prompt with tokens of the whole one put in where it has gaps."""
+    prompt, back = [], 0
+    for at, tokens in cut.gaps:
+        prompt += cut.prompt[back:at]
+        prompt += whole[len(prompt) : len(prompt) + tokens]
+        back = at
+    return prompt + cut.prompt[back:]
+
+
+@pytest.mark.parametrize("truncation", ["keep_end", "keep_start"])
+def test_the_gap_of_the_other_ways_is_at_the_beginning_or_the_end(truncation):
+    comparison = row(chat("s: Be kind.", f"u: {SEA}"), "Yes.", "No.")
+    whole, cut = (encode(LLAMA_3, comparison, limit, truncation=truncation) for limit in (LONG, 70))
+    assert cut.gaps == [(1 if truncation == "keep_end" else 70, cut.cut_prompt)] or not cut.answers
+    assert cut.left_out or filled(cut, whole.prompt) == whole.prompt
+
+
 @pytest.mark.parametrize("model", [*templates.SHAPES, *templates.OTHERS])
 def test_whatever_the_dialogue_the_length_holds_and_the_end_stays(model):
     generator = np.random.default_rng(0)
@@ -247,6 +266,7 @@ def test_whatever_the_dialogue_the_length_holds_and_the_end_stays(model):
         assert cut.cut_answers == [
             len(full) - len(answer) for answer, full in zip(cut.answers, whole.answers, strict=True)
         ]
+        assert filled(cut, whole.prompt) == whole.prompt or FOLDED in cut.changed
         cuts += cut.cut_prompt > 0
     assert cuts > 5
 

@@ -138,7 +138,7 @@ def test_a_mix_has_the_shares_that_were_asked_for(hundred, weights, counts, caps
 
 def test_a_mix_takes_no_pair_twice_and_keeps_prompts_together(hundred):
     whole, _ = parts(hundred, f"rows.jsonl,{hundred}/others.jsonl", eval_pairs=0)
-    mix = mixed(whole, [0.25, 0.75], seed=0)
+    mix = mixed(whole, [0.25, 0.75], seed=0, note=print)
     assert len(ids(mix)) == len(mix) == 80 and np.bincount(mix.sources).tolist() == [20, 60]
     assert len(mix.prompts) == 40, "both pairs of a prompt"
 
