@@ -226,10 +226,10 @@ def test_a_reference_that_is_not_the_policy_is_noticed(place, tmp_path):
     launching.run(1, *words, "--output_dir", tmp_path / "first")
     (table,) = cache.glob("reference/*/logps.npy")
     logps = np.load(table)
-    np.save(table, logps + np.array([1.0, 0.0], dtype=np.float32))
+    np.save(table, logps + np.tile([1.0, 0.0], len(logps) // 2).astype(np.float32))  # chosen, rejected, ...
     caught = launching.run(1, *words, "--output_dir", tmp_path / "second").stdout
     assert "does not match its hash and is computed again" in caught, "a changed table is computed again"
-    np.save(table, logps + np.array([1.0, 0.0], dtype=np.float32))
+    np.save(table, logps + np.tile([1.0, 0.0], len(logps) // 2).astype(np.float32))  # chosen, rejected, ...
     manifest = json.loads((table.parent / "table.json").read_text())
     import hashlib
 
