@@ -186,7 +186,7 @@ def _loads(text: str) -> Any:
     """What a text says as JSON; None if it is not JSON (or null)."""
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
 
 
@@ -194,6 +194,8 @@ def _lines(path: Path, lines: Iterable[str]) -> Iterator[tuple[Any, str]]:
     for number, line in enumerate(line for line in lines if line.strip()):
         try:
             yield json.loads(line), line.strip()
+        except RecursionError:
+            raise _too_deep(path, number) from None
         except ValueError as error:
             raise _not_json(path, number, error) from None
 
@@ -201,6 +203,10 @@ def _lines(path: Path, lines: Iterable[str]) -> Iterator[tuple[Any, str]]:
 def _not_json(path: Path, number: int, error: ValueError) -> UserError:
     message = error.msg if isinstance(error, json.JSONDecodeError) else one_line(error)
     return UserError(f"{path}: row {number} is not JSON ({message}); correct or remove it")
+
+
+def _too_deep(path: Path, number: int) -> UserError:
+    return UserError(f"{path}: row {number} has too many brackets within each other; correct or remove it")
 
 
 class _Text:
@@ -241,6 +247,8 @@ def _elements(path: Path, text: _Text) -> Iterator[Any]:
             value, end = decoder.raw_decode(text.text, text.at)
             if end == len(text.text) and not text.ended:  # a number may go on
                 raise ValueError("cut")
+        except RecursionError:
+            raise _too_deep(path, number) from None
         except ValueError as error:
             if text.ended:
                 raise _not_json(path, number, error) from None
@@ -249,12 +257,17 @@ def _elements(path: Path, text: _Text) -> Iterator[Any]:
         text.at = end
         number += 1
         yield value
+    text.at += 1
+    if text.skip(blanks):
+        raise UserError(f"{path}: more follows the array, which ends after row {number - 1}: write one array, or lines")
 
 
 def _object(path: Path, text: str) -> Iterator[tuple[str, Iterable[tuple[Any, str | None]]]]:
     """The rows of a file that is one JSON value: an object of splits, of rows, of columns, or one row."""
     try:
         value = json.loads(text)
+    except RecursionError:
+        raise _too_deep(path, 0) from None
     except ValueError as error:
         raise _not_json(path, 0, error) from None
     if not isinstance(value, dict):
@@ -265,7 +278,7 @@ def _object(path: Path, text: str) -> Iterator[tuple[str, Iterable[tuple[Any, st
         for name, rows in splits.items():
             yield name, [(row, None) for row in rows]
         return
-    held = [name for name in ROW_LISTS if _is_rows(value.get(name))]
+    held = [name for name in (*ROW_LISTS, *SPLITS) if _is_rows(value.get(name))]
     if len(held) == 1:
         rows = value[held[0]]
     else:

@@ -236,15 +236,28 @@ def _folder(path: Path, folder: Path, config: str | None, role: str) -> dict[str
 
 
 def _require_all_kinds(path: Path, read: Sequence[str]) -> None:
-    """Raises UserError if a folder holds data files of several kinds: `datasets` reads those of one alone."""
+    """Raises UserError if a folder holds a data file that is not read.
+
+    `datasets` reads files of one kind alone, and those named after a split alone where there are some.
+    """
     if (path / "README.md").is_file():  # it may say which files are meant
         return
     known = {Path(file).resolve() for file in read}
     kinds = {kind_of(file) for file in known}
     for file in sorted(path.rglob("*")):
         kind = kind_of(file) if file.suffix != ".json" and file.is_file() else None
-        if kind is not None and kind not in kinds and file.resolve() not in known:
+        if kind is None or file.resolve() in known or _hidden(file.relative_to(path)):
+            continue
+        if kind not in kinds:
             raise UserError(f"{path} holds files of several kinds, one of them {file.name}: name those of one kind")
+        raise UserError(
+            f"{path} holds {file.name} beside files named after splits, which alone would be read: name files"
+        )
+
+
+def _hidden(file: Path) -> bool:
+    """Whether `datasets` leaves out a file or its folder because of its name."""
+    return any(part.startswith((".", "__")) for part in file.parts)
 
 
 def _hub(name: str, config: str | None, role: str) -> dict[str, Reader]:
