@@ -24,6 +24,10 @@ def parse_dialogue(text: str) -> list[dict] | None:
 
 
 def as_text(messages: list[dict]) -> str:
-    """A chat as text, open for the next answer."""
-    turns = [f"\n\n{ROLES[message['role']]}: {message['content']}" for message in messages]
+    """A chat as text, open for the next answer. What is more than text, a tool's message for one, only marks a prompt:
+    data/held_out.py compares it."""
+    turns = [
+        f"\n\n{ROLES.get(message['role'], message['role'])}: {message['content']}{message.get('tool_calls') or ''}"
+        for message in messages
+    ]
     return "".join(turns) + "\n\nAssistant:"

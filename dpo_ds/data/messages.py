@@ -91,11 +91,11 @@ def parsed(text: str) -> Any:
     """What a text says as JSON or as a Python literal; the text itself if it is neither."""
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):  # "[[[[[..." is an answer of a model that repeats itself
         pass
     try:
         return ast.literal_eval(text.strip())
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):  # a TypeError: {{1}, {2}}
         return text
 
 
