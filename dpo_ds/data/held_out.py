@@ -3,7 +3,7 @@
 Two prompts are variants of each other if one of their keys is equal. A prompt has three keys, 16 bytes of sha256 each:
 
     of its token ids
-    of its text, without regard to case and blanks
+    of its messages' texts, without regard to case and blanks
     for a prompt that was found as what the answers have in common: of its last question, since the answers decide
     where such a prompt ends; otherwise zeros
 
@@ -29,11 +29,17 @@ def prompt_hash(text: str) -> bytes:
 def prompt_keys(comparison: Comparison, text: str, ids: Sequence[int]) -> bytes:
     """The three keys of a prompt, one after another. `text` is the prompt as plain text, `ids` its tokens."""
     question = _question(comparison, text) if comparison.implicit else ""
+    # The same question may be given as a text in one set and as messages in another.
+    said = "\n".join(_said(message) for message in comparison.messages) or text
     return (
         _hash(np.asarray(ids, dtype=np.int32).tobytes())
-        + _hash(_plain(text).encode())
+        + _hash(_plain(said).encode())
         + (_hash(_plain(question).encode()) if question else bytes(16))
     )
+
+
+def _said(message: dict) -> str:
+    return f"{message['role']}: {message['content'] or ''} {message.get('tool_calls') or ''}"
 
 
 def _hash(content: bytes) -> bytes:
