@@ -130,19 +130,19 @@ def _encode_batch(batch: dict[str, list], indices: list[int], reading: Reading, 
             comparisons.append(read_row(fields, reading))
             reasons.append("")
         except LeftOut as reason:
-            reasons.append(str(reason))
+            reasons.append(_printable(str(reason)))
     encoded = iter(zip(comparisons, encoder.encode(comparisons), strict=True))
     for row, left_out in zip(indices, reasons, strict=True):
         facts: dict[str, Any] = {"row": row, "left_out": left_out}
         if not left_out:
             comparison, found = next(encoded)
-            facts |= {"left_out": found.left_out, "unused": comparison.unused}
+            facts |= {"left_out": _printable(found.left_out), "unused": [*map(_printable, comparison.unused)]}
             if not found.left_out:
                 text = comparison.text if comparison.text is not None else as_text(comparison.messages)
                 facts |= _flat(found) | {
                     "prompt_hash": prompt_hash(text),
                     "prompt_keys": prompt_keys(comparison, text, found.prompt),
-                    "changed": list(dict.fromkeys([*comparison.changed, *found.changed])),
+                    "changed": [*map(_printable, dict.fromkeys([*comparison.changed, *found.changed]))],
                     "dropped_pairs": len(comparison.pairs) - len(found.pairs),
                 }
         for name, feature in _FEATURES.items():
@@ -151,6 +151,11 @@ def _encode_batch(batch: dict[str, list], indices: list[int], reading: Reading, 
                 empty = b""
             out[name].append(facts.get(name, empty))
     return out
+
+
+def _printable(text: str) -> str:
+    """A line of the report. The data's own names and roles may hold bytes that are not UTF-8."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def _flat(found: Encoded) -> dict:
