@@ -13,16 +13,19 @@ from dpo_ds.data.messages import (
     a_kind,
     decoded,
     has_more_than_text,
+    is_chat,
+    is_message,
     is_part,
     parsed,
     read_content,
     read_messages,
     read_tools,
+    shown,
     without_nulls,
 )
 from dpo_ds.data.prompts import CHATS, QUESTIONS
-from dpo_ds.data.ranking import BELOW_MARGIN, NO_MARGIN_KNOWN, TIED, by_value, number
-from dpo_ds.data.rendered import rendered_dialogues, rendered_prompt, require_own
+from dpo_ds.data.ranking import BELOW_MARGIN, MOST, NO_MARGIN_KNOWN, TIED, by_value, number
+from dpo_ds.data.rendered import rendered_dialogues, rendered_prompt, require_bare, require_own
 from dpo_ds.data.row import Answers, Prompt, Reading, Row
 
 # Kinds in the report that leave a row out.
@@ -40,6 +43,7 @@ OPEN_CALL = "the prompt ends in a tool call without the tool's answer"
 REPEATED = "the answers repeat the prompt: it is taken once"
 RENDERED = "the texts hold the chat template's own tokens: they are used as they are"
 BEGUN = "the prompt ends in the assistant's words: the answers continue them"
+EMPTY_PROMPT = "the prompt is empty: the answers are learned without a question"
 OTHER_PROMPT = "the prompt's column differs from the dialogues in the answers: the dialogues are used"
 EMPTY_OF_SEVERAL = "an empty answer among several is not used"
 EQUAL_OF_SEVERAL = "two answers are equal: no pair is made of them"
@@ -79,7 +83,12 @@ def assemble(row: Row, prompt: Prompt | None, answers: Answers, reading: Reading
         parts = _from_texts(row, prompt, texts, reading)
     else:
         chats = [_as_chat(row, where, value) for where, value in sides]
-        parts = _from_chats(row, prompt, chats)
+        if prompt is not None and prompt.text is not None and _is_rendered(prompt.text, chats, reading):
+            parts = _from_texts(row, prompt, [chat[0]["content"] for chat in chats], reading)
+        else:
+            parts = _from_chats(row, prompt, chats)
+    if not any((message["content"] or "").strip() for message in parts.messages if message["role"] != "system"):
+        row.notes.changed[EMPTY_PROMPT] = None
     pairs = _pairs(row, parts.answers, answers, reading)
     weight = row.take("weight")
     if weight is not None:
@@ -118,8 +127,9 @@ def _unused(row: Row) -> list[str]:
 
 def _weight(row: Row, value: Any) -> float:
     weight = number(value, row.called("weight"))
-    if weight <= 0:
-        raise LeftOut(f"{row.called('weight')} is {'0' if weight == 0 else 'below 0'}; it must be above 0")
+    if weight < 1 / MOST:
+        found = "0" if weight == 0 else "below 0" if weight < 0 else shown(weight)
+        raise LeftOut(f"{row.called('weight')} is {found}; it must be above 0")
     return weight
 
 
@@ -215,6 +225,9 @@ def _from_texts(row: Row, prompt: Prompt | None, texts: list[str], reading: Read
             answers = [Answer([{"role": "assistant", "content": answer}], answer) for answer in texts]
             return Parts([{"role": "user", "content": text}], answers, text, rendered=True)
         require_own(texts[0] if given is None else given, reading.markers)
+    if reading.markers is not None:
+        for text in texts:
+            require_bare(text)
     whole = [_dialogue(text) for text in texts]
     if prompt is not None and any(text.lstrip().startswith("Assistant:") for text in texts):
         whole = [None]
@@ -243,6 +256,17 @@ def _from_texts(row: Row, prompt: Prompt | None, texts: list[str], reading: Read
     if before or not prompt.continues:
         return _said(row, [*before, *messages], texts, None)
     return _text_parts(row, messages, text, texts)
+
+
+def _is_rendered(prompt: str, chats: list[list[Message]], reading: Reading) -> bool:
+    """Whether a prompt has been through a chat template, and answers given as messages are only text after it."""
+    alone = all(len(chat) == 1 and chat[0]["role"] == "assistant" and _is_plain(chat[0]) for chat in chats)
+    if reading.markers is None or not alone:
+        return False
+    found = rendered_prompt(prompt, [], reading.markers)
+    if found is None:
+        require_own(prompt, reading.markers)
+    return found is not None
 
 
 STRIPPED = re.compile(r"\s*(Human|System):")
@@ -294,7 +318,7 @@ def _said(row: Row, messages: list[Message], texts: Sequence[str], prompt: Promp
     """A prompt as messages, and answers as text."""
     if prompt is not None:
         messages = [*_before(row, messages), *messages]
-        if len(messages) > 1 and messages[-1]["role"] == "assistant" and len(texts) == 2:
+        if len(messages) > 1 and messages[-1]["role"] == "assistant":
             said = (messages[-1]["content"] or "").strip()
             if said in [text.strip() for text in texts]:  # the dialogue with its answer, and the answers once more
                 row.notes.changed[REPEATED] = None
@@ -365,7 +389,7 @@ def _common_words(row: Row, texts: list[str]) -> Parts:
         if row.has(name) and row.called(name) not in row.used:
             raise LeftOut(f"the field {row.called(name)} is missing")
     for name, value in row.fields.items():
-        said = name not in row.used and isinstance(value, str) and len(value.split()) > 1
+        said = name not in row.used and _says_something(value)
         if said and not ABOUT.fullmatch(name.strip().lower().replace("-", "_")) and row.names.get(name) not in SYSTEMS:
             raise LeftOut(
                 f"no column is the prompt, but {name} may be: say so with --columns prompt={name}, or remove it"
@@ -382,6 +406,13 @@ def _common_words(row: Row, texts: list[str]) -> Parts:
         parts.implicit = True
         return parts
     return _text_parts(row, messages, shared, answers, implicit=True)
+
+
+def _says_something(value: Any) -> bool:
+    """Whether a value may be a prompt: words, a text in a script without blanks between words, or messages."""
+    if isinstance(value, str):
+        return len(value.split()) > 1 or (len(value.strip()) > 3 and not value.isascii())
+    return is_chat(value) or is_message(value)
 
 
 # --------------------------------------------------------------------------------------------------------------- chats
@@ -419,7 +450,7 @@ def _from_chats(row: Row, prompt: Prompt | None, chats: list[list[Message]]) -> 
         wrong = next(chat[0]["role"] for chat in rest if chat[0]["role"] != "assistant")
         alone = shared == 0 and all(len(chat) == 1 for chat in chats)
         raise LeftOut(f"an answer has the role {wrong}; it must be the assistant's" if alone else DIFFER)
-    if not messages:
+    if not given:  # a system message alone is no question
         raise LeftOut(NO_PROMPT)
     if common and messages[-1]["role"] == "assistant" and messages[-1] == common[-1]:
         raise LeftOut(TWO_ASSISTANTS)
@@ -442,9 +473,11 @@ def _given(
         if whole:
             _compare(row, prompt, common)
             return common
+        if [_key(m) for m in messages] == [_key(m) for m in common[-len(messages) :]]:  # the assistant begins them
+            return common
         return [*messages, *common]
     given = prompt.messages
-    if not whole:
+    if not whole and [_key(m) for m in given] != [_key(m) for m in common[: len(given)]]:
         last = given[-1]
         if last["role"] == "assistant" and any([_key(last)] == [_key(m) for m in chat[-1:]] for chat in chats):
             row.notes.changed[REPEATED] = None
@@ -460,6 +493,9 @@ def _given(
     if keys[: len(shared)] == shared:  # it goes on with an answer of its own, as a set for fine-tuning does
         if not any(keys == [_key(message) for message in chat] for chat in chats):
             row.notes.changed[OTHER_PROMPT] = None
+        return common
+    if given[-1]["role"] == common[0]["role"] == "user":  # two versions of a question, not two questions
+        row.notes.changed[OTHER_PROMPT] = None
         return common
     return [*given, *common]
 

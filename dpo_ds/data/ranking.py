@@ -20,6 +20,8 @@ ALL_TIED = "all answers are as good as each other"
 NO_MARGIN_KNOWN = "--pairs above_margin: neither scores nor ranks say how much better an answer is"
 BELOW_MARGIN = "--pairs above_margin: no answer is better than another by --min_margin"
 
+MOST = 1e30  # sums and differences of numbers are kept as float32
+
 TIES = {"tie", "tie (bothbad)", "tie (both bad)", "both_bad", "bothbad", "both bad", "equal", "same", "draw"}
 
 
@@ -27,11 +29,15 @@ def number(value: Any, where: str) -> float:
     """A finite number, given as a number or, as CSV has it, as text. Raises LeftOut otherwise."""
     try:
         found = float(value.strip() if isinstance(value, str) else value)
+    except OverflowError:
+        found = math.inf
     except (TypeError, ValueError):
         what = f"{shown(value)}, which is text" if isinstance(value, str) else a_kind(value)
         raise LeftOut(f"{where} is {what}; it must be a number") from None
     if not math.isfinite(found):
         raise LeftOut(f"{where} is {shown(found)}; it must be a finite number")
+    if abs(found) > MOST:
+        raise LeftOut(f"{where} is {shown(found)}; it must be within {MOST:g}")
     return found
 
 

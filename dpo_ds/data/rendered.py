@@ -60,6 +60,16 @@ def require_own(text: str, markers: Markers) -> None:
             )
 
 
+def require_bare(answer: str) -> None:
+    """Raises LeftOut for an answer with the frame of a chat template around it, beside a prompt without one."""
+    for token in (*FAMILIES, "<|assistant|>", "<｜Assistant｜>"):
+        if answer.lstrip().startswith(token):
+            raise LeftOut(
+                f"an answer begins with {token}, which a chat template writes, but its prompt does not; give the "
+                "answer's text alone, or use --chat_template none"
+            )
+
+
 def _begins(text: str, markers: Markers) -> bool:
     return any(token and text.lstrip().startswith(token) for token in markers.specials)
 
