@@ -46,6 +46,9 @@ class Transcript:
 def write_rendered(row: Comparison, template: ChatTemplate | None) -> Transcript:
     """Texts that hold the template's own tokens stay as they are. An answer's end of turn is added if it is missing."""
     transcript = Transcript(row.text or "")
+    if row.tools:
+        transcript.note("text that is rendered already ignores tools")
+    _note_unread(row, transcript, "text that is rendered already")
     for answer in row.answers:
         text, spans = (answer.text or "").rstrip(), None
         if template:
@@ -88,6 +91,7 @@ def write_plain(row: Comparison) -> Transcript:
     transcript = Transcript(prompt)
     if row.tools:
         transcript.note("plain text has no place for tools")
+    _note_unread(row, transcript, "plain text")
     for answer in row.answers:
         text = answer.text
         if text is None:
@@ -95,6 +99,16 @@ def write_plain(row: Comparison) -> Transcript:
             text = _plain_answer(answer.messages, continued)
         transcript.add(text, _spoken(text) if len(answer.messages) > 1 else None)
     return transcript
+
+
+def _note_unread(row: Comparison, transcript: Transcript, what: str) -> None:
+    """Notes what only a chat template reads."""
+    for name in row.template_kwargs:
+        transcript.note(f"{what} does not read {name} of chat_template_kwargs")
+    messages = [*row.messages, *(message for answer in row.answers for message in answer.messages)]
+    for key in {key: None for message in messages for key in message}:
+        if key not in ("role", "content", "tool_calls", *REASONING):
+            transcript.note(f"{what} ignores {key} of a message")
 
 
 def _check_plain(messages: list[Message], whose: str) -> None:

@@ -1,0 +1,196 @@
+"""Mistakes that real data hold: no row of these is trained as something else, and none ends in a traceback."""
+
+import json
+
+import datasets
+import numpy as np
+import pytest
+import templates
+from layouts import answer, system, user
+
+from dpo_ds.data.assemble import EMPTY_PROMPT, NO_PROMPT, OTHER_PROMPT, RENDERED, REPEATED
+from dpo_ds.data.cache import Source, tokenize_pairs
+from dpo_ds.data.comparison import Comparison, LeftOut
+from dpo_ds.data.encoder import Encoder, Tokenizing
+from dpo_ds.data.files import RAW
+from dpo_ds.data.forms import Reading, read_row
+from dpo_ds.data.held_out import shared
+from dpo_ds.data.pairs import PairSet
+from dpo_ds.data.sources import fields, load_sources
+from dpo_ds.errors import UserError
+
+QWEN = "Qwen/Qwen2-7B-Instruct"
+PAIR = {"chosen": "Hello!", "rejected": "No."}
+GOOD = {"prompt": "Say hello.", **PAIR}
+
+
+def reading(model) -> Reading:
+    encoder = Encoder(templates.tokenizer(model), Tokenizing(400))
+    return Reading(markers=encoder.markers if encoder.template else None)
+
+
+def read(row, model=QWEN) -> Comparison:
+    return read_row(row, reading(model))
+
+
+def left_out(row, model=QWEN) -> str:
+    with pytest.raises(LeftOut) as reason:
+        read(row, model)
+    return str(reason.value)
+
+
+@pytest.fixture
+def tokenised(tmp_path):
+    """Tokenises rows; returns the pairs and the report's lines."""
+
+    def run(*rows, model=QWEN):
+        encoder = Encoder(templates.tokenizer(model), Tokenizing(400))
+        source = Source("rows", datasets.Dataset.from_dict({RAW: [json.dumps(row) for row in rows]}))
+        folder, (report,) = tokenize_pairs([source], encoder, reading(model), True, tmp_path / "cache", 1)
+        return PairSet.open(folder), report.lines()
+
+    return run
+
+
+# -------------------------------------------------------------------------------------------------------- no traceback
+
+
+@pytest.mark.parametrize("said", ["{{1}, {2}}", "[" * 50_000, "{{a}}", "[1](url)", '{"a": ' * 3000])
+def test_an_answer_that_begins_like_code_is_text(said):
+    assert [a.text for a in read({**GOOD, "rejected": said}).answers] == ["Hello!", said]
+    assert [a.text for a in read({**GOOD, "chosen": said}).answers] == [said, "No."]
+
+
+@pytest.mark.parametrize("weight", [10**400, 1e39, 1e308, 1e-50])
+def test_a_weight_that_float32_cannot_hold_is_refused(weight):
+    assert left_out({**GOOD, "weight": weight}).startswith("weight is ")
+
+
+def test_scores_that_float32_cannot_hold_give_no_margin():
+    comparison = read({**GOOD, "score_chosen": 1e308, "score_rejected": -1e308})
+    assert comparison.pairs[0].margin is None and "score_chosen is 1e+308" in comparison.changed[0]
+
+
+def test_a_prompt_may_hold_a_tools_answer(tokenised):
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "w", "arguments": {}}}]}
+    messages = [user("Weather?"), call, {"role": "tool", "content": "sunny"}]
+    pairs, lines = tokenised({"messages": messages, **PAIR}, model="Qwen/Qwen3-8B")
+    assert len(pairs) == 1 and lines == ["1 of 1 rows are used"]
+
+
+def test_names_that_are_not_utf8_are_reported(tokenised):
+    _, lines = tokenised({**GOOD, "cat\udce9gory": "x"}, {"messages": [{"role": "\udce9", "content": "x"}], **PAIR})
+    assert lines[0] == "1 of 2 rows are used" and "role \\udce9" in lines[1] and "column cat\\udce9gory" in lines[2]
+
+
+# ----------------------------------------------------------------------------------------------- nothing else is meant
+
+
+def test_a_prompt_is_not_guessed_beside_messages_or_a_text_without_blanks():
+    answers = {"chosen": "I think yes", "rejected": "I think no"}
+    for column in ([user("Say hello.")], "请介绍一下北京的历史"):
+        assert left_out({"chat": column, **answers}).startswith("no column is the prompt, but chat may be")
+
+
+def test_a_system_message_is_no_prompt():
+    row = {"system": "Be brief.", "ask": "Say hello.", "chosen": [answer("Hello!")], "rejected": [answer("No.")]}
+    assert left_out(row) == NO_PROMPT
+
+
+@pytest.mark.parametrize("prompt", ["", " \n", [user("")]])
+def test_an_empty_prompt_is_counted(prompt):
+    assert read({"prompt": prompt, **PAIR}).changed == [EMPTY_PROMPT]
+
+
+def test_two_versions_of_a_question_are_not_two_questions():
+    whole = {"chosen": [user("say hello"), answer("Hello!")], "rejected": [user("say hello"), answer("No.")]}
+    comparison = read({"prompt": [user("Say hello.")], **whole})
+    assert comparison.messages == [user("say hello")] and comparison.changed == [OTHER_PROMPT]
+    comparison = read({"prompt": [system("Be brief.")], **whole})
+    assert comparison.messages == [system("Be brief."), user("say hello")]
+
+
+@pytest.mark.parametrize("prompt", ["Say hello.", [answer("Welcome"), user("Say hello.")]])
+def test_a_prompt_beside_dialogues_that_the_assistant_begins_is_taken_once(prompt):
+    start = [answer("Welcome"), user("Say hello.")]
+    row = {"prompt": prompt, "chosen": [*start, answer("Hello!")], "rejected": [*start, answer("No.")]}
+    assert read(row).messages == start
+
+
+def test_a_dialogue_with_one_of_several_answers_in_it():
+    messages = [user("Say hello."), answer("Hello!")]
+    for answers in (
+        {"chosen": "Hello!", "rejected": ["No.", "Why?"]},
+        {"responses": ["Hello!", "No."], "scores": [2, 1]},
+    ):
+        comparison = read({"messages": messages, **answers})
+        assert comparison.messages == messages[:1] and comparison.changed == [REPEATED]
+
+
+def test_messages_that_answer_a_rendered_prompt():
+    prompt = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    row = {"prompt": prompt, "chosen": [answer("Hello!")], "rejected": [answer("No.")]}
+    comparison = read(row)
+    assert comparison.text == prompt and comparison.changed == [RENDERED]
+    assert "another model's chat template" in left_out(row, "meta-llama/Meta-Llama-3-8B-Instruct")
+
+
+@pytest.mark.parametrize("model", [QWEN, "meta-llama/Meta-Llama-3-8B-Instruct"])
+def test_rendered_answers_beside_a_plain_prompt_are_refused(model):
+    framed = {name: f"<|im_start|>assistant\n{text}<|im_end|>\n" for name, text in PAIR.items()}
+    assert left_out({"prompt": "Say hello.", **framed}, model).startswith("an answer begins with <|im_start|>")
+
+
+def test_what_only_a_template_reads_is_counted_without_one(tokenised):
+    row = {"prompt": [{**user("Hi"), "name": "Bo"}], **PAIR, "chat_template_kwargs": {"enable_thinking": False}}
+    text = "\n".join(tokenised(row, model="gpt2")[1])
+    assert "plain text ignores name of a message" in text and "does not read enable_thinking" in text
+    rendered = {"prompt": "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n", **PAIR, "tools": [{"name": "f"}]}
+    assert "rendered already ignores tools" in "\n".join(tokenised(rendered)[1])
+
+
+# --------------------------------------------------------------------------------------------------- files and held out
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+def test_arrays_that_follow_each_other_are_refused(tmp_path, indent):
+    file = tmp_path / "two.json"
+    file.write_text(json.dumps([GOOD], indent=indent) + json.dumps([GOOD], indent=indent))
+    with pytest.raises(UserError, match="more follows the array, which ends after row 0"):
+        load_sources(str(file), tmp_path)
+
+
+def test_a_file_that_no_split_takes_is_named(tmp_path):
+    folder = tmp_path / "set"
+    (folder / ".git").mkdir(parents=True)
+    for name in ("train.jsonl", "test.jsonl", ".git/x.jsonl"):
+        (folder / name).write_text(json.dumps(GOOD) + "\n")
+    assert load_sources(str(folder), tmp_path)[0].test is not None
+    (folder / "more.jsonl").write_text(json.dumps(GOOD) + "\n")
+    with pytest.raises(UserError, match="holds more.jsonl beside files named after splits"):
+        load_sources(str(folder), tmp_path)
+
+
+def test_objects_with_rows_under_two_keys_are_not_read_in_part(tmp_path):
+    file = tmp_path / "object.json"
+    file.write_text(json.dumps({"train": [GOOD], "about": {"version": 1}}))
+    assert [fields(row) for row in load_sources(str(file), tmp_path)[0].split.rows] == [GOOD]
+    file.write_text(json.dumps({"data": [GOOD], "test": [GOOD]}))
+    assert load_sources(str(file), tmp_path)[0].split.columns == ["data", "test"]
+
+
+def test_a_row_of_too_many_brackets_is_named(tmp_path):
+    file = tmp_path / "deep.jsonl"
+    file.write_text(json.dumps(GOOD) + '\n{"x": ' + "[" * 5000 + "]" * 5000 + "}\n")
+    with pytest.raises(UserError, match="row 1 has too many brackets"):
+        load_sources(str(file), tmp_path)
+
+
+@pytest.mark.parametrize("model", [QWEN, "gpt2"])
+def test_a_question_as_text_and_as_messages_is_one_prompt(tokenised, model):
+    one, _ = tokenised(GOOD, model=model)
+    for row in ({"prompt": [user("say  Hello.")]}, {"question": "SAY hello. "}, {"messages": [user("say hello.")]}):
+        other, _ = tokenised({**row, **PAIR}, model=model)
+        assert np.all(shared(one.prompt_keys, other.prompt_keys))
+    other, _ = tokenised({"prompt": "Say goodbye.", **PAIR}, model=model)
+    assert not shared(one.prompt_keys, other.prompt_keys).any()
