@@ -76,13 +76,15 @@ def read_pairs(options: Options, tokenizer: PreTrainedTokenizerBase, here: World
         notes.append(line)
 
     train = PairSet.open(training.folder)
+    held_out: PairSet | None = None
+    if evaluation is not None:
+        held_out = _first(PairSet.open(evaluation.folder), options, whole=options.eval_dataset is not None)
+        train = _without_shared(train, held_out, note)  # before the mix, which has its shares of what is left
     if training.weights is not None:
         train = mixed(train, training.weights, options.seed, note)
-    if evaluation is None:
+    if evaluation is None or held_out is None:
         train, held_out = hold_out(train, options.eval_pairs)
         return Loaded(train, held_out, training.reports, training.reports, notes)
-    held_out = _first(PairSet.open(evaluation.folder), options, whole=options.eval_dataset is not None)
-    train = _without_shared(train, held_out, note)
     return Loaded(train, held_out, training.reports, evaluation.reports, notes)
 
 
@@ -93,6 +95,10 @@ def mixed(pairs: PairSet, weights: list[float], seed: int, note: Callable[[str],
     gets a line about each source.
     """
     counts = np.bincount(pairs.sources, minlength=len(weights))
+    if not counts.all():
+        raise UserError(
+            f"no pair of source {int(counts.argmin()) + 1} is left for the mix: leave it out, or its weight"
+        )
     total = min(count / weight for count, weight in zip(counts, weights, strict=True) if weight)
     chosen = []
     for source, weight in enumerate(weights):
