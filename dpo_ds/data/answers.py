@@ -201,6 +201,11 @@ def two_answers(row: Row, names: tuple[str, ...]) -> Answers:
     for column, value in sides:
         if value is None:
             raise LeftOut(f"the field {column} is missing")
+    further = names[0][:-1] + chr(ord(names[1][-1]) + 1)
+    if row.get(further) is not None:
+        raise LeftOut(
+            f"there is {row.called(further)} beside {' and '.join(called)}; give answers as a list: responses"
+        )
     found = _verdict(row, names)
     ends = [name[-1] for name in names]
     scores = None

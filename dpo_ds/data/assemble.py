@@ -44,6 +44,7 @@ REPEATED = "the answers repeat the prompt: it is taken once"
 RENDERED = "the texts hold the chat template's own tokens: they are used as they are"
 BEGUN = "the prompt ends in the assistant's words: the answers continue them"
 EMPTY_PROMPT = "the prompt is empty: the answers are learned without a question"
+FRAMED = "the prompt ends like one for another model; the chat template puts its own frame around it"
 OTHER_PROMPT = "the prompt's column differs from the dialogues in the answers: the dialogues are used"
 EMPTY_OF_SEVERAL = "an empty answer among several is not used"
 EQUAL_OF_SEVERAL = "two answers are equal: no pair is made of them"
@@ -244,6 +245,8 @@ def _from_texts(row: Row, prompt: Prompt | None, texts: list[str], reading: Read
     if turns is not None:
         return _said(row, turns, texts, prompt)
     dialogue = _dialogue(prompt.text)
+    if reading.markers is not None and dialogue is None and OPENED.search(prompt.text):
+        row.notes.changed[FRAMED] = None
     text = prompt.text if dialogue is None else dialogue
     texts = _once(row, text, prompt.text, texts, dialogue is not None)
     if dialogue is not None:
@@ -269,6 +272,8 @@ def _is_rendered(prompt: str, chats: list[list[Message]], reading: Reading) -> b
     return found is not None
 
 
+# How prompts end that were written for models without special tokens: Vicuna's, Alpaca's.
+OPENED = re.compile(r"(\bASSISTANT:|#{2,3} ?(Response|Assistant|Answer):?)\s*\Z")
 STRIPPED = re.compile(r"\s*(Human|System):")
 
 

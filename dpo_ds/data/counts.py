@@ -61,7 +61,9 @@ class Report:
             mean = self.cut_tokens[what] / count
             lines.append(f"{count} rows with {what} cut, by {mean:.0f} tokens on average ({named(count, rows)})")
         if self.dropped_pairs:
-            lines.append(f"{self.dropped_pairs} pairs dropped: their answers are equal once cut")
+            lines.append(
+                f"{self.dropped_pairs} pairs dropped: their answers are the same tokens, or nothing to learn, once cut"
+            )
         if self.unused:
             names = ", ".join(f"{name} ({count} rows)" for name, (count, _) in self.unused.items())
             lines.append(f"not used: {names}")

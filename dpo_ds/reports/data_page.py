@@ -110,7 +110,14 @@ def _rows(reports: list[tuple[str, Report]]) -> str:
             tokens = f"{what}, {report.cut_tokens[what] / count:,.0f} tokens on average"
             kinds.append(("cut", tokens, count, f"{named(count, rows)}{where}"))
         if report.dropped_pairs:
-            kinds.append(("dropped", "pairs whose answers are equal once cut", report.dropped_pairs, where.strip()))
+            kinds.append(
+                (
+                    "dropped",
+                    "pairs whose answers are the same tokens, or nothing to learn, once cut",
+                    report.dropped_pairs,
+                    where.strip(),
+                )
+            )
     table = _table(["source", "rows", "used", "left out", "pairs"], counts, range(1, 5))
     return table + (
         _table(["", "what", "count", "which"], kinds, [2]) if kinds else "<p>No row was changed or cut.</p>"

@@ -1,6 +1,7 @@
 """Mistakes that real data hold: no row of these is trained as something else, and none ends in a traceback."""
 
 import json
+from dataclasses import replace
 
 import datasets
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 import templates
 from layouts import answer, system, user
 
-from dpo_ds.data.assemble import EMPTY_PROMPT, NO_PROMPT, OTHER_PROMPT, RENDERED, REPEATED
+from dpo_ds.data.assemble import EMPTY_PROMPT, FRAMED, NO_PROMPT, OTHER_PROMPT, RENDERED, REPEATED
 from dpo_ds.data.cache import Source, tokenize_pairs
 from dpo_ds.data.comparison import Comparison, LeftOut
 from dpo_ds.data.encoder import Encoder, Tokenizing
@@ -92,6 +93,18 @@ def test_a_prompt_is_not_guessed_beside_messages_or_a_text_without_blanks():
         assert left_out({"chat": column, **answers}).startswith("no column is the prompt, but chat may be")
 
 
+@pytest.mark.parametrize("verdict", [{"preference": 1}, {"score_1": 1, "score_2": 2, "score_3": 3}])
+def test_a_third_answer_is_not_dropped(verdict):
+    row = {"prompt": "Say hello.", "response_1": "Hello!", "response_2": "No.", "response_3": "Why?", **verdict}
+    assert left_out(row).startswith("there is response_3 beside response_1 and response_2")
+
+
+def test_a_prompt_in_another_models_style_is_counted():
+    for prompt in ("USER: Say hello. ASSISTANT:", "### Instruction:\nSay hello.\n\n### Response:\n"):
+        assert read({"prompt": prompt, **PAIR}).changed == [FRAMED]
+        assert read({"prompt": prompt, **PAIR}, "gpt2").changed == []
+
+
 def test_a_system_message_is_no_prompt():
     row = {"system": "Be brief.", "ask": "Say hello.", "chosen": [answer("Hello!")], "rejected": [answer("No.")]}
     assert left_out(row) == NO_PROMPT
@@ -167,7 +180,7 @@ def test_a_file_that_no_split_takes_is_named(tmp_path):
         (folder / name).write_text(json.dumps(GOOD) + "\n")
     assert load_sources(str(folder), tmp_path)[0].test is not None
     (folder / "more.jsonl").write_text(json.dumps(GOOD) + "\n")
-    with pytest.raises(UserError, match="holds more.jsonl beside files named after splits"):
+    with pytest.raises(UserError, match=r"holds more\.jsonl beside files named after splits"):
         load_sources(str(folder), tmp_path)
 
 
@@ -194,3 +207,17 @@ def test_a_question_as_text_and_as_messages_is_one_prompt(tokenised, model):
         assert np.all(shared(one.prompt_keys, other.prompt_keys))
     other, _ = tokenised({"prompt": "Say goodbye.", **PAIR}, model=model)
     assert not shared(one.prompt_keys, other.prompt_keys).any()
+
+
+def test_the_shares_of_a_mix_are_of_what_is_not_held_out(tokenised, tmp_path):
+    """The second source's pairs are all held out but one: the mix has one of each."""
+    from dpo_ds.runs.data import _without_shared, mixed
+
+    ask = [{**GOOD, "prompt": f"Question {n}?"} for n in range(8)]
+    held, _ = tokenised(*ask[4:7])
+    pairs, _ = tokenised(*ask)
+    train = replace(pairs, sources=np.repeat([0, 1], 4))
+    left = _without_shared(train, held, print)
+    assert np.bincount(mixed(left, [0.5, 0.5], 0, print).sources).tolist() == [1, 1]
+    with pytest.raises(UserError, match="no pair of source 2 is left for the mix"):
+        mixed(_without_shared(train, tokenised(*ask[4:])[0], print), [0.5, 0.5], 0, print)
