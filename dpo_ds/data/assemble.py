@@ -362,6 +362,10 @@ def _open_turn(text: str, texts: list[str]) -> tuple[str, list[str]]:
 
 def _from_dialogues(row: Row, prompt: Prompt | None, texts: list[str]) -> Parts:
     """Whole dialogues as text, in HH's style."""
+    ended = [_without_tail(text) for text in texts]
+    if ended != texts:
+        row.notes.changed[TAIL] = None
+        texts = ended
     prompts = [text[: _last_answer(text)] for text in texts]
     if any(found != prompts[0] for found in prompts):
         chats = [parse_dialogue(text) or [] for text in texts]
@@ -380,6 +384,13 @@ def _from_dialogues(row: Row, prompt: Prompt | None, texts: list[str]) -> Parts:
     before = _before(row, messages)
     text = "".join(f"\n\n{ROLES[message['role']]}: {message['content']}" for message in before) + prompts[0]
     return _text_parts(row, [*before, *messages], text, [text[start:] for text in texts])
+
+
+def _without_tail(text: str) -> str:
+    """An HH dialogue as far as its last answer: what a user says after it is not learned."""
+    start = _last_answer(text)
+    tail = TURN.search(text, start) if start else None
+    return text[: tail.start()] if tail else text
 
 
 def _last_answer(text: str) -> int:

@@ -226,7 +226,7 @@ def read_tools(value: Any, where: str) -> list | None:
     read = []
     for tool in tools:
         described = parsed(tool) if isinstance(tool, str) else without_nulls(tool)
-        if not isinstance(described, dict):
+        if not isinstance(described, dict) or not isinstance(described.get("function", {}), dict):
             raise LeftOut(f"{where} is {a_kind(value)}; it must be a list of functions as JSON schemas")
         bare = "function" not in described and "name" in described
         read.append({"type": "function", "function": described} if bare else described)

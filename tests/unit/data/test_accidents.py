@@ -9,7 +9,7 @@ import pytest
 import templates
 from layouts import answer, system, user
 
-from dpo_ds.data.assemble import EMPTY_PROMPT, FRAMED, NO_PROMPT, OTHER_PROMPT, RENDERED, REPEATED
+from dpo_ds.data.assemble import EMPTY_PROMPT, FRAMED, NO_PROMPT, OTHER_PROMPT, RENDERED, REPEATED, TAIL
 from dpo_ds.data.cache import Source, tokenize_pairs
 from dpo_ds.data.comparison import Comparison, LeftOut
 from dpo_ds.data.encoder import Encoder, Tokenizing
@@ -221,3 +221,14 @@ def test_the_shares_of_a_mix_are_of_what_is_not_held_out(tokenised, tmp_path):
     assert np.bincount(mixed(left, [0.5, 0.5], 0, print).sources).tolist() == [1, 1]
     with pytest.raises(UserError, match="no pair of source 2 is left for the mix"):
         mixed(_without_shared(train, tokenised(*ask[4:])[0], print), [0.5, 0.5], 0, print)
+
+
+def test_what_a_user_says_after_the_last_answer_is_not_learned():
+    hh = "\n\nHuman: Say hello.\n\nAssistant:"
+    comparison = read({"chosen": f"{hh} Hello!\n\nHuman: Thanks", "rejected": f"{hh} No."})
+    assert [a.text for a in comparison.answers] == [" Hello!", " No."] and comparison.changed == [TAIL]
+
+
+@pytest.mark.parametrize("tools", [[{"function": "f"}], ["f"], '["f"]'])
+def test_tools_that_are_no_schemas_are_refused(tools):
+    assert "must be a list of functions as JSON schemas" in left_out({**GOOD, "tools": tools})
