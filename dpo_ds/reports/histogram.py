@@ -31,7 +31,7 @@ def histogram(numbers: np.ndarray, title: str) -> bytes:
     low, high = int(spread.least), int(spread.longest)
     # Bars of whole numbers of tokens, so that none of them is higher only because it covers more.
     step = max(1, -(-(high + 1 - low) // 40))
-    axes.hist(numbers, bins=np.arange(low - 0.5, high + step + 0.5, step), color=BAR)
+    axes.hist(numbers, bins=np.arange(low - 0.5, high + step + 0.5, step).tolist(), color=BAR)
     for value, name, style in ((spread.median, "median", "-"), (spread.most, "95%", "--")):
         axes.axvline(value, color=INK, linewidth=1.2, linestyle=style, label=f"{name}: {value:,.0f}")
     axes.set_xlabel(title, color=INK)
