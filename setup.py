@@ -33,7 +33,7 @@ setup(
     # pip installs dependencies first, so this takes the place of DeepSpeed's script (deepspeed_command.py).
     entry_points={"console_scripts": ["deepspeed = dpo_ds.deepspeed_command:main"]},
     install_requires=[
-        "torch>=2.10,<3",
+        "torch>=2.11,<3",
         "deepspeed>=0.19,<1",
         "transformers>=5.10,<6",
         "datasets>=4.0,<6",
