@@ -135,4 +135,4 @@ def test_ctrl_c_ends_without_a_traceback(tmp_path):
         assert line, f"the run ended before it was interrupted: {before[-3000:]}"
     os.killpg(launcher.pid, signal.SIGINT)  # as a terminal does: the launcher and its ranks
     said = launcher.stdout.read()
-    assert launcher.wait(timeout=60) == 130 and "Traceback" not in said, said[-3000:]
+    assert launcher.wait(timeout=launching.HANGS) == 130 and "Traceback" not in said, said[-3000:]

@@ -79,7 +79,8 @@ def test_a_closed_engine_gives_its_memory_back(folder, stage, precision):
     probe = subprocess.run(
         [sys.executable, "-c", PROBE, folder, str(stage), precision],
         # One heap: with one for every thread, the C library keeps a changing part of what has been freed for later use.
-        env={**launching.environment(), "MALLOC_ARENA_MAX": "1"}, capture_output=True, text=True, timeout=300,
+        env={**launching.environment(), "MALLOC_ARENA_MAX": "1"}, capture_output=True, text=True,
+        timeout=launching.HANGS,
     )  # fmt: skip
     assert probe.returncode == 0, probe.stderr[-3000:]
     (line,) = [line for line in probe.stdout.splitlines() if line.startswith("RESULT")]

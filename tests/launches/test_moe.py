@@ -109,9 +109,7 @@ def place(folder, tmp_path_factory):
         scenarios[ranks].append({"argv": [f"--{key}={value}" for key, value in options.items()], **scenario})
     for ranks, runs in scenarios.items():
         # A rank that waited for the other would wait until the time is up.
-        place.joinpath(f"{ranks}.out").write_text(
-            launching.run_scenarios(ranks, runs, place / f"{ranks}.json", timeout=200)
-        )
+        place.joinpath(f"{ranks}.out").write_text(launching.run_scenarios(ranks, runs, place / f"{ranks}.json"))
     return place
 
 

@@ -56,7 +56,7 @@ def test_a_killed_build_is_done_anew(folder):
     with started(JOIN, folder) as process:
         wait_for(mark.exists, process)
     assert mark.exists() and not list(folder.glob("*.so"))
-    printed = launching.run(1, "-c", JOIN, timeout=240, **own(folder)).stdout
+    printed = launching.run(1, "-c", JOIN, **own(folder)).stdout
     assert "deepspeed_shm_comm is compiled for this machine" in printed
     assert list(folder.glob("*.so")) and not mark.exists()
 
@@ -78,7 +78,7 @@ def test_another_programs_build_is_waited_for(folder):
         assert ANOTHER in process.stdout.readline()
         assert process.poll() is None and (folder / "lock").exists()
         (folder / "lock").unlink()
-        assert process.wait(timeout=60) == 0, process.stdout.read()
+        assert process.wait(timeout=launching.HANGS) == 0, process.stdout.read()
 
 
 def test_another_runs_turn_is_waited_for(folder):
@@ -86,7 +86,7 @@ def test_another_runs_turn_is_waited_for(folder):
     with FileLock(folder / "dpo_ds.lock") as turn, started(JOIN, folder) as process:
         assert ANOTHER in process.stdout.readline()
         turn.release()
-        assert process.wait(timeout=60) == 0, process.stdout.read()
+        assert process.wait(timeout=launching.HANGS) == 0, process.stdout.read()
 
 
 def test_each_torch_and_deepspeed_has_its_own_folder(monkeypatch, tmp_path):

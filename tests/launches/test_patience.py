@@ -29,12 +29,12 @@ def test_a_rank_that_hangs_is_noticed(tmp_path):
     ]  # fmt: skip
     try:
         metrics = tmp_path / "run" / "metrics.jsonl"
-        until = time.monotonic() + 300
+        until = time.monotonic() + launching.HANGS
         while not (metrics.is_file() and metrics.read_text().count("\n") >= 2):
             assert time.monotonic() < until and ranks[0].poll() is None, ranks[0].communicate()[0][-3000:]
             time.sleep(0.1)
         os.kill(ranks[1].pid, signal.SIGSTOP)
-        out, _ = ranks[0].communicate(timeout=200)
+        out, _ = ranks[0].communicate(timeout=launching.HANGS)
     finally:
         for rank in ranks:
             rank.kill()

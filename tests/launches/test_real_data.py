@@ -119,7 +119,8 @@ def test_a_stranger_scores_the_merged_folder_as_the_policy_was_scored(run, tmp_p
     (tmp_path / "texts.json").write_text(json.dumps(texts))
     done = subprocess.run(
         [sys.executable, "-c", STRANGER, folder / "merged", tmp_path / "texts.json"],
-        env={**launching.environment(), "PYTHONPATH": ""}, capture_output=True, text=True, timeout=300, cwd=tmp_path,
+        env={**launching.environment(), "PYTHONPATH": ""}, capture_output=True, text=True,
+        timeout=launching.HANGS, cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     (line,) = [line for line in done.stdout.splitlines() if line.startswith("LOGPS")]

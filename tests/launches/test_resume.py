@@ -45,7 +45,7 @@ def kill_after(ranks: int, words: list[str], folder, step: int) -> None:
         stdin=subprocess.DEVNULL,
         start_new_session=True,
     )
-    deadline = time.time() + 200
+    deadline = time.time() + launching.HANGS
     while time.time() < deadline and process.poll() is None:
         if (folder / "metrics.jsonl").is_file() and f'"step": {step},' in (folder / "metrics.jsonl").read_text():
             break

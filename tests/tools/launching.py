@@ -13,6 +13,8 @@ import psutil
 
 TOOLS = Path(__file__).resolve().parent
 ROOT = TOOLS.parents[1]
+# Seconds. Only what hangs takes so long, however busy the machine is.
+HANGS = 1500
 
 
 def environment() -> dict:
@@ -42,11 +44,11 @@ def command(ranks: int, *words: str) -> list[str]:
             str(free_port()), *words]  # fmt: skip
 
 
-def run(ranks: int, *words: str, timeout: float = 400, check: bool = True, **env: str) -> subprocess.CompletedProcess:
+def run(ranks: int, *words: str, timeout: float = HANGS, check: bool = True, **env: str) -> subprocess.CompletedProcess:
     return execute(command(ranks, *map(str, words)), timeout, check, env={**environment(), **env})
 
 
-def execute(argv: list[str], timeout: float = 400, check: bool = True, **more) -> subprocess.CompletedProcess:
+def execute(argv: list[str], timeout: float = HANGS, check: bool = True, **more) -> subprocess.CompletedProcess:
     """Runs a command to its end. `stdout` has both streams. After `timeout` seconds it and its children are killed."""
     process = subprocess.Popen(
         argv,

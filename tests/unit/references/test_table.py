@@ -199,7 +199,7 @@ def test_a_killed_scoring_goes_on_to_the_same_table(place, straight, scored, tmp
     words = argv(place, tmp_path)
     killed = subprocess.run(
         [sys.executable, "-c", KILLED, str(CHUNK), *words], env=launching.environment(), capture_output=True, text=True,
-        timeout=120,
+        timeout=launching.HANGS,
     )  # fmt: skip
     assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
     assert not list(tmp_path.glob("reference/*/table.json")), "the table was not finished"
