@@ -206,10 +206,11 @@ class Trainer:
             raise RunStopped(
                 f"the loss is {loss} at step {number + 1}: lower --learning_rate, or look at its pairs: {ids}"
             )
+        if number > 0 or not self.starts_equal:
+            return
         weights = self.run.train_pairs.weights[indices].astype(np.float64)
         effective = weights.sum() ** 2 / (weights**2).sum()  # so many pairs of equal weight have as uncertain a mean
-        allowed = first_loss_tolerance(self.options.precision, self.options.beta, effective)
-        if number == 0 and self.starts_equal and abs(loss - math.log(2)) > allowed:
+        if abs(loss - math.log(2)) > first_loss_tolerance(self.options.precision, self.options.beta, effective):
             raise RunStopped(
                 f"the first loss is {loss:.6f}, but policy and reference start equal, so it must be ln 2 = 0.693147: "
                 "check whether the weights changed after the reference table was made, whether the model's code has "

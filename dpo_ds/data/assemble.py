@@ -3,11 +3,11 @@
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
-from dpo_ds.data.comparison import Answer, Comparison, LeftOut, Message, Preference
+from dpo_ds.data.comparison import Answer, Comparison, LeftOut, Message, Preference, without_unused_answers
 from dpo_ds.data.dialogue import ROLES, TURN, as_text, parse_dialogue
 from dpo_ds.data.messages import (
     a_kind,
@@ -93,19 +93,18 @@ def assemble(row: Row, prompt: Prompt | None, answers: Answers, reading: Reading
     pairs = _pairs(row, parts.answers, answers, reading)
     weight = row.take("weight")
     if weight is not None:
-        pairs = [_with(pair, weight=_weight(row, weight)) for pair in pairs]
+        pairs = [replace(pair, weight=_weight(row, weight)) for pair in pairs]
     if len(pairs) == 1 and row.get("margin") is not None:
-        pairs = [_with(pairs[0], margin=number(row.take("margin"), row.called("margin")))]
+        pairs = [replace(pairs[0], margin=number(row.take("margin"), row.called("margin")))]
     if reading.pairs == "above_margin":
         pairs = _above(pairs, reading.min_margin)
-    kept = sorted({place for pair in pairs for place in (pair.chosen, pair.rejected)})
     tools = read_tools(row.take("tools"), row.called("tools")) if row.get("tools") is not None else None
     if tools is None and prompt is not None and prompt.tools:
         tools = read_tools(prompt.tools, f"{prompt.where}.tools")
     comparison = Comparison(
         messages=parts.messages,
-        answers=[parts.answers[place] for place in kept],
-        pairs=[_with(pair, chosen=kept.index(pair.chosen), rejected=kept.index(pair.rejected)) for pair in pairs],
+        answers=parts.answers,
+        pairs=pairs,
         text=parts.text,
         tools=tools,
         template_kwargs=_template_kwargs(row),
@@ -114,12 +113,9 @@ def assemble(row: Row, prompt: Prompt | None, answers: Answers, reading: Reading
         changed=[*row.notes.changed],
         unused=[*row.notes.unused, *_unused(row)],
     )
+    comparison = without_unused_answers(comparison)
     _require_unicode(comparison)
     return comparison
-
-
-def _with(pair: Preference, **changes: Any) -> Preference:
-    return Preference(**{**vars(pair), **changes})
 
 
 def _unused(row: Row) -> list[str]:
@@ -177,7 +173,7 @@ def _pairs(row: Row, built: list[Answer], answers: Answers, reading: Reading) ->
         row.notes.changed[EMPTY_OF_SEVERAL] = None
     if answers.values is not None:
         found, tied = by_value([answers.values[n] for n in filled], reading.pairs, reading.min_margin)
-        pairs = [_with(pair, chosen=filled[pair.chosen], rejected=filled[pair.rejected]) for pair in found]
+        pairs = [replace(pair, chosen=filled[pair.chosen], rejected=filled[pair.rejected]) for pair in found]
         if tied:
             row.notes.changed[TIED] = None
     else:

@@ -19,11 +19,11 @@ from dpo_ds.data.counts import Report
 from dpo_ds.data.dialogue import as_text
 from dpo_ds.data.encoded import Encoded
 from dpo_ds.data.encoder import Encoder
-from dpo_ds.data.files import RAW
 from dpo_ds.data.forms import read_row
 from dpo_ds.data.held_out import KEYS, prompt_hash, prompt_keys
 from dpo_ds.data.pairs import read_manifest
 from dpo_ds.data.row import Reading
+from dpo_ds.data.sources import fields
 from dpo_ds.errors import files_of
 from dpo_ds.files import scratch_folder
 
@@ -35,16 +35,8 @@ SMALL = 20_000  # rows; for fewer, starting processes costs more than it saves
 BATCH = 1000  # rows that are in memory at a time
 
 
-@dataclass(frozen=True)
-class Source:
-    """Rows of one data set."""
-
-    name: str
-    rows: datasets.Dataset
-
-
 def tokenize_pairs(
-    sources: Sequence[Source],
+    sources: Sequence[datasets.Dataset],
     encoder: Encoder,
     reading: Reading,
     join: bool,
@@ -53,7 +45,7 @@ def tokenize_pairs(
 ) -> tuple[Path, list[Report]]:
     """Returns the cache folder of the sources' PairSet, and each source's report. Tokenises what is not there.
 
-    join: rows of one prompt become one group.
+    sources: the rows of each data set; join: rows of one prompt become one group.
     """
     options = [asdict(encoder.options), asdict(reading), join]
     folder = cache_folder / _key(sources, encoder.tokenizer, options)[:32]
@@ -69,7 +61,7 @@ def tokenize_pairs(
     return folder, reports
 
 
-def _key(sources: Sequence[Source], tokenizer: "PreTrainedTokenizerBase", options: list) -> str:
+def _key(sources: Sequence[datasets.Dataset], tokenizer: "PreTrainedTokenizerBase", options: list) -> str:
     """sha256 of everything that decides the tokens: rows, tokenizer, options."""
     digest = hashlib.sha256()
     facts = {
@@ -83,8 +75,8 @@ def _key(sources: Sequence[Source], tokenizer: "PreTrainedTokenizerBase", option
     digest.update(
         (backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)).encode()
     )
-    for source in sources:
-        for batch in source.rows.with_format("arrow").iter(batch_size=10_000):
+    for rows in sources:
+        for batch in rows.with_format("arrow").iter(batch_size=10_000):
             chunk = batch.combine_chunks().replace_schema_metadata(None)
             sink = pa.BufferOutputStream()
             with pa.ipc.new_stream(sink, chunk.schema) as writer:
@@ -125,9 +117,9 @@ def _encode_batch(batch: dict[str, list], indices: list[int], reading: Reading, 
     out: dict[str, list] = {name: [] for name in _FEATURES}
     comparisons, reasons = [], []
     for n in range(len(indices)):
-        fields = json.loads(batch[RAW][n]) if RAW in batch else {key: column[n] for key, column in batch.items()}
+        row_fields = fields({key: column[n] for key, column in batch.items()})
         try:
-            comparisons.append(read_row(fields, reading))
+            comparisons.append(read_row(row_fields, reading))
             reasons.append("")
         except LeftOut as reason:
             reasons.append(_printable(str(reason)))
@@ -208,12 +200,14 @@ class _Writer:
     total: int = 0  # tokens so far
     partly: bool = False  # whether a token of an answer is not learned
 
-    def write(self, sources: Sequence[Source], reading: Reading, encoder: Encoder, num_proc: int | None) -> None:
+    def write(
+        self, sources: Sequence[datasets.Dataset], reading: Reading, encoder: Encoder, num_proc: int | None
+    ) -> None:
         reports = []
         with open(self.folder / "tokens.int32", "wb") as tokens, open(self.folder / "scored.uint8", "wb") as scored:
-            for number, source in enumerate(sources):
-                report = Report(len(source.rows))
-                for batch in _encoded(source.rows, reading, encoder, num_proc, f"{self.folder.name[:32]}-{number}"):
+            for number, rows in enumerate(sources):
+                report = Report(len(rows))
+                for batch in _encoded(rows, reading, encoder, num_proc, f"{self.folder.name[:32]}-{number}"):
                     for facts in batch.select(COUNTED).to_pylist():
                         report.add(facts)
                     self._add(batch, number, tokens, scored)

@@ -3,7 +3,7 @@
 data/forms.py makes it from a row's fields; data/encoder.py makes token ids from it.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 Message = dict[str, Any]  # as chat templates take it: role, content, and perhaps tool_calls, reasoning_content, ...
@@ -51,3 +51,18 @@ class Markers:
 
     specials: frozenset[str]  # the special tokens that the template writes
     opening: str  # what the template writes before an answer of the assistant's; "" if that cannot be told
+
+
+def without_unused_answers(comparison: Comparison) -> Comparison:
+    """Without answers that no pair uses. A comparison without pairs keeps all."""
+    used, pairs = renumbered(comparison.pairs)
+    if not used or len(used) == len(comparison.answers):
+        return comparison
+    return replace(comparison, answers=[comparison.answers[n] for n in used], pairs=pairs)
+
+
+def renumbered(pairs: list[Preference]) -> tuple[list[int], list[Preference]]:
+    """The answers that pairs use, in order, and the pairs with numbers among those."""
+    used = sorted({n for pair in pairs for n in (pair.chosen, pair.rejected)})
+    at = {n: place for place, n in enumerate(used)}
+    return used, [replace(pair, chosen=at[pair.chosen], rejected=at[pair.rejected]) for pair in pairs]

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from dpo_ds.data import truncate
 from dpo_ds.data.chat import REWRITTEN, write_chat
-from dpo_ds.data.comparison import Comparison, LeftOut, Markers
-from dpo_ds.data.encoded import Encoded, Gap, with_pairs_that_differ, without_unused_answers
+from dpo_ds.data.comparison import Comparison, LeftOut, Markers, without_unused_answers
+from dpo_ds.data.encoded import Encoded, Gap, with_pairs_that_differ
 from dpo_ds.data.template import ChatTemplate, Span
 from dpo_ds.data.transcript import Transcript, write_plain, write_rendered
 from dpo_ds.errors import UserError

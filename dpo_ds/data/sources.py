@@ -10,7 +10,6 @@ import glob
 import json
 import math
 import re
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,12 +81,6 @@ def load_sources(
         return [_load(source, folder, split, config, role) for source in sources]
     except UserError as error:
         raise UserError(f"{flag(role)} {error}") from None
-
-
-def load_preferences(source: str, split: str = "auto", role: str = "train") -> datasets.Dataset:
-    """The rows of a single source."""
-    (loaded,) = load_sources(source, Path(tempfile.mkdtemp(prefix="dpo_ds-rows-")), split, role=role)
-    return loaded.split.rows
 
 
 # -------------------------------------------------------------------------------------------------- names and weights

@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
 MOST_HELD_OUT = 500  # pairs, unless --eval_pairs says otherwise
 
-
 Reports = list[tuple[str, Report]]  # of each source, with its name; places are the numbers in PairSet.sources
 
 
@@ -78,7 +77,7 @@ def read_pairs(options: Options, tokenizer: PreTrainedTokenizerBase, here: World
     train = PairSet.open(training.folder)
     held_out: PairSet | None = None
     if evaluation is not None:
-        held_out = _first(PairSet.open(evaluation.folder), options, whole=options.eval_dataset is not None)
+        held_out = _first(PairSet.open(evaluation.folder), options, whole=options.eval_dataset is not None, note=note)
         train = _without_shared(train, held_out, note)  # before the mix, which has its shares of what is left
     if training.weights is not None:
         train = mixed(train, training.weights, options.seed, note)
@@ -126,10 +125,12 @@ def hold_out(train: PairSet, eval_pairs: int | None) -> tuple[PairSet, PairSet]:
     return train.subset(np.flatnonzero(~mask)), train.subset(np.flatnonzero(mask))
 
 
-def _first(pairs: PairSet, options: Options, whole: bool) -> PairSet:
+def _first(pairs: PairSet, options: Options, whole: bool, note: Callable[[str], None]) -> PairSet:
     """As many pairs as --eval_pairs asks for; by default all of an --eval_dataset (`whole`), or 500 of a split."""
     most = len(pairs) if whole else MOST_HELD_OUT
     most = most if options.eval_pairs is None else options.eval_pairs
+    if most < len(pairs):
+        note(f"the first {most} of {len(pairs)} held-out pairs are used; --eval_pairs takes more or fewer")
     return pairs.subset(np.arange(min(most, len(pairs))))
 
 
@@ -198,7 +199,7 @@ class _Reader:
 
     def __call__(self, role: str, splits: "list[tuple[str, Split]]", weights: list[float] | None = None) -> Tokenised:
         """The sources' pairs as one set. Raises UserError, naming the source, if its rows cannot be used."""
-        from dpo_ds.data.cache import Source, tokenize_pairs
+        from dpo_ds.data.cache import tokenize_pairs
         from dpo_ds.data.forms import require_form
         from dpo_ds.data.sources import flag
 
@@ -206,8 +207,8 @@ class _Reader:
         for name, split in splits:
             with _named(f"{flag(role)} {name}"):
                 require_form(split.columns, self.reading)
-        sources = [Source(name, split.rows) for name, split in splits]
-        folder, reports = tokenize_pairs(sources, self.encoder, self.reading, self.options.group_prompts, cache)
+        rows = [split.rows for _, split in splits]
+        folder, reports = tokenize_pairs(rows, self.encoder, self.reading, self.options.group_prompts, cache)
         for (name, _), report in zip(splits, reports, strict=True):
             with _named(f"{flag(role)} {name}"):
                 report.check(self.options.max_left_out)

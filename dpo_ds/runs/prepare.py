@@ -120,8 +120,10 @@ def _tokens_for(longest: int, planned: Planned) -> int:
         return tokens if torch.cuda.is_available() else min(tokens, tokens_on_cpu(longest))
     larger = planned.replace(micro_batch_tokens=min(longest, MOST_GROWTH * tokens))
     if planned.plan == "off" or choose(larger, Machine.of(planned)).fits:
-        console.say(f"micro-batches of {larger.micro_batch_tokens} tokens, so that a prompt's answers share one")
-        return larger.micro_batch_tokens
+        tokens = larger.micro_batch_tokens
+        console.say(f"micro-batches of {tokens} tokens, so that a prompt's answers share one")
+    if longest > tokens:
+        console.say(f"prompts whose answers need micro-batches of more than {tokens} tokens are split over several")
     return tokens
 
 

@@ -10,7 +10,7 @@ import templates
 from layouts import answer, system, user
 
 from dpo_ds.data.assemble import EMPTY_PROMPT, FRAMED, NO_PROMPT, OTHER_PROMPT, RENDERED, REPEATED, TAIL
-from dpo_ds.data.cache import Source, tokenize_pairs
+from dpo_ds.data.cache import tokenize_pairs
 from dpo_ds.data.comparison import Comparison, LeftOut
 from dpo_ds.data.encoder import Encoder, Tokenizing
 from dpo_ds.data.files import RAW
@@ -46,7 +46,7 @@ def tokenised(tmp_path):
 
     def run(*rows, model=QWEN):
         encoder = Encoder(templates.tokenizer(model), Tokenizing(400))
-        source = Source("rows", datasets.Dataset.from_dict({RAW: [json.dumps(row) for row in rows]}))
+        source = datasets.Dataset.from_dict({RAW: [json.dumps(row) for row in rows]})
         folder, (report,) = tokenize_pairs([source], encoder, reading(model), True, tmp_path / "cache", 1)
         return PairSet.open(folder), report.lines()
 

@@ -9,7 +9,7 @@ import pytest
 from byte_tokenizer import tokenizer
 
 from dpo_ds.data import cache
-from dpo_ds.data.cache import Source, tokenize_pairs
+from dpo_ds.data.cache import tokenize_pairs
 from dpo_ds.data.counts import Report
 from dpo_ds.data.encoded import NO_ROOM
 from dpo_ds.data.encoder import Encoder, Tokenizing
@@ -41,8 +41,7 @@ def made(folder, *sources, tok=None, max_length=64, join=True, num_proc=None, re
     """The set and its reports."""
     sources = sources or (plain_rows(),)
     encoder = Encoder(tok or tokenizer(), Tokenizing(max_length, **options))
-    named = [Source(f"source {n}", rows) for n, rows in enumerate(sources)]
-    folder, reports = tokenize_pairs(named, encoder, reading or Reading(), join, folder, num_proc)
+    folder, reports = tokenize_pairs(sources, encoder, reading or Reading(), join, folder, num_proc)
     return PairSet.open(folder), reports
 
 
