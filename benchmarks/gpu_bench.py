@@ -165,7 +165,7 @@ def layer_times(small: bool) -> dict:
         batch = work.pack_pairs([tuple(np.ones(n, dtype=np.int32) for n in lengths)] * pairs).to(device)
 
         def learn(scorer=scorer, batch=batch, model=model):
-            scorer(batch).sum().backward()
+            scorer(batch).answers.sum().backward()
             model.zero_grad()
 
         def score(scorer=scorer, batch=batch):

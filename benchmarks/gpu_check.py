@@ -80,7 +80,7 @@ def packed(config, pairs, dtype, kernel: str, broken: bool = False):
     batch = work.pack_pairs(pairs)
     if broken:  # rejected's positions continue after chosen's
         batch.position_ids = torch.arange(batch.input_ids.shape[1])[None]
-    return graded(model, Scorer(model)(batch.to(DEVICE)).view(-1, 2))
+    return graded(model, Scorer(model)(batch.to(DEVICE)).answers.view(-1, 2))
 
 
 def kernels(config, dtype) -> list[str]:

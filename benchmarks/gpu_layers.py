@@ -68,7 +68,7 @@ def layer(shape: dict, lengths: tuple[int, int, int], pairs: int, how: str, reco
         scorer = build(shape, layers, how, recompute)
 
         def learn(scorer=scorer):
-            scorer(batch).sum().backward()
+            scorer(batch).answers.sum().backward()
             scorer.zero_grad()
 
         seconds[layers] = fastest(learn)
@@ -126,7 +126,9 @@ def packing_noise(shape: dict, layers: int, results: work.Results) -> None:
     scorer = build(shape, layers, "eager", False)
     with torch.no_grad():
         found = {
-            many: torch.cat([scorer(work.pack_pairs(pairs[i : i + many]).to(DEVICE)) for i in range(0, 32, many)])
+            many: torch.cat(
+                [scorer(work.pack_pairs(pairs[i : i + many]).to(DEVICE)).answers for i in range(0, 32, many)]
+            )
             for many in (32, 16, 8, 4, 1)
         }
     for many, logps in found.items():

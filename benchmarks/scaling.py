@@ -1,9 +1,10 @@
 """How time and memory grow with the work: pairs, prompt length, ranks, model size.
 
-    python benchmarks/scaling.py [pairs prompts ranks export]        (about 15 minutes on two cores)
+    python benchmarks/scaling.py [pairs rows prompts ranks export]        (about 40 minutes on two cores)
 
 pairs      load, check, tokenise and deal pairs, and write a reference table, for each size in its own process; the
            pairs are real dialogues, repeated with a number in each
+rows       the same for 100,000 and a million rows of 2 KB: real dialogues put together, with a number in each
 prompts    one step's time and peak memory for each length of prompt
 ranks      the same steps on 1, 2 and 4 gloo ranks
 export     the merged folder of a checkpoint, for each size of model
@@ -30,6 +31,7 @@ from memory import Peak, resident
 
 HERE = Path(__file__).resolve().parent
 PAIRS = (100, 1_000, 10_000, 100_000)
+ROWS, ROW_BYTES = (100_000, 1_000_000), 2_000
 PROMPTS = (128, 256, 512, 1024, 2048)
 RANKS = (1, 2, 4)
 LAYERS = (6, 24, 96)
@@ -156,6 +158,32 @@ def grow_pairs(folder: Path) -> list[dict]:
     return [*rows, {"index": index}]
 
 
+def grow_rows(folder: Path) -> list[dict]:
+    model = work.make_model(folder / "model", hidden_size=32, intermediate_size=32, num_hidden_layers=1)
+    real, rows = work.read("hh"), []
+    for count in ROWS:
+        file = folder / f"{count}.jsonl"
+        with open(file, "w", encoding="utf-8") as lines:
+            for number in range(count):
+                lines.write(json.dumps(long_row(real, number)) + "\n")
+        found = child("data_path", file, model, folder / f"cache-{count}")
+        rows.append({"file MiB": file.stat().st_size / 2**20, **found})
+        print(json.dumps(rows[-1]), flush=True)
+        file.unlink()
+    return rows
+
+
+def long_row(real: list[dict], number: int) -> dict:
+    """A row of about ROW_BYTES bytes: dialogues one after another as the prompt, the last one's answers."""
+    row = real[number % len(real)]
+    prompt, at = row["prompt"], number
+    while len(prompt) + len(row["chosen"]) + len(row["rejected"]) < ROW_BYTES - 300:
+        at += 1
+        earlier = real[at % len(real)]
+        prompt = earlier["prompt"] + earlier["chosen"] + prompt
+    return {**row, "prompt": f"\n\nHuman: {number}.{prompt}"}
+
+
 # -------------------------------------------------------------------------------------------------------------- prompts
 
 
@@ -254,11 +282,12 @@ def grow_export(folder: Path) -> list[dict]:
 # The plots: (x, [y], whether both axes are logarithmic)
 PLOTS = {
     "pairs": ("pairs", ["tokenise s", "open again s", "deal s", "table s", "memory MiB"], True),
+    "rows": ("pairs", ["tokenise s", "open again s", "deal s", "table s", "memory MiB"], True),
     "prompts": ("prompt tokens", ["step s", "peak MiB"], True),
     "ranks": ("ranks", ["over one rank"], False),
     "export": ("model MiB", ["seconds", "memory MiB"], True),
 }
-TASKS = {"pairs": grow_pairs, "prompts": grow_prompts, "ranks": grow_ranks, "export": grow_export}
+TASKS = {"pairs": grow_pairs, "rows": grow_rows, "prompts": grow_prompts, "ranks": grow_ranks, "export": grow_export}
 CHILDREN = {"data_path": data_path, "index_of": index_of, "export_one": export_one}
 
 

@@ -29,7 +29,16 @@ BEGIN, END = "<!-- python docs/make.py writes what follows -->", "<!-- as far as
 
 # Top down: a file imports from its own wing and from those below it.
 WINGS = ["references", "runs", "plan", "engine", "reports", "scoring", "models", "data", "ranks", "losses"]
-COMMANDS = ["train", "trainer", "score", "evaluate", "export", "report", "deepspeed_command"]  # above all wings
+COMMANDS = [
+    "train",
+    "trainer",
+    "learner",
+    "score",
+    "evaluate",
+    "export",
+    "report",
+    "deepspeed_command",
+]  # above all wings
 TOP, BOTTOM = "commands and the loop", "what everything may use"
 ORDER = [TOP, *WINGS, BOTTOM]
 

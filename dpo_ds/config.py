@@ -120,17 +120,72 @@ class Options:
         str | None, Help("Folder on a fast local disk, for tiers that keep the optimizer's state there.")
     ] = None
 
+    loss: Annotated[
+        str,
+        Help(
+            "The loss, or several that are summed: sigmoid (DPO), simpo, sigmoid,sft, ... See docs/losses.md.",
+            heading="the loss",
+        ),
+    ] = "sigmoid"
+    loss_weights: Annotated[str | None, Help("The weight of each of several losses: 1,0.1. By default 1 each.")] = None
     beta: Annotated[
-        float, Help("DPO's beta: how strongly the policy is held to the reference.", heading="the loss")
-    ] = 0.1
+        float | None,
+        Help("How strongly the policy is held to the reference; by default the loss decides (DPO: 0.1)."),
+    ] = None
+    sft_weight: Annotated[
+        float | None,
+        Help("Adds the loss sft with this weight: fine-tuning's loss on the chosen answers."),
+    ] = None
+    label_smoothing: Annotated[
+        float | None,
+        Help("The share of pairs that may be the wrong way round: conservative DPO, robust, exo_pair, ..."),
+    ] = None
+    f_divergence: Annotated[
+        Literal["reverse_kl", "forward_kl", "js", "alpha"] | None,
+        Help("The divergence that holds the policy to the reference; by default DPO's reverse_kl."),
+    ] = None
+    f_alpha: Annotated[
+        float | None, Help("With --f_divergence alpha: 0 is the reverse KL, 1 the forward KL; by default 0.5.")
+    ] = None
+    ld_alpha: Annotated[
+        float | None,
+        Help("LD-DPO: the weight, 0 to 1, of a pair's longer answer's tokens beyond the shorter one's length."),
+    ] = None
+    wpo: Annotated[bool, Help("WPO: pairs count more the likelier the policy itself is to give such answers.")] = False
+    simpo_gamma: Annotated[float | None, Help("simpo: the margin of rewards to reach; by default 1.")] = None
+    orpo_lambda: Annotated[float | None, Help("orpo: the weight of the odds ratio; by default 0.1.")] = None
+    cpo_alpha: Annotated[float | None, Help("cpo: the weight of its likelihood of chosen answers; by default 1.")] = (
+        None
+    )
+    dpop_lambda: Annotated[
+        float | None, Help("dpop: the weight of what a chosen answer loses against the reference; by default 50.")
+    ] = None
+    length_alpha: Annotated[
+        float | None, Help("rdpo: the reward that one more token brings by being longer; by default 0.01.")
+    ] = None
+    discopop_tau: Annotated[float | None, Help("discopop: its temperature; by default 0.05.")] = None
+    beta_alpha: Annotated[
+        float | None, Help("beta_dpo: how much the step's mean margin changes beta; by default 0.6.")
+    ] = None
+    beta_momentum: Annotated[
+        float | None, Help("beta_dpo: how slowly the usual margin follows the steps'; by default 0.9.")
+    ] = None
+    offset_alpha: Annotated[float | None, Help("odpo: the weight of the log of the data's margin; by default 1.")] = (
+        None
+    )
+    desirable_weight: Annotated[float | None, Help("kto_pair: the weight of chosen answers; by default 1.")] = None
+    undesirable_weight: Annotated[float | None, Help("kto_pair: the weight of rejected answers; by default 1.")] = None
     router_aux_loss_coef: Annotated[
         str,
         Help("Weight of a mixture of experts' load-balancing loss, over each pair's tokens; model: as in its config."),
     ] = "0"
     reference: Annotated[
-        Literal["precomputed", "live", "base", "none"],
-        Help("Reference log-probabilities: a table made once; a second engine; LoRA's base weights; or none."),
-    ] = "precomputed"
+        Literal["auto", "precomputed", "live", "base", "none"],
+        Help(
+            "Reference log-probabilities: a table made once; a second engine; LoRA's base weights; or none. auto: "
+            "precomputed, or none if no loss needs them."
+        ),
+    ] = "auto"
 
     learning_rate: Annotated[
         float | None,
@@ -233,6 +288,7 @@ class Planned(Options):
     micro_batch_tokens: int
     learning_rate: float
     max_length: int
+    reference: Literal["precomputed", "live", "base", "none"]
 
     def __post_init__(self) -> None:
         _require_filled(self, Planned)
@@ -439,6 +495,8 @@ def check(options: Options) -> None:
         _require(options, name, lambda x: x > 0, "more than 0")
     for name in ("warmup_ratio", "max_left_out"):
         _require(options, name, lambda x: 0 <= x <= 1, "between 0 and 1")
+    _require(options, "ld_alpha", lambda x: 0 <= x <= 1, "between 0 and 1")
+    _require(options, "sft_weight", lambda x: x > 0, "more than 0")
     _require(options, "lora_dropout", lambda x: 0 <= x < 1, "from 0 to below 1")
     _require(options, "max_length", lambda x: x >= 2, "2 or more: a prompt token and a response token")
     _require(options, "min_prompt_tokens", lambda x: x > 0, "more than 0")

@@ -147,6 +147,13 @@ class PairSet:
         return np.maximum(self.group_lengths, -(-keys // 2))
 
     @cached_property
+    def learned_lengths(self) -> np.ndarray:
+        """int64 [A]: learned tokens of each answer."""
+        if not len(self.scored):
+            return self.answers[:, 1]
+        return np.array([self.scored[start : start + length].sum(dtype=np.int64) for start, length in self.answers])
+
+    @cached_property
     def digest(self) -> str:
         """sha256 over the pairs, in order: it depends on the content of this set alone, not on its folder."""
         digest = hashlib.sha256(np.ascontiguousarray(self.pair_ids).tobytes())

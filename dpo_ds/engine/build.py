@@ -40,7 +40,8 @@ def policy_engine(folder: Path, config: dict, options: Planned, kernel: str, tot
     if options.gradient_checkpointing == "on":
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.train()
-    scorer = Scorer(model, balance=float(options.router_aux_loss_coef) > 0)
+    per_token, balance = options.ld_alpha is not None, float(options.router_aux_loss_coef) > 0
+    scorer = Scorer(model, tokens=per_token, certainty=options.wpo, balance=balance)
     engine = _initialize(
         model=scorer,
         model_parameters=_parameter_groups(scorer, options.weight_decay),
@@ -80,7 +81,7 @@ def reference_engine(folder: Path, config: dict, options: Planned, kernel: str) 
     clear_swap_folders(swap_folders(config))
     model = _load(folder, config, options, kernel)
     model.requires_grad_(False)
-    return Engine(_initialize(model=Scorer(model), config=config), config)
+    return Engine(_initialize(model=Scorer(model, tokens=options.ld_alpha is not None), config=config), config)
 
 
 def _load(folder: Path, config: dict, options: Planned, kernel: str) -> PreTrainedModel:

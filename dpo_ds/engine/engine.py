@@ -13,6 +13,7 @@ from dpo_ds.engine.resume import load_checkpoint, save_checkpoint
 from dpo_ds.engine.tiers import swap_folders
 from dpo_ds.models.lora import LanguageModel
 from dpo_ds.scoring.packed import PackedBatch
+from dpo_ds.scoring.scorer import Scored
 
 
 class _Optimizer(Protocol):
@@ -37,22 +38,28 @@ class Engine:
     def model(self) -> LanguageModel:
         return self.deepspeed.module.model
 
-    def __call__(self, batch: PackedBatch) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Returns logps [A] with a graph, and the router's loss [B] if the run uses it. `backward` must follow."""
-        found = self.deepspeed(batch.to(self.device))
-        return found if isinstance(found, tuple) else (found, None)
+    def __call__(self, batch: PackedBatch) -> Scored:
+        """Scores one packed batch for learning, with a graph. `backward` must follow."""
+        return self.deepspeed(batch.to(self.device))
+
+    def preview(self, batch: PackedBatch) -> Scored:
+        """The same without a graph: dropout is on. Under ZeRO-3, `backward` must have run once."""
+        with torch.no_grad():
+            return self.deepspeed(batch.to(self.device))
 
     def score(self, batch: PackedBatch) -> torch.Tensor:
-        """Scores one packed batch: logps [A], without a graph. Under ZeRO-3 a policy must run `backward` first."""
+        """Scores one packed batch, without a graph: logps of the answers [A], or of their learned tokens [N] in a run
+        that needs these. Under ZeRO-3, a policy must run `backward` first."""
         self.deepspeed.eval()
         try:
             with torch.no_grad():
-                return self.deepspeed(batch.to(self.device))
+                found: Scored = self.deepspeed(batch.to(self.device))
         finally:
             self.deepspeed.train()
+        return found.answers if found.tokens is None else found.tokens
 
     def score_base(self, batch: PackedBatch) -> torch.Tensor:
-        """Scores one packed batch with LoRA's base weights: logps [A]. The adapters are scaled to 0, because peft's
+        """Likewise with LoRA's base weights. The adapters are scaled to 0, because peft's
         disable_adapter would invalidate ZeRO-3's trace at every switch."""
         modules: Iterator[Any] = self.model.modules()
         layers = [(module, dict(module.scaling)) for module in modules if hasattr(module, "lora_A")]

@@ -160,7 +160,7 @@ def _peak(scorer: Scorer, batch: PackedBatch, checkpointing: bool, budget: Logit
         *(t for t in vars(batch).values() if isinstance(t, torch.Tensor)),
     ]
     with LiveBytes(before) as live:
-        logps = scorer(batch)
+        logps = scorer(batch).answers
         logps.sum().backward()
         del logps
     return live.peak

@@ -11,6 +11,7 @@ from typing import Any
 from dpo_ds.config import Options, Precision
 from dpo_ds.engine.tiers import fill_tier
 from dpo_ds.errors import UserError
+from dpo_ds.losses.table import reads_reference
 from dpo_ds.models.find import known_model
 from dpo_ds.models.model import Model
 from dpo_ds.plan.footprint import Footprint, Shape, longest_pair
@@ -21,11 +22,13 @@ PLENTY = 10**6 * GIB
 
 
 def decide(options: Options, model: Model, on_gpu: bool) -> Options:
-    """Fills precision, learning rate and length from the model and the kind of machine.
+    """Fills precision, learning rate, length and reference from the model, the kind of machine and the losses.
 
     Raises UserError for options that the model does not support.
     """
     changes: dict[str, Any] = {}
+    if options.reference == "auto":
+        changes["reference"] = "precomputed" if reads_reference(options) else "none"
     if options.precision == "auto":
         changes["precision"] = "bf16" if on_gpu else "fp32"
     if options.learning_rate is None:

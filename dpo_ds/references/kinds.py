@@ -12,21 +12,21 @@ from dpo_ds.ranks import console
 from dpo_ds.references.table import reference_tables
 from dpo_ds.runs.prepare import Run
 from dpo_ds.scoring.packed import PackedBatch, move
-from dpo_ds.scoring.sweep import Score, score_set
+from dpo_ds.scoring.sweep import Places, Score, score_set
 
 
 class Reference(Protocol):
     """What the trainer needs from a reference. It is made before the policy, so that the engine that fills a table is
-    gone by then."""
+    gone by then. Log-probabilities are those of answers [A], or of their learned tokens [N] in a run of LD-DPO."""
 
     def attach(self, policy: Engine) -> None:
         """Takes the policy's engine. Called once, before the other methods."""
 
     def logps(self, micro_batch: MicroBatch, batch: PackedBatch) -> torch.Tensor:
-        """logps [A] of the answers of a micro-batch of training pairs, on the policy's device."""
+        """Those of a micro-batch of training pairs, [A] or [N], on the policy's device."""
 
     def held_out_logps(self) -> np.ndarray:
-        """logps of all held-out answers, float32 [answers]. Under ZeRO-3 the policy must have run `backward` once."""
+        """Those of all held-out answers, float32. Under ZeRO-3 the policy must have run `backward` once."""
 
     def close(self) -> None:
         """Frees what the reference holds."""
@@ -36,7 +36,7 @@ def reference_of(run: Run) -> Reference:
     """The reference that the run's options name."""
     kind = run.options.reference
     if kind == "precomputed":
-        return Precomputed(*reference_tables(run))
+        return Precomputed(run, *reference_tables(run))
     if kind == "live":
         return Live(run)
     return Base(run) if kind == "base" else NoReference(run)
@@ -45,7 +45,8 @@ def reference_of(run: Run) -> Reference:
 class Precomputed:
     """Reads the logps from the reference table."""
 
-    def __init__(self, training: np.ndarray, held_out: np.ndarray):
+    def __init__(self, run: Run, training: np.ndarray, held_out: np.ndarray):
+        self.places = Places.of_set(run.train_pairs, run.options.ld_alpha is not None)
         self.training, self.held_out = training, held_out
         self.device = torch.device("cpu")
 
@@ -53,7 +54,7 @@ class Precomputed:
         self.device = policy.device
 
     def logps(self, micro_batch: MicroBatch, batch: PackedBatch) -> torch.Tensor:
-        return move(torch.from_numpy(self.training[micro_batch.answers]), self.device)
+        return move(torch.from_numpy(self.training[self.places.of(micro_batch.answers)]), self.device)
 
     def held_out_logps(self) -> np.ndarray:
         return self.held_out
@@ -108,13 +109,14 @@ class NoReference:
     """Log-probabilities of 0: the loss depends on the policy alone."""
 
     def __init__(self, run: Run):
-        self.held_out = len(run.eval_pairs.answers)
+        self.per_token = run.options.ld_alpha is not None
+        self.held_out = Places.of_set(run.eval_pairs, self.per_token).total
 
     def attach(self, policy: Engine) -> None:
         pass
 
     def logps(self, micro_batch: MicroBatch, batch: PackedBatch) -> torch.Tensor:
-        return torch.zeros(batch.answers, device=batch.input_ids.device)
+        return torch.zeros(len(batch.targets) if self.per_token else batch.answers, device=batch.input_ids.device)
 
     def held_out_logps(self) -> np.ndarray:
         return np.zeros(self.held_out, dtype=np.float32)
@@ -125,4 +127,5 @@ class NoReference:
 
 def _score_held_out(run: Run, score: Score) -> np.ndarray:
     everything = np.arange(len(run.eval_pairs.answers))
-    return score_set(score, run.eval_pairs, everything, run.options.micro_batch_tokens, "reference: held-out pairs")
+    per_token, title = run.options.ld_alpha is not None, "reference: held-out pairs"
+    return score_set(score, run.eval_pairs, everything, run.options.micro_batch_tokens, title, per_token)

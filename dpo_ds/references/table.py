@@ -1,7 +1,8 @@
 """The table of the reference's log-probabilities: computed once and reused by every run that needs the same ones.
 
-A table is float32 [answers]. Its key is made of what decides its values: the hashes of the weights' files, the answers'
-and their prompts' token ids, the precision. It is filled chunk by chunk, so a killed scoring resumes at the next chunk.
+A table is float32, with a value for each answer, or for each learned token in a run of LD-DPO. Its key is made of what
+decides its values: the hashes of the weights' files, the answers' and their prompts' token ids, the precision. It is
+filled chunk by chunk, so a killed scoring resumes at the next chunk.
 """
 
 import contextlib
@@ -23,7 +24,7 @@ from dpo_ds.ranks import console, world
 from dpo_ds.ranks.collectives import array_from_rank_0
 from dpo_ds.runs.prepare import Run
 from dpo_ds.scoring.packed import PackedBatch
-from dpo_ds.scoring.sweep import Score, score_set
+from dpo_ds.scoring.sweep import Places, Score, score_set
 
 FORMAT = 2
 
@@ -78,7 +79,7 @@ class Table:
 
 
 def reference_tables(run: Run, everything: bool = False) -> list[np.ndarray]:
-    """The reference's logps of the training and of the held-out answers, float32 [answers] each, on every rank.
+    """The reference's logps of the training and of the held-out answers, float32 [n] each, on every rank.
 
     Scores the answers that no earlier run has scored. Of the training answers these are the ones in the schedule (the
     others stay NaN), or all of them with `everything`. On return, the engine is closed and its memory free.
@@ -118,6 +119,8 @@ def _reference_table(
     if len(pairs) == 0:
         return np.zeros(0, dtype=np.float32)
     table = None
+    per_token = run.options.ld_alpha is not None
+    places = Places.of_set(pairs, per_token)
     with contextlib.ExitStack() as held:
         if world.from_environment().speaks:
             facts = {
@@ -125,11 +128,12 @@ def _reference_table(
                 "weights": weights,
                 "answers": pairs.answers_digest,
                 "precision": run.options.precision,
+                **({"values": "tokens"} if per_token else {}),
             }
-            table = Table(Path(run.options.cache_dir).expanduser(), facts, len(pairs.answers))
+            table = Table(Path(run.options.cache_dir).expanduser(), facts, places.total)
             held.enter_context(table.lock)
-        logps = array_from_rank_0(table.read() if table else np.empty(len(pairs.answers), dtype=np.float32))
-        left = np.flatnonzero(needed & np.isnan(logps))
+        logps = array_from_rank_0(table.read() if table else np.empty(places.total, dtype=np.float32))
+        left = np.flatnonzero(needed & np.isnan(logps[places.starts]))
         if len(left) == 0:
             console.say(f"{title}: all {needed.sum()} answers found in the table")
             return logps
@@ -138,10 +142,11 @@ def _reference_table(
 
         def keep(answers: np.ndarray, scored: np.ndarray) -> None:
             if rows is not None:
-                rows[answers] = scored
+                rows[places.of(answers)] = scored
                 rows.flush()
 
-        logps[left] = score_set(score, pairs, left, run.options.micro_batch_tokens, title, keep)
+        limit = run.options.micro_batch_tokens
+        logps[places.of(left)] = score_set(score, pairs, left, limit, title, per_token, keep)
         if table:
             table.close()
     return logps

@@ -7,6 +7,7 @@ checkpoint's name is always complete.
 import json
 import os
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -16,12 +17,16 @@ from dpo_ds import __version__
 from dpo_ds.config import Options
 from dpo_ds.engine.engine import Engine
 from dpo_ds.files import follow_umask, write_whole
+from dpo_ds.losses.compared import Running
 from dpo_ds.ranks import collectives, world
 from dpo_ds.runs.folders import describe
 
 
-def save(engine: Engine, folder: Path, step: int, options: Options) -> Path:
-    """Writes checkpoints/step-NNNNNN of the run, by all ranks together. An existing one is kept."""
+def save(engine: Engine, folder: Path, step: int, options: Options, running: Running) -> Path:
+    """Writes checkpoints/step-NNNNNN of the run, by all ranks together. An existing one is kept.
+
+    running: what the losses remember.
+    """
     final = folder / "checkpoints" / f"step-{step:06d}"
     if (final / "checkpoint.json").is_file():
         return final
@@ -44,6 +49,7 @@ def save(engine: Engine, folder: Path, step: int, options: Options) -> Path:
             "dpo_ds": __version__,
             "torch": torch.__version__,
             "options": vars(options),
+            "losses": asdict(running),
         }
         write_whole(partial / "checkpoint.json", json.dumps(facts, indent=1))
         os.replace(partial, final)
@@ -51,12 +57,14 @@ def save(engine: Engine, folder: Path, step: int, options: Options) -> Path:
     return final
 
 
-def load(engine: Engine, checkpoint: Path) -> int:
-    """Restores weights, optimizer, schedule and random state. Returns the number of steps done."""
+def load(engine: Engine, checkpoint: Path) -> tuple[int, Running]:
+    """Restores weights, optimizer, schedule and random state. Returns the number of steps done, and what the losses
+    remember."""
     rank = world.from_environment().rank
     engine.load(checkpoint, rank)
     _set_random_state(load_file(checkpoint / f"random-{rank}.safetensors"))
-    return describe(checkpoint)["step"]
+    facts = describe(checkpoint)
+    return facts["step"], Running(**facts["losses"])
 
 
 def _random_state() -> dict[str, torch.Tensor]:

@@ -8,6 +8,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
@@ -17,6 +18,7 @@ from dpo_ds.data.steps import Schedule
 from dpo_ds.engine.requirements import require_compiler, require_nvme
 from dpo_ds.engine.tiers import fill_tier, swap_folders
 from dpo_ds.errors import UserError
+from dpo_ds.losses.table import chosen
 from dpo_ds.models.files import fetch_weights, load_tokenizer
 from dpo_ds.models.find import find_model, known_model
 from dpo_ds.models.model import Model, torch_dtype
@@ -85,6 +87,8 @@ def prepare(options: Options, here: World, plan: Plan | None = None) -> Run:
     schedule = Schedule.of(
         train_pairs.pair_groups, planned.global_batch_pairs, planned.epochs, planned.max_steps, planned.seed
     )
+    for pairs in (train_pairs, eval_pairs):
+        require_data(planned, pairs)
     decided = planned.decided(
         output_dir=planned.output_dir or str(folder),
         eval_every=planned.eval_every if planned.eval_every is not None else max(1, schedule.steps // 10),
@@ -108,6 +112,27 @@ def prepare(options: Options, here: World, plan: Plan | None = None) -> Run:
         resume_from=found.resume_from,
         finished=found.finished,
     )
+
+
+def require_data(options: Options, pairs: PairSet) -> None:
+    """Raises UserError if the pairs lack what the run's losses read of them."""
+    for term in chosen(options):
+        if term.loss.margins and (unusable := int((~(pairs.margins > 0)).sum())):  # NaN: not known
+            raise UserError(
+                f"--loss {term.name} reads by how much a chosen answer is better, but {unusable} of {len(pairs)} pairs "
+                "have no margin above 0: name its column with --columns margin=..., or leave these rows out"
+            )
+        if not term.loss.weighted and len(np.unique(pairs.weights)) > 1:
+            raise UserError(
+                f"--loss {term.name} sorts a step's pairs, so they cannot be weighted: remove the column weight, or "
+                "choose another loss"
+            )
+        largest = int(np.bincount(pairs.pair_groups).max(initial=0))
+        if term.loss.scope == "group" and largest > options.global_batch_pairs:
+            raise UserError(
+                f"--loss {term.name} reads whole rankings, but a prompt has {largest} pairs, more than a step: raise "
+                f"--global_batch_pairs to {largest}, or add --group_prompts false"
+            )
 
 
 def _tokens_for(longest: int, planned: Planned) -> int:

@@ -62,11 +62,12 @@ class HeadInputs:
     softcap: float | None = None
     budget: LogitBudget | None = None  # None: by the device
     tied: TiedGradient | None = None  # for tied weights: backward leaves the weight's gradient here
+    collisions: torch.Tensor | None = None  # [N] fp32: forward writes log sum over the vocabulary of p^2 here
 
 
 def replace_head(model: PreTrainedModel) -> None:
-    """Gives the model's lm_head `forward(hidden_NH, targets_N, budget, tied) -> logps_N` (fp32). Without targets, its
-    forward is unchanged."""
+    """Gives the model's lm_head `forward(hidden_NH, targets_N, budget, tied, collisions) -> logps_N` (fp32). Without
+    targets, its forward is unchanged."""
     head, config = model.get_output_embeddings(), model.config.get_text_config()
     scale = float(getattr(config, "logit_scale", None) or 1.0)  # Cohere multiplies
     scale /= float(getattr(config, "logits_scaling", None) or 1.0)  # Granite divides
@@ -74,12 +75,13 @@ def replace_head(model: PreTrainedModel) -> None:
     linear = getattr(head, "base_layer", head)  # peft's wrapper keeps the head there
     plain_linear = linear.forward
 
-    def forward(self, hidden, targets=None, budget=None, tied=None, low=None, up_layer=None):
+    def forward(self, hidden, targets=None, budget=None, tied=None, collisions=None, low=None, up_layer=None):
         if targets is None:
             return plain_linear(hidden)
         if hidden.shape[1] != self.weight.shape[1]:  # a further layer stands between body and head, as in ELECTRA
             raise CannotPack(f"its head takes {self.weight.shape[1]} numbers, but its body gives {hidden.shape[1]}")
-        inputs = HeadInputs(hidden, self.weight, targets, getattr(self, "bias", None), scale, softcap, budget, tied)
+        bias = getattr(self, "bias", None)
+        inputs = HeadInputs(hidden, self.weight, targets, bias, scale, softcap, budget, tied, collisions)
         # With an adapter, the product is made inside the up layer's own call, so that ZeRO-3 has gathered both weights.
         return fused_logps(inputs) if low is None else up_layer(low, inputs)
 
@@ -95,11 +97,11 @@ def _replace_adapter(head: Any) -> None:
     down_layer, up_layer, dropout = head.lora_A[name], head.lora_B[name], head.lora_dropout[name]
     plain_up = up_layer.forward
 
-    def forward(self, hidden, targets=None, budget=None, tied=None):
+    def forward(self, hidden, targets=None, budget=None, tied=None, collisions=None):
         if targets is None:
             return plain_wrapper(hidden)
         low = self.scaling[name] * down_layer(dropout(hidden))
-        return self.base_layer(hidden, targets, budget, tied, low, up_layer)
+        return self.base_layer(hidden, targets, budget, tied, collisions, low, up_layer)
 
     def forward_up(self, low, inputs=None):
         return plain_up(low) if inputs is None else fused_logps(inputs, low, self.weight)
@@ -128,15 +130,17 @@ def fused_logps(inputs: HeadInputs, low: torch.Tensor | None = None, up: torch.T
         inputs.softcap,
         budget,
         inputs.tied,
+        inputs.collisions,
     )
 
 
 class _FusedLogps(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, low, up, targets, scale, softcap, budget, tied):
+    def forward(ctx, hidden, weight, bias, low, up, targets, scale, softcap, budget, tied, collisions):
         tiles = _Tiles(hidden, weight, bias, low, up, scale, softcap, budget)
         target_N = tiles.logits_of(targets)  # first, before a tile takes memory
         log_norm_N = torch.full((len(hidden),), -torch.inf, device=hidden.device)
+        squares_N = log_norm_N.clone()  # log sum exp 2 x
         for columns in tiles:
             logits = tiles.logits(columns)
             largest = logits.amax(-1)
@@ -144,10 +148,15 @@ class _FusedLogps(torch.autograd.Function):
             # backward uses it, and on CPU it takes less time than exp alone.
             shares = torch.softmax(logits, -1, out=logits)
             tile_norm_N = largest - shares.amax(-1).log_()
+            if collisions is not None:
+                tile_squares_N = 2 * (torch.linalg.vector_norm(shares, dim=-1).log() + tile_norm_N)
+                squares_N = torch.logaddexp(squares_N, tile_squares_N)
             tiles.keep(columns, shares, tile_norm_N[:, None])
             log_norm_N = torch.logaddexp(log_norm_N, tile_norm_N)
         ctx.save_for_backward(hidden, weight, bias, low, up, targets, log_norm_N)
         ctx.constants, ctx.kept, ctx.tied = (scale, softcap, budget), tiles.kept, tied
+        if collisions is not None:
+            collisions.copy_(squares_N - 2 * log_norm_N)
         return target_N - log_norm_N
 
     @staticmethod
@@ -183,7 +192,7 @@ class _FusedLogps(torch.autograd.Function):
         grad_up = to_up.gradient if to_up else None
         if ctx.tied is not None:
             ctx.tied.gradient = grad_weight
-        return (grad_hidden, grad_weight, grad_bias, grad_low, grad_up, *[None] * 5)
+        return (grad_hidden, grad_weight, grad_bias, grad_low, grad_up, *[None] * 6)
 
 
 # The logits are sums of products rows @ columns.T: hidden @ weight.T, and an adapter's low @ up.T.

@@ -22,6 +22,7 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 
 from dpo_ds.data.pairs import Group
 
@@ -38,7 +39,9 @@ class PackedBatch:
     rows: torch.Tensor  # [N] int64: the row of the pack that predicts each learned token
     targets: torch.Tensor  # [N] int64: the learned tokens
     token_answers: torch.Tensor  # [N] int64: the answer of each learned token
+    lengths: torch.Tensor  # [A] int64: learned tokens of each answer
     pairs: torch.Tensor  # [B, 2] int64: the chosen and the rejected answer of each pair
+    shared: torch.Tensor  # [M, 2] int64: see shared_tokens
     token_sequences: torch.Tensor  # [T] int64: the sequence of each token
     pair_sequences: torch.Tensor  # [B, 3] int64: prompt, chosen and rejected of each pair, as sequences
     answers: int  # A
@@ -62,8 +65,9 @@ def move(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     return tensor.to(device)
 
 
-def pack(groups: Sequence[Group]) -> PackedBatch:
-    """Packs groups, in order, into one row. Prompts and answers must not be empty."""
+def pack(groups: Sequence[Group], shared: bool = False) -> PackedBatch:
+    """Packs groups, in order, into one row. Prompts and answers must not be empty. Without `shared`, the batch's
+    `shared` is empty."""
     tokens, positions, segments, rows, targets, token_answers, pairs, pair_sequences = ([] for _ in range(8))
     start = answers = sequences = 0
     for group in groups:
@@ -90,6 +94,7 @@ def pack(groups: Sequence[Group]) -> PackedBatch:
         pair_sequences.append(np.concatenate([prompt, sequences + 1 + group.pairs], axis=1))
         start, answers, sequences = end, answers + len(group.answers), sequences + 1 + len(group.answers)
 
+    lengths = np.array([len(learned) for learned in targets])
     return PackedBatch(
         input_ids=_int64(tokens)[None],
         position_ids=_int64(positions)[None],
@@ -97,12 +102,27 @@ def pack(groups: Sequence[Group]) -> PackedBatch:
         rows=_int64(rows),
         targets=_int64(targets),
         token_answers=_int64(token_answers),
+        lengths=torch.from_numpy(lengths),
         pairs=_int64(pairs),
+        shared=torch.from_numpy(shared_tokens(lengths, np.concatenate(pairs) if shared else [])),
         token_sequences=torch.repeat_interleave(torch.tensor([len(sequence) for sequence in tokens])),
         pair_sequences=_int64(pair_sequences),
         answers=answers,
         sequences=sequences,
     )
+
+
+def shared_tokens(lengths: np.ndarray, pairs: ArrayLike) -> np.ndarray:
+    """The learned tokens of each pair's answers up to the shorter one's length, int64 [M, 2]: the token's number, and
+    twice the pair's number (one more for its rejected answer). lengths [A]: learned tokens of all answers, in order."""
+    starts = np.cumsum(lengths) - lengths
+    found = [np.zeros((0, 2), dtype=np.int64)]
+    for number, pair in enumerate(np.asarray(pairs)):
+        shorter = lengths[pair].min()
+        for side in range(2):
+            own = starts[pair[side]] + np.arange(shorter)
+            found.append(np.stack([own, np.full(shorter, 2 * number + side)], axis=1))
+    return np.concatenate(found)
 
 
 def _int64(parts: list[np.ndarray]) -> torch.Tensor:

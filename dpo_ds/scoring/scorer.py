@@ -4,6 +4,8 @@ One forward scores all answers together. The body of the language model runs onc
 on the rows that predict learned tokens.
 """
 
+from typing import NamedTuple
+
 import torch
 
 from dpo_ds.models.lora import LanguageModel, plain_model
@@ -14,16 +16,35 @@ from dpo_ds.scoring.packed import CannotPack, PackedBatch
 from dpo_ds.scoring.router import router_loss
 
 
+class Scored(NamedTuple):
+    """What one forward says about a packed batch. fp32. What was not asked for is None."""
+
+    answers: torch.Tensor  # [A] logps: the sum over each answer's learned tokens of log p(token)
+    tokens: torch.Tensor | None = None  # [N] log p(token) of each learned token
+    certainty: torch.Tensor | None = None  # [A] see Scorer; without a graph
+    balance: torch.Tensor | None = None  # [B] a mixture's load-balancing loss over each pair's tokens
+
+
 class Scorer(torch.nn.Module):
     """Wraps a causal LM of transformers (or peft's wrapper of one), loaded with attention.implementation(kernel).
 
-    With `balance`, forward also returns a mixture's load-balancing loss in training. `budget` limits the logits that
-    the head may hold; None: by the device.
+    tokens: forward also returns each token's logp. certainty: in training also WPO's factor of each answer, exp of the
+    mean over its tokens of log p(token) - log sum over the vocabulary of p^2 (Zhou et al. 2024, arXiv 2406.11827,
+    section 3.3). balance: in training also a mixture's load-balancing loss. `budget` limits the logits that the head
+    may hold; None: by the device.
     """
 
-    def __init__(self, model: LanguageModel, balance: bool = False, budget: LogitBudget | None = None):
+    def __init__(
+        self,
+        model: LanguageModel,
+        tokens: bool = False,
+        certainty: bool = False,
+        balance: bool = False,
+        budget: LogitBudget | None = None,
+    ):
         super().__init__()
-        self.model, self.balance, self.budget = model, balance, budget
+        self.model, self.budget = model, budget
+        self.tokens, self.certainty, self.balance = tokens, certainty, balance
         # The language model without peft's wrapper; its LoRA layers are inside it. It is kept in a list, so that torch
         # does not register it as a second child.
         self.causal_lm = [plain_model(model)]
@@ -31,9 +52,7 @@ class Scorer(torch.nn.Module):
         self.tied_embedding = [replace_embedding(self.causal_lm[0])]
         replace_head(self.causal_lm[0])
 
-    def forward(self, batch: PackedBatch) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """logps [A] fp32: the sum over each answer's learned tokens of log p(token). With `balance`, in training also
-        the router's loss [B], fp32."""
+    def forward(self, batch: PackedBatch) -> Scored:
         causal_lm = self.causal_lm[0]
         balance = self.balance and self.training
         tied, inputs = self._inputs(batch.input_ids)
@@ -48,13 +67,16 @@ class Scorer(torch.nn.Module):
             raise CannotPack(f"{type(causal_lm.base_model).__name__} returns logits, not hidden states")
         hidden_NH = outputs.last_hidden_state[0].index_select(0, batch.rows)
         head = causal_lm.get_output_embeddings()
-        logps_N = head(hidden_NH, targets=batch.targets, budget=self.budget, tied=tied)
-        logps = torch.zeros(batch.answers, dtype=torch.float32, device=logps_N.device)
-        logps = logps.index_add(0, batch.token_answers, logps_N)
-        if not balance:
-            return logps
-        top_k = causal_lm.config.get_text_config().num_experts_per_tok
-        return logps, router_loss(outputs.router_logits, batch, top_k)
+        certainty = self.certainty and self.training
+        collisions_N = torch.empty_like(batch.targets, dtype=torch.float32) if certainty else None
+        logps_N = head(hidden_NH, targets=batch.targets, budget=self.budget, tied=tied, collisions=collisions_N)
+        top_k = causal_lm.config.get_text_config().num_experts_per_tok if balance else 0
+        return Scored(
+            _sums(logps_N, batch),
+            logps_N if self.tokens else None,
+            None if collisions_N is None else (_sums(logps_N.detach() - collisions_N, batch) / batch.lengths).exp(),
+            router_loss(outputs.router_logits, batch, top_k) if balance else None,
+        )
 
     def _inputs(self, input_ids: torch.Tensor) -> tuple[TiedGradient | None, dict[str, torch.Tensor]]:
         """The inputs of the model's body: token ids, or, for a tied model, their embeddings. This is the same with and
@@ -64,3 +86,9 @@ class Scorer(torch.nn.Module):
             return None, {"input_ids": input_ids}
         tied = TiedGradient() if torch.is_grad_enabled() and embedding.weight.requires_grad else None
         return tied, {"inputs_embeds": embedding(input_ids, tied)}
+
+
+def _sums(values_N: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
+    """The sum over each answer's learned tokens, [A]."""
+    sums = torch.zeros(batch.answers, dtype=torch.float32, device=values_N.device)
+    return sums.index_add(0, batch.token_answers, values_N)

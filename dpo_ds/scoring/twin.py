@@ -191,7 +191,7 @@ def _difference(config: PreTrainedConfig, trust_remote_code: bool) -> float:
     model.set_attn_implementation(kernel)  # warns and changes nothing where a model has attention code of its own
     if model.config._attn_implementation != kernel:
         raise CannotPack("its attention does not go through transformers' attention interface")
-    return float((Scorer(model)(pack(_groups())) - plain).abs().max())
+    return float((Scorer(model)(pack(_groups())).answers - plain).abs().max())
 
 
 def _build(config: PreTrainedConfig, trust_remote_code: bool):
@@ -259,6 +259,6 @@ def _scored(
     """The twin's logps [A] and the gradient of its embedding [V, H], both fp32."""
     model = _build(config, trust_remote_code).to(device, dtype)
     model.set_attn_implementation(attention.implementation(kernel))
-    logps = Scorer(model)(pack(_groups()).to(device))
+    logps = Scorer(model)(pack(_groups()).to(device)).answers
     (logps * torch.arange(1, 1 + len(logps), device=device)).sum().backward()
     return logps.detach().float(), model.get_input_embeddings().weight.grad.float()

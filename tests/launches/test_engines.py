@@ -40,7 +40,7 @@ def reference():
 
 def policy():
     engine = policy_engine(folder, config, options, "sdpa", total_steps=10)
-    logps, _ = engine(batch)
+    logps = engine(batch).answers
     before = {n: p.detach().float().clone() for n, p in engine.model.named_parameters() if p.dim() > 1}
     engine.backward((logps[0] - logps[1]), True)
     engine.step()

@@ -102,7 +102,7 @@ def packed_scoring(model_id, place):
     expected = oracle.pairs_logps(plain, pairs)
     oracle.losses(expected, torch.zeros_like(expected), 0.1).sum().backward()
     packed = Scorer(AutoModelForCausalLM.from_pretrained(folder, attn_implementation=implementation(SDPA)).eval())
-    logps = packed(pack([Group.of_pair(*pair) for pair in pairs])).view(-1, 2)
+    logps = packed(pack([Group.of_pair(*pair) for pair in pairs])).answers.view(-1, 2)
     oracle.losses(logps, torch.zeros_like(expected), 0.1).sum().backward()
     lengths = torch.tensor([[len(chosen), len(rejected)] for _, chosen, rejected in pairs])
     torch.testing.assert_close(logps / lengths, expected / lengths, atol=1e-5, rtol=0)  # a token, on average

@@ -15,6 +15,7 @@ import json
 import sys
 import threading
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -22,9 +23,9 @@ from transformers import PreTrainedModel
 from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
 
 import dpo_ds
-from dpo_ds import trainer
 from dpo_ds.config import parse_options
 from dpo_ds.engine import join
+from dpo_ds.losses.objective import Objective
 from dpo_ds.ranks import console
 from dpo_ds.reports.watcher import Watcher
 from dpo_ds.train import train
@@ -65,18 +66,6 @@ class Calls(Watcher):
             setattr(place, name, counted)
 
 
-class NotFinite(torch.autograd.Function):
-    """Returns losses unchanged, but makes their gradients NaN."""
-
-    @staticmethod
-    def forward(ctx, losses):
-        return losses.clone()
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad * torch.nan
-
-
 class SpoilGradients(Watcher):
     """Makes the gradients of one step NaN."""
 
@@ -84,11 +73,15 @@ class SpoilGradients(Watcher):
         self.step = step
 
     def step_begins(self, step: int) -> None:
-        spoilt = lambda *args: NotFinite.apply(PLAIN_LOSS(*args))  # noqa: E731
-        trainer.dpo_loss = spoilt if step == self.step else PLAIN_LOSS
+        Objective.judge = spoilt if step == self.step else PLAIN_JUDGE
 
 
-PLAIN_LOSS = trainer.dpo_loss
+PLAIN_JUDGE = Objective.judge
+
+
+def spoilt(self, *args):
+    judged = PLAIN_JUDGE(self, *args)
+    return replace(judged, slopes=judged.slopes * torch.nan)
 
 
 class Stopped(Exception):

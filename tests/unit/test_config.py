@@ -149,7 +149,8 @@ def of_type(value, hint) -> bool:
     """Whether the value is exactly of the annotated type: True is not an int here, and 1 not a float."""
     if typing.get_origin(hint) is typing.Literal:
         return value in typing.get_args(hint)
-    return any(type(value) is kind for kind in typing.get_args(hint) or [hint])
+    kinds = typing.get_args(hint) or [hint]
+    return any(of_type(value, kind) if typing.get_origin(kind) else type(value) is kind for kind in kinds)
 
 
 @pytest.mark.parametrize("name", FIELDS)
@@ -162,7 +163,11 @@ def test_a_given_value_has_the_type_of_its_field(name):
     hint = typing.get_type_hints(Options)[name]
     kinds = [kind for kind in typing.get_args(hint) or [hint] if kind is not type(None)]
     # "1" can be read as a str, an int, a float and a bool.
-    text = kinds[-1] if typing.get_origin(hint) is typing.Literal else "1"
+    text = "1"
+    if typing.get_origin(hint) is typing.Literal:
+        text = kinds[-1]
+    elif typing.get_origin(kinds[0]) is typing.Literal:
+        text = typing.get_args(kinds[0])[-1]
     flags = [f"--{name}={text}"]
     if name == "max_length":
         flags = ["--max_length=2"]

@@ -379,5 +379,5 @@ def test_a_log_probability_that_is_not_finite_stops_and_names_the_pair(pairs):
         return torch.where(logps == bad, torch.nan, logps)
 
     with pytest.raises(RunStopped, match=f"of 1 answers are not finite, of the pairs {pairs.pair_id(9)}"):
-        score_set(not_finite, pairs, np.arange(32), 250, "title", lambda chunk, _: kept.extend(chunk))
+        score_set(not_finite, pairs, np.arange(32), 250, "title", keep=lambda chunk, _: kept.extend(chunk))
     assert kept == list(range(16))

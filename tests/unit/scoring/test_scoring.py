@@ -11,7 +11,6 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from dpo_ds.config import Options
 from dpo_ds.data.pairs import Group
 from dpo_ds.errors import UserError
-from dpo_ds.losses.dpo import dpo_loss
 from dpo_ds.models.lora import add_lora
 from dpo_ds.plan.activations import LiveBytes
 from dpo_ds.scoring import attention
@@ -42,9 +41,8 @@ def test_values_and_gradients_equal_two_plain_forwards(folder, checkpointing):
         for module in scorer.modules():
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0
-    logps = scorer(batch)
-    margins = logps[batch.pairs[:, 0]] - logps[batch.pairs[:, 1]]
-    dpo_loss(margins, torch.zeros(len(margins)), 0.1).sum().backward()
+    logps = scorer(batch).answers
+    oracle.losses(logps[batch.pairs], torch.zeros(len(batch.pairs), 2), 0.1).sum().backward()
 
     torch.testing.assert_close(logps, expected, atol=1e-4, rtol=1e-6)  # sums of up to 14 token log-probabilities
     gradients = dict(scorer.model.named_parameters())
@@ -79,10 +77,10 @@ def test_an_answer_scores_the_same_in_any_pack(folder):
     ]
     turned = [Group(g.prompt, g.answers[::-1], g.pairs, g.scored[::-1]) for g in groups[::-1]]
     with torch.no_grad():
-        together = scorer(pack(groups))
-        by_group = torch.cat([scorer(pack([group])) for group in groups])
-        by_answer = torch.cat([scorer(pack([group])) for group in alone])
-        reversed_ = scorer(pack(turned)).flip(0)
+        together = scorer(pack(groups)).answers
+        by_group = torch.cat([scorer(pack([group])).answers for group in groups])
+        by_answer = torch.cat([scorer(pack([group])).answers for group in alone])
+        reversed_ = scorer(pack(turned)).answers.flip(0)
     for other in (by_group, by_answer, reversed_):
         torch.testing.assert_close(together, other, atol=2e-5, rtol=1e-6)
 
@@ -128,7 +126,7 @@ def test_negative_controls_move_the_scores(name, broken, tmp_path):
     batch = pack(groups)
     broken(batch)
     with torch.no_grad():
-        moved = (packed_model(folder)(batch) - oracle.answers_logps(oracle.load(folder), groups)).abs().max()
+        moved = (packed_model(folder)(batch).answers - oracle.answers_logps(oracle.load(folder), groups)).abs().max()
     assert moved > 0.01, f"{broken.__name__} went unnoticed"
 
 
@@ -216,7 +214,7 @@ def test_the_segments_survive_what_hooks_do_to_a_tensor(name, tmp_path):
     """ZeRO-3's hooks give a module copies of its inputs. Checkpointing gives it detached ones."""
     scorer, batch = packed_model(tiny.make(name, tmp_path)), pack(random_groups())
     with torch.no_grad():
-        expected = scorer(batch)
+        expected = scorer(batch).answers
     scorer.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
     scorer.train()
 
@@ -234,7 +232,7 @@ def test_the_segments_survive_what_hooks_do_to_a_tensor(name, tmp_path):
         module.register_forward_pre_hook(copies, with_kwargs=True)
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-    torch.testing.assert_close(scorer(batch), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(scorer(batch).answers, expected, atol=1e-5, rtol=0)
 
 
 ROPES = {
@@ -261,7 +259,7 @@ def test_frequencies_are_those_of_max_length_whatever_shares_the_row(kind):
         with torch.no_grad():
             plain = oracle.answers_logps(model, groups)
             model.set_attn_implementation(PACKED)
-            return plain, Scorer(model)(pack(groups))
+            return plain, Scorer(model)(pack(groups)).answers
 
     plain, packed = scores(fixed=True)
     torch.testing.assert_close(packed, plain, atol=1e-4, rtol=1e-6)
@@ -418,7 +416,7 @@ def test_an_adapter_on_the_head_scores_and_learns_as_peft_has_it(tmp_path):
     plain, packed = adapted("eager"), adapted(PACKED)
     groups = random_groups()
     batch = pack(groups)
-    expected, logps = oracle.answers_logps(plain, groups), Scorer(packed)(batch)
+    expected, logps = oracle.answers_logps(plain, groups), Scorer(packed)(batch).answers
     torch.testing.assert_close(logps, expected, atol=1e-4, rtol=1e-5)
     for found in (expected, logps):
         (found[batch.pairs[:, 0]] - found[batch.pairs[:, 1]]).sum().backward()
@@ -429,7 +427,7 @@ def test_an_adapter_on_the_head_scores_and_learns_as_peft_has_it(tmp_path):
             torch.testing.assert_close(parameter.grad, theirs[name], atol=2e-4, rtol=1e-3)
     head = packed.get_base_model().lm_head
     head.scaling["default"] = 0.0  # as Engine.score_base does
-    assert (Scorer(packed)(batch) - expected).abs().max() > 0.1
+    assert (Scorer(packed)(batch).answers - expected).abs().max() > 0.1
 
 
 def test_backwards_in_any_order_find_their_own_forwards_gradient(tmp_path):
@@ -441,7 +439,7 @@ def test_backwards_in_any_order_find_their_own_forwards_gradient(tmp_path):
     groups = [Group.of_pair(*(np.where(part % 7 == 0, 5, part) for part in pair)) for pair in random_pairs()]
     plain = oracle.load(tmp_path)
     (oracle.answers_logps(plain, groups[:2]).sum() + 2 * oracle.answers_logps(plain, groups[2:]).sum()).backward()
-    first, second = scorer(pack(groups[:2])), scorer(pack(groups[2:]))
+    first, second = scorer(pack(groups[:2])).answers, scorer(pack(groups[2:])).answers
     with torch.no_grad():
         scorer(pack(groups))  # another forward in between, as of an evaluation
     first.sum().backward(retain_graph=True)
@@ -453,7 +451,7 @@ def test_backwards_in_any_order_find_their_own_forwards_gradient(tmp_path):
     scorer.model.zero_grad()
     embedding = scorer.model.get_input_embeddings()
     embedding.register_forward_hook(lambda module, ids, out: out.detach())
-    scorer(pack(groups[:2])).sum().backward()
+    scorer(pack(groups[:2])).answers.sum().backward()
     plain.zero_grad()
     oracle.answers_logps(plain, groups[:2]).sum().backward()
     off = (weight.grad - plain.get_output_embeddings().weight.grad).abs().amax(1)
@@ -469,6 +467,6 @@ def test_a_tied_weight_has_one_gradient_at_a_time():
         model = AutoModelForCausalLM.from_config(config, attn_implementation=sizes_only)
         scorer = Scorer(model, budget=LogitBudget(2**20))
     with LiveBytes([*scorer.parameters(), *scorer.buffers()]) as live:
-        scorer(pack(random_groups()).to("meta")).sum().backward()
+        scorer(pack(random_groups()).to("meta")).answers.sum().backward()
     gradient, tile = 4 * 50_000 * tiny.COMMON["hidden_size"], 4 * 2**20
     assert gradient < live.peak < 1.5 * gradient + tile
