@@ -186,6 +186,10 @@ class Options:
             "precomputed, or none if no loss needs them."
         ),
     ] = "auto"
+    reference_model: Annotated[
+        str | None,
+        Help("Another model as the reference, by default --model itself: hub id or folder, with the same token ids."),
+    ] = None
 
     learning_rate: Annotated[
         float | None,
@@ -513,6 +517,8 @@ def check(options: Options) -> None:
     read_columns(options.columns)
     if options.router_aux_loss_coef != "model":
         _require_number("router_aux_loss_coef", options.router_aux_loss_coef)
+    if options.reference_model is not None and options.reference in ("base", "none"):
+        raise UserError(f"--reference {options.reference} scores no --reference_model: leave one of them out")
     if options.reference == "base" and not options.lora:
         raise UserError("--reference base uses LoRA's frozen base weights: add --lora, or use --reference precomputed")
 

@@ -274,7 +274,7 @@ class Term:
     settings: Settings
 
 
-def chosen(options: Options) -> list[Term]:
+def losses_of(options: Options) -> list[Term]:
     """The losses that the run sums. Raises UserError for an unknown one, for weights that do not match, and for an
     option that none of them takes."""
     names = [name.strip() for name in options.loss.split(",")]
@@ -295,10 +295,11 @@ def chosen(options: Options) -> list[Term]:
     ]
     for term in terms:
         _check(term, options)
-    if options.reference not in ("auto", "none") and not any(term.loss.reference for term in terms):
+    asked = options.reference_model or options.reference
+    if asked not in ("auto", "none") and not any(term.loss.reference for term in terms):
+        option = "reference_model" if options.reference_model else "reference"
         raise UserError(
-            f"--reference {options.reference} has no effect on --loss {','.join(names)}, which reads no reference: "
-            "leave it out"
+            f"--{option} {asked} has no effect on --loss {','.join(names)}, which reads no reference: leave it out"
         )
     if options.wpo and not all(term.loss.weighted for term in terms):
         raise UserError("--wpo weights single pairs, but --loss aot and aot_unpaired sort them: leave out one of them")
@@ -307,7 +308,7 @@ def chosen(options: Options) -> list[Term]:
 
 def reads_reference(options: Options) -> bool:
     """Whether one of the run's losses compares the policy with a reference."""
-    return any(term.loss.reference for term in chosen(options))
+    return any(term.loss.reference for term in losses_of(options))
 
 
 def _unknown(name: str) -> str:
