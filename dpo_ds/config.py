@@ -264,7 +264,7 @@ NOT_IDENTITY = frozenset(
     | {"plan", "gpus", "gpu_memory", "host_memory", "nvme", "nvme_path"}
 )
 
-# What --columns may name: these are the names that data/forms.py looks for.
+# What --columns may name: these are the names that data/rows/forms.py looks for.
 COLUMNS = (
     *("prompt", "messages", "question", "instruction", "input", "system", "history", "tools", "chat_template_kwargs"),
     *("chosen", "rejected", "response_a", "response_b", "preference", "responses", "scores", "ranks"),

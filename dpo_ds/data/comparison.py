@@ -1,6 +1,6 @@
 """One row of the data, whatever its form was: a prompt, its answers, and which answer is better than which.
 
-data/forms.py makes it from a row's fields; data/encoder.py makes token ids from it.
+data/rows/forms.py makes it from a row's fields; data/encoder.py makes token ids from it.
 """
 
 from dataclasses import dataclass, field, replace

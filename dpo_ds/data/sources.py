@@ -3,7 +3,7 @@
     sets = load_sources("a.jsonl:0.7,b/c:0.3", folder)
 
 Rows stay on disk, memory-mapped, and are read in a stream: a set may be larger than memory. Rows of JSON are kept as
-the text that they were, because they may differ in type: `fields` gives what a row says. data/forms.py reads it.
+the text that they were, because they may differ in type: `fields` gives what a row says. data/rows/forms.py reads it.
 """
 
 import glob
@@ -54,7 +54,7 @@ class Loaded:
 
 
 def fields(row: dict[str, Any]) -> Any:
-    """What a loaded row says, as data/forms.py reads it."""
+    """What a loaded row says, as data/rows/forms.py reads it."""
     return json.loads(row[RAW]) if RAW in row else row
 
 

@@ -190,7 +190,7 @@ class _Reader:
     """Tokenises sources with the run's tokenizer and options."""
 
     def __init__(self, options: Options, tokenizer: PreTrainedTokenizerBase, date: str):
-        from dpo_ds.data.row import Reading
+        from dpo_ds.data.rows.row import Reading
 
         self.options = options
         self.encoder = Encoder(tokenizer, tokenizing_of(options, tokenizer, date))
@@ -200,7 +200,7 @@ class _Reader:
     def __call__(self, role: str, splits: "list[tuple[str, Split]]", weights: list[float] | None = None) -> Tokenised:
         """The sources' pairs as one set. Raises UserError, naming the source, if its rows cannot be used."""
         from dpo_ds.data.cache import tokenize_pairs
-        from dpo_ds.data.forms import require_form
+        from dpo_ds.data.rows.forms import require_form
         from dpo_ds.data.sources import flag
 
         cache = Path(self.options.cache_dir).expanduser() / "tokens"

@@ -9,14 +9,17 @@ import pytest
 import templates
 from layouts import answer, system, user
 
-from dpo_ds.data.assemble import EMPTY_PROMPT, FRAMED, NO_PROMPT, OTHER_PROMPT, RENDERED, REPEATED, TAIL
 from dpo_ds.data.cache import tokenize_pairs
 from dpo_ds.data.comparison import Comparison, LeftOut
 from dpo_ds.data.encoder import Encoder, Tokenizing
 from dpo_ds.data.files import RAW
-from dpo_ds.data.forms import Reading, read_row
 from dpo_ds.data.held_out import shared
 from dpo_ds.data.pairs import PairSet
+from dpo_ds.data.rows.assemble import EMPTY_PROMPT
+from dpo_ds.data.rows.chats import NO_PROMPT, OTHER_PROMPT, REPEATED
+from dpo_ds.data.rows.forms import Reading, read_row
+from dpo_ds.data.rows.parts import TAIL
+from dpo_ds.data.rows.texts import FRAMED, RENDERED
 from dpo_ds.data.sources import fields, load_sources
 from dpo_ds.errors import UserError
 

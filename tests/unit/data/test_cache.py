@@ -13,10 +13,10 @@ from dpo_ds.data.cache import tokenize_pairs
 from dpo_ds.data.counts import Report
 from dpo_ds.data.encoded import NO_ROOM
 from dpo_ds.data.encoder import Encoder, Tokenizing
-from dpo_ds.data.forms import read_row
 from dpo_ds.data.held_out import prompt_hash
 from dpo_ds.data.pairs import PairSet
-from dpo_ds.data.row import Reading
+from dpo_ds.data.rows.forms import read_row
+from dpo_ds.data.rows.row import Reading
 from dpo_ds.errors import UserError
 
 COUNT = 40

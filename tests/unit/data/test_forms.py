@@ -10,23 +10,16 @@ import pytest
 from layouts import answer, system, user
 
 from dpo_ds import config
-from dpo_ds.data import assemble, ranking
-from dpo_ds.data.answers import DISAGREE, ONE_ANSWER
-from dpo_ds.data.assemble import (
-    BEGINNING,
-    BEGUN,
-    DIFFER,
-    EMPTY,
-    EQUAL,
-    NO_PROMPT,
-    NOT_UNICODE,
-    OTHER_PROMPT,
-    RENDERED,
-    REPEATED,
-)
 from dpo_ds.data.comparison import Answer, Comparison, LeftOut, Markers, Preference
 from dpo_ds.data.dialogue import as_text
-from dpo_ds.data.forms import BESIDE, FORMS, WITHOUT_PROMPT, Reading, read_row, require_form
+from dpo_ds.data.rows import assemble, parts, preferences, ranking
+from dpo_ds.data.rows.answers import DISAGREE, ONE_ANSWER
+from dpo_ds.data.rows.assemble import NOT_UNICODE
+from dpo_ds.data.rows.chats import BEGINNING, DIFFER, NO_PROMPT, OTHER_PROMPT, REPEATED
+from dpo_ds.data.rows.forms import BESIDE, FORMS, WITHOUT_PROMPT, Reading, read_row, require_form
+from dpo_ds.data.rows.parts import BEGUN
+from dpo_ds.data.rows.preferences import EMPTY, EQUAL
+from dpo_ds.data.rows.texts import RENDERED
 from dpo_ds.errors import UserError
 
 DATA = launching.ROOT.parent / "shared" / "data"
@@ -1009,7 +1002,7 @@ def test_dialogues_that_go_on_after_their_answers_differ():
     chosen = [user("a"), answer("b"), user("c"), answer("d")]
     rejected = [user("a"), answer("x"), user("y"), answer("z"), user("thanks")]
     found = read({"chosen": chosen, "rejected": rejected})
-    assert found.messages == [user("a")] and found.implicit and found.changed == [assemble.TAIL]
+    assert found.messages == [user("a")] and found.implicit and found.changed == [parts.TAIL]
     assert found.answers == [Answer(chosen[1:], None), Answer(rejected[1:4], None)]
 
 
@@ -1102,7 +1095,7 @@ def test_another_key_may_be_the_score():
 def test_an_empty_or_equal_answer_among_several_is_not_used_and_said():
     found = read({"prompt": "p", "responses": ["a", "", "c", "a"], "scores": [3, 9, 1, 2]}, pairs="all")
     assert better(found) == [("a", "c", 2), ("a", "c", 1)]
-    assert found.changed == [assemble.EMPTY_OF_SEVERAL, assemble.EQUAL_OF_SEVERAL]
+    assert found.changed == [preferences.EMPTY_OF_SEVERAL, preferences.EQUAL_OF_SEVERAL]
 
 
 REJECTED = {
@@ -1309,11 +1302,11 @@ LEFT_OUT = {
         {"tools": 3, "prompt": "p", "chosen": "a", "rejected": "b"},
     ),
     "a call that nobody answers": (
-        assemble.OPEN_CALL,
+        parts.OPEN_CALL,
         {"prompt": [user("a"), {**answer(""), "tool_calls": WEATHER}], "chosen": "a", "rejected": "b"},
     ),
     "a system column of its own mind": (
-        assemble.TWO_SYSTEMS,
+        parts.TWO_SYSTEMS,
         {"system": "s", "prompt": [system("t"), user("a")], "chosen": "a", "rejected": "b"},
     ),
     "a system column of numbers": (
@@ -1366,11 +1359,11 @@ LEFT_OUT = {
     ),
     "an images column": (assemble.NOT_TEXT, {**GOOD, "images": ["a.png"]}),
     "two messages of the assistant's as one answer": (
-        assemble.TWO_ASSISTANTS,
+        parts.TWO_ASSISTANTS,
         {"prompt": "p", "chosen": [answer("a")], "rejected": [answer("b"), answer("c")]},
     ),
     "two messages of the assistant's before the answers": (
-        assemble.TWO_ASSISTANTS,
+        parts.TWO_ASSISTANTS,
         {
             "chosen": [user("p"), answer("a"), answer("b")],
             "rejected": [user("p"), answer("a"), answer("c")],

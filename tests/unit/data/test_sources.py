@@ -13,7 +13,7 @@ import pandas
 import pytest
 
 from dpo_ds.data.files import RAW
-from dpo_ds.data.forms import Reading, read_row, require_form
+from dpo_ds.data.rows.forms import Reading, read_row, require_form
 from dpo_ds.data.sources import Source, fields, load_sources, parse_sources
 from dpo_ds.errors import UserError
 

@@ -6,8 +6,8 @@ from functools import lru_cache
 from typing import Any
 
 from dpo_ds.data.comparison import Markers, Message, Preference
-from dpo_ds.data.messages import Notes
-from dpo_ds.data.ranking import Choice
+from dpo_ds.data.rows.messages import Notes
+from dpo_ds.data.rows.ranking import Choice
 
 
 @dataclass(frozen=True)

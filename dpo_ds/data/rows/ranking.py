@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from dpo_ds.data.comparison import LeftOut, Preference
-from dpo_ds.data.messages import a_kind, shown
+from dpo_ds.data.rows.messages import a_kind, shown
 
 Choice = Literal["best_worst", "all", "adjacent", "above_margin"]  # of --pairs
 

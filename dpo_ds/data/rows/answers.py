@@ -1,4 +1,4 @@
-"""Reads what gives a row's answers and says which of them is better. data/forms.py lists the forms.
+"""Reads what gives a row's answers and says which of them is better. data/rows/forms.py lists the forms.
 
 Each reader is given the row and the columns that are there, under our names.
 """
@@ -8,9 +8,9 @@ from functools import lru_cache
 from typing import Any
 
 from dpo_ds.data.comparison import LeftOut, Message, Preference
-from dpo_ds.data.messages import a_kind, decoded, is_chat, is_message, parsed, read_messages, unzipped
-from dpo_ds.data.ranking import by_strength, by_verdict, number, numbers
-from dpo_ds.data.row import Answers, Row
+from dpo_ds.data.rows.messages import a_kind, decoded, is_chat, is_message, parsed, read_messages, unzipped
+from dpo_ds.data.rows.ranking import by_strength, by_verdict, number, numbers
+from dpo_ds.data.rows.row import Answers, Row
 
 ONE_ANSWER = "there is one answer; a comparison needs two"
 DISAGREE = "two columns disagree on which answer is better"

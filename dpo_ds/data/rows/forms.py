@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal
 
-from dpo_ds.data.answers import (
+from dpo_ds.data.comparison import Comparison, LeftOut
+from dpo_ds.data.rows.answers import (
     PAIRS,
     SEVERAL,
     TWO,
@@ -18,11 +19,10 @@ from dpo_ds.data.answers import (
     several_answers,
     two_answers,
 )
-from dpo_ds.data.assemble import assemble
-from dpo_ds.data.comparison import Comparison, LeftOut
-from dpo_ds.data.messages import a_kind
-from dpo_ds.data.prompts import CHATS, QUESTIONS, messages_column, prompt_column, question
-from dpo_ds.data.row import Reading, Row
+from dpo_ds.data.rows.assemble import assemble
+from dpo_ds.data.rows.messages import a_kind
+from dpo_ds.data.rows.prompts import CHATS, QUESTIONS, messages_column, prompt_column, question
+from dpo_ds.data.rows.row import Reading, Row
 from dpo_ds.errors import UserError
 
 NO_FORM = "the columns of the row fit no form"
