@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 # A kind in the report.
-MOVED = "the response's first tokens merge with the prompt's: the boundary was moved back"
+MOVED = "the answer's first tokens merge with the prompt's: the boundary was moved back"
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Encoder:
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", tokenizing: Tokenizing):
         if tokenizer.eos_token_id is None:
             raise UserError(
-                f"the tokenizer of {tokenizer.name_or_path} has no EOS token to end responses with: set one"
+                f"the tokenizer of {tokenizer.name_or_path} has no EOS token to end answers with: set one"
             )
         least = tokenizing.min_prompt_tokens
         if least is not None and not 1 <= least < tokenizing.max_length:

@@ -9,7 +9,7 @@ from dpo_ds.data.rows.ranking import BELOW_MARGIN, MOST, NO_MARGIN_KNOWN, TIED, 
 from dpo_ds.data.rows.row import Answers, Reading, Row
 
 # Kinds in the report that leave a row out.
-EMPTY = "a response is empty"
+EMPTY = "an answer is empty"
 EQUAL = "chosen and rejected are equal"
 # Kinds that change a row.
 EMPTY_OF_SEVERAL = "an empty answer among several is not used"

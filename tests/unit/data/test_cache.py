@@ -310,7 +310,7 @@ def test_what_was_cut_dropped_and_not_used_is_counted(tmp_path):
     assert "not used: column source (6 rows)" in lines
     (cut,) = [line for line in lines if "prompts cut" in line]
     assert cut.startswith("1 rows with prompts cut, by ") and cut.endswith("(row 2)")
-    assert any(line.startswith("1 left out: the responses are equal once cut") for line in lines), lines
+    assert any(line.startswith("1 left out: the answers are equal once cut") for line in lines), lines
 
 
 def test_a_report_survives_the_manifest():
