@@ -41,9 +41,7 @@ class Encoder:
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", tokenizing: Tokenizing):
         if tokenizer.eos_token_id is None:
-            raise UserError(
-                f"the tokenizer of {tokenizer.name_or_path} has no EOS token to end answers with: set one"
-            )
+            raise UserError(f"the tokenizer of {tokenizer.name_or_path} has no EOS token to end answers with: set one")
         least = tokenizing.min_prompt_tokens
         if least is not None and not 1 <= least < tokenizing.max_length:
             raise UserError(

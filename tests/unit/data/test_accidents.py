@@ -220,10 +220,10 @@ def test_the_shares_of_a_mix_are_of_what_is_not_held_out(tokenised, tmp_path):
     held, _ = tokenised(*ask[4:7])
     pairs, _ = tokenised(*ask)
     train = replace(pairs, sources=np.repeat([0, 1], 4))
-    left = _without_shared(train, held, print)
-    assert np.bincount(mixed(left, [0.5, 0.5], 0, print).sources).tolist() == [1, 1]
-    with pytest.raises(UserError, match="no pair of source 2 is left for the mix"):
-        mixed(_without_shared(train, tokenised(*ask[4:])[0], print), [0.5, 0.5], 0, print)
+    left, shares = _without_shared(train, held, "--eval_dataset", print), [("one", 0.5), ("two", 0.5)]
+    assert np.bincount(mixed(left, shares, 0, print).sources).tolist() == [1, 1]
+    with pytest.raises(UserError, match="no pair of two is left for the mix"):
+        mixed(_without_shared(train, tokenised(*ask[4:])[0], "--eval_dataset", print), shares, 0, print)
 
 
 def test_what_a_user_says_after_the_last_answer_is_not_learned():

@@ -309,8 +309,16 @@ def test_what_was_cut_dropped_and_not_used_is_counted(tmp_path):
     assert lines[0].startswith("5 of 6 rows are used: 30 pairs") and len(pairs) == 30
     assert "not used: column source (6 rows)" in lines
     (cut,) = [line for line in lines if "prompts cut" in line]
-    assert cut.startswith("1 rows with prompts cut, by ") and cut.endswith("(row 2)")
+    assert cut.startswith("1 rows with prompts cut: 1 prompt, by ") and cut.endswith("(row 2)")
     assert any(line.startswith("1 left out: the answers are equal once cut") for line in lines), lines
+
+
+def test_the_cut_is_said_for_each_answer_not_for_each_row():
+    report = Report(2)
+    for row, cuts in enumerate(([10, 0, 20], [30, 0])):
+        report.add({"row": row, "left_out": "", "changed": [], "unused": [], "cut_prompt": 0, "cut_answers": cuts,
+                    "weights": [1.0], "dropped_pairs": 0})  # fmt: skip
+    assert report.lines()[-1] == "2 rows with answers cut: 3 answers, by 20 tokens on average (rows 0, 1)"
 
 
 def test_a_report_survives_the_manifest():
