@@ -204,7 +204,8 @@ class _Reader:
         self.options = options
         self.encoder = Encoder(tokenizer, tokenizing_of(options, tokenizer, date))
         markers = self.encoder.markers if self.encoder.template else None
-        self.reading = Reading(read_columns(options.columns), options.pairs, options.min_margin, markers)
+        columns = read_columns(options.columns)
+        self.reading = Reading(columns, options.pairs, options.min_margin, markers, self.encoder.ends)
 
     def __call__(self, role: str, splits: "list[tuple[str, Split]]", weights: list[float] | None = None) -> Tokenised:
         """The sources' pairs as one set. Raises UserError, naming the source, if its rows cannot be used."""

@@ -18,6 +18,7 @@ class Reading:
     pairs: Choice = "best_worst"  # which pairs are made of several answers
     min_margin: float = 0.0  # for above_margin
     markers: Markers | None = None  # None: the model has no chat template
+    ends: tuple[str, ...] = ()  # the tokens that end an answer, as text
 
 
 class Row:

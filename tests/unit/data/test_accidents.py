@@ -11,7 +11,7 @@ from layouts import answer, system, user
 
 from dpo_ds.data.cache import tokenize_pairs
 from dpo_ds.data.comparison import Comparison, LeftOut
-from dpo_ds.data.encoder import Encoder, Tokenizing
+from dpo_ds.data.encoder import SPECIAL, Encoder, Tokenizing
 from dpo_ds.data.files import RAW
 from dpo_ds.data.held_out import shared
 from dpo_ds.data.pairs import PairSet
@@ -19,6 +19,7 @@ from dpo_ds.data.rows.assemble import EMPTY_PROMPT
 from dpo_ds.data.rows.chats import NO_PROMPT, OTHER_PROMPT, REPEATED
 from dpo_ds.data.rows.forms import Reading, read_row
 from dpo_ds.data.rows.parts import TAIL
+from dpo_ds.data.rows.preferences import EMPTY
 from dpo_ds.data.rows.texts import FRAMED, RENDERED
 from dpo_ds.data.sources import fields, load_sources
 from dpo_ds.errors import UserError
@@ -30,7 +31,7 @@ GOOD = {"prompt": "Say hello.", **PAIR}
 
 def reading(model) -> Reading:
     encoder = Encoder(templates.tokenizer(model), Tokenizing(400))
-    return Reading(markers=encoder.markers if encoder.template else None)
+    return Reading(markers=encoder.markers if encoder.template else None, ends=encoder.ends)
 
 
 def read(row, model=QWEN) -> Comparison:
@@ -163,6 +164,14 @@ def test_what_only_a_template_reads_is_counted_without_one(tokenised):
     assert "plain text ignores name of a message" in text and "does not read enable_thinking" in text
     rendered = {"prompt": "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n", **PAIR, "tools": [{"name": "f"}]}
     assert "rendered already ignores tools" in "\n".join(tokenised(rendered)[1])
+
+
+@pytest.mark.parametrize(("model", "end"), [(QWEN, "<|im_end|>"), ("gpt2", "<|endoftext|>")])
+def test_a_special_token_within_an_answer_is_counted_and_at_its_end_taken_off(tokenised, model, end):
+    pairs, lines = tokenised({**GOOD, "chosen": f"Hello!{end}\n"}, {**GOOD, "rejected": f"No.{end} Yes."}, model=model)
+    assert len(pairs) == 2 and lines[1:] == [f"1 changed: {SPECIAL} (row 1)"]
+    _, lines = tokenised(GOOD, {**GOOD, "rejected": f" {end}"}, model=model)
+    assert lines[1:] == [f"1 left out: {EMPTY} (row 1)"]
 
 
 # --------------------------------------------------------------------------------------------------- files and held out

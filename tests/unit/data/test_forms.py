@@ -1094,8 +1094,30 @@ def test_another_key_may_be_the_score():
 
 def test_an_empty_or_equal_answer_among_several_is_not_used_and_said():
     found = read({"prompt": "p", "responses": ["a", "", "c", "a"], "scores": [3, 9, 1, 2]}, pairs="all")
-    assert better(found) == [("a", "c", 2), ("a", "c", 1)]
-    assert found.changed == [preferences.EMPTY_OF_SEVERAL, preferences.EQUAL_OF_SEVERAL]
+    assert better(found) == [("a", "c", 1.5)]
+    assert found.changed == [preferences.EMPTY_OF_SEVERAL, preferences.SCORED_TWICE]
+
+
+SAMPLED_TWICE = {
+    "the best and the worst": ([3, 2.5, 1], [("b", "a", 0.5)], [preferences.SCORED_TWICE]),
+    "the best twice": ([3, 1, 3], [("a", "b", 2)], [preferences.EQUAL_OF_SEVERAL]),
+    "the worst twice": ([1, 2, 1], [("b", "a", 1)], [preferences.EQUAL_OF_SEVERAL]),
+}
+
+
+@pytest.mark.parametrize("case", SAMPLED_TWICE)
+@pytest.mark.parametrize("choice", ["best_worst", "all", "adjacent"])
+def test_equal_answers_are_one_answer(case, choice):
+    scores, pairs, changed = SAMPLED_TWICE[case]
+    found = read({"prompt": "p", "responses": ["a", "b", "a"], "scores": scores}, pairs=choice)
+    assert better(found) == pairs and found.changed == changed
+
+
+def test_an_answer_that_is_only_an_end_of_turn_is_empty():
+    row = {"prompt": "p", "responses": ["a", "<|im_end|>\n", "c"], "scores": [3, 1, 2]}
+    found = read(row, ends=("</s>", "<|im_end|>"))
+    assert better(found) == [("a", "c", 1)] and found.changed == [preferences.EMPTY_OF_SEVERAL]
+    assert left_out({"prompt": "p", "chosen": "a", "rejected": "<|im_end|>"}, ends=("<|im_end|>",)) == EMPTY
 
 
 REJECTED = {
@@ -1129,6 +1151,14 @@ VERDICTS = {
 @pytest.mark.parametrize("case", VERDICTS)
 def test_verdicts_between_two(case):
     assert better(read({"prompt": "p", **VERDICTS[case]}))[0][:2] == ("good", "bad")
+
+
+@pytest.mark.parametrize("scores", [{"margin": -1}, {"score_chosen": 1, "score_rejected": 2}])
+def test_a_chosen_answer_with_the_lower_score_is_counted(scores):
+    row = {"prompt": "p", "chosen": "a", "rejected": "b"}
+    found = read({**row, **scores})
+    assert found.pairs[0].margin == -1 and found.changed == [preferences.BELOW]
+    assert not read({**row, **{name: -value for name, value in scores.items()}}).changed
 
 
 def test_weights_and_margins():
