@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from dpo_ds.data.rows.ranking import COUNTED_OTHERWISE
 from dpo_ds.errors import UserError
 
 FIRST_ROWS = 5  # how many row numbers a report names for each kind
@@ -75,8 +76,13 @@ class Report:
         return f"{parts} {what if parts > 1 else what[:-1]}, by {tokens / parts:,.0f} tokens on average"
 
     def check(self, max_left_out: float) -> None:
-        """Raises UserError if no row is left, or if more than `max_left_out` of the rows are left out."""
+        """Raises UserError if no row is left, or if more than `max_left_out` of the rows are left out.
+
+        Also if what one row says puts all in doubt.
+        """
         left_out = self.rows - self.used
+        if COUNTED_OTHERWISE in self.left_out:
+            raise UserError(f"{COUNTED_OTHERWISE} ({named(*self.left_out[COUNTED_OTHERWISE])})")
         if left_out and (self.used == 0 or left_out / self.rows > max_left_out):
             kinds = "; ".join(
                 f"{count} x {kind} ({named(count, rows)})" for kind, (count, rows) in self.left_out.items()

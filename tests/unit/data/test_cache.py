@@ -294,6 +294,14 @@ def test_what_is_left_out_is_counted_and_named(tmp_path):
         report.check(0.2)
 
 
+def test_one_verdict_that_puts_all_in_doubt_stops_whatever_may_be_left_out(tmp_path):
+    rows = [{"prompt": f"p{n}", "response_1": "a", "response_2": "b", "preference": n and 1} for n in range(9)]
+    _, (report,) = made(tmp_path, rows_of(rows))
+    assert report.used == 8
+    with pytest.raises(UserError, match=r"a verdict is 0 where the answers' names are 1 and 2.* \(row 0\)"):
+        report.check(1.0)
+
+
 def test_nothing_left_stops_whatever_may_be_left_out(tmp_path):
     _, (report,) = made(tmp_path, plain_rows(10), max_length=2, truncation="keep_start")
     with pytest.raises(UserError, match="10 of 10 rows cannot be used"):

@@ -13,7 +13,7 @@ from dpo_ds import config
 from dpo_ds.data.comparison import Answer, Comparison, LeftOut, Markers, Preference
 from dpo_ds.data.dialogue import as_text
 from dpo_ds.data.rows import assemble, parts, preferences, ranking
-from dpo_ds.data.rows.answers import DISAGREE, ONE_ANSWER
+from dpo_ds.data.rows.answers import DISAGREE, FROM_ZERO, LIST_AS_TEXT, ONE_ANSWER, RANKS_OR_ORDER
 from dpo_ds.data.rows.assemble import NOT_UNICODE
 from dpo_ds.data.rows.chats import BEGINNING, DIFFER, NO_PROMPT, OTHER_PROMPT, REPEATED
 from dpo_ds.data.rows.forms import BESIDE, FORMS, WITHOUT_PROMPT, Reading, read_row, require_form
@@ -1135,6 +1135,35 @@ def test_rejected_may_be_a_list(case):
     assert better(found) == [("a", "b", None), ("a", "c", None)] and found.messages == [user("p")]
 
 
+@pytest.mark.parametrize("rejected", ['["b", "c"]', "['b', 'c']"])
+@pytest.mark.parametrize("chosen", ["chosen", "messages"])
+def test_rejected_may_be_a_list_as_a_csv_has_it(chosen, rejected):
+    row = {"prompt": "p", "chosen": "a", "rejected": rejected}
+    if chosen == "messages":
+        row = {"messages": [user("p"), answer("a")], "rejected_response": rejected}
+    found = read(row)
+    assert better(found) == [("a", "b", None), ("a", "c", None)] and found.changed == [LIST_AS_TEXT]
+
+
+def test_a_list_is_an_answer_if_both_are_lists():
+    found = read({"prompt": "p", "chosen": '["a"]', "rejected": '["b", "c"]'})
+    assert better(found) == [('["a"]', '["b", "c"]', None)] and not found.changed
+    assert left_out({"prompt": "p", "chosen": "a", "rejected": "[]"}) == ONE_ANSWER
+
+
+@pytest.mark.parametrize(
+    ("ranking", "pair"), [([2, 0, 1], ("b", "a", 2)), ([3, 1, 2], ("b", "a", 2)), ("[2, 3, 1]", ("c", "b", 2))]
+)
+def test_a_ranking_that_may_be_an_order_is_left_out(ranking, pair):
+    row = {"prompt": "p", "responses": ["a", "b", "c"]}
+    assert left_out({**row, "Ranking": ranking}) == RANKS_OR_ORDER.format("Ranking")
+    for found in (read({**row, "ranks": ranking}), read({**row, "ranking": ranking}, columns={"ranks": "ranking"})):
+        assert better(found) == [pair] and found.changed == ([FROM_ZERO] if "0" in str(ranking) else [])
+    for same in ([0, 1, 2], [2, 1, 3], [3, 2, 1], [1, 1, 2]):
+        ranks = read({**row, "ranks": same}, pairs="all")
+        assert read({**row, "ranking": same}, pairs="all") == ranks, "as ranks and as an order it says the same"
+
+
 VERDICTS = {
     "letter": {"response_a": "good", "response_b": "bad", "preference": "A"},
     "name": {"response_a": "bad", "response_b": "good", "winner": "response_b"},
@@ -1443,6 +1472,22 @@ LEFT_OUT = {
     "a tie": (f"winner is tie (bothbad): {ranking.ALL_TIED}", {**TWO, "winner": "tie (bothbad)"}),
     "a strength of 0": (f"preference_strength is 0: {ranking.ALL_TIED}", {**TWO, "preference_strength": 0}),
     "an index of letters": ("preference is 1, but the answers are response_a and response_b", {**TWO, "preference": 1}),
+    "an index from 0 of names from 1": (
+        ranking.COUNTED_OTHERWISE,
+        {"prompt": "p", "response_1": "x", "response_2": "y", "preference": 0},
+    ),
+    "an index from 1 of names from 0": (
+        ranking.COUNTED_OTHERWISE,
+        {"prompt": "p", "response_0": "x", "response_1": "y", "preference": "2"},
+    ),
+    "a verdict that denies": (
+        "winner is not a, but the answers are response_a and response_b",
+        {**TWO, "winner": "not a"},
+    ),
+    "a verdict that denies a name": (
+        "winner is not_response_b, but the answers are response_a and response_b",
+        {**TWO, "winner": "not_response_b"},
+    ),
     "a probability": ("preference is 0.7, but the answers are response_a and response_b", {**TWO, "preference": 0.7}),
     "a verdict of NaN": (
         "preference is not a number, but the answers are response_a and response_b",
