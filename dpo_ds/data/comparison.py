@@ -51,6 +51,8 @@ class Markers:
 
     specials: frozenset[str]  # the special tokens that the template writes
     opening: str  # what the template writes before an answer of the assistant's; "" if that cannot be told
+    closing: str = ""  # between what a user says and that
+    end: str = ""  # after an answer
 
 
 def without_unused_answers(comparison: Comparison) -> Comparison:

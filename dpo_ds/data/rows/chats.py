@@ -6,7 +6,7 @@ from typing import Any
 from dpo_ds.data.comparison import LeftOut, Message
 from dpo_ds.data.dialogue import as_dialogue, helpsteer_messages, parse_dialogue, prompt_messages
 from dpo_ds.data.rows.messages import a_kind, is_part, read_content, read_messages
-from dpo_ds.data.rows.parts import TWO_ASSISTANTS, Parts, before_prompt, chat_parts
+from dpo_ds.data.rows.parts import TWO_ASSISTANTS, Parts, before_prompt, chat_parts, without_answer
 from dpo_ds.data.rows.preferences import EMPTY, EQUAL
 from dpo_ds.data.rows.row import Prompt, Row
 
@@ -15,7 +15,6 @@ DIFFER = "the dialogues differ before the last answer"
 BEGINNING = "one dialogue is the beginning of the other"
 NO_PROMPT = "chosen and rejected share no prompt"
 # Kinds that change a row.
-REPEATED = "the answers repeat the prompt: it is taken once"
 OTHER_PROMPT = "the prompt's column differs from the dialogues in the answers: the dialogues are used"
 
 
@@ -76,14 +75,10 @@ def _given(
             return common
         if [_key(m) for m in messages] == [_key(m) for m in common[-len(messages) :]]:  # the assistant begins them
             return common
-        return [*messages, *common]
+        return [*without_answer(row, messages, [chat[-1] for chat in chats], prompt.continues), *common]
     given = prompt.messages
     if not whole and [_key(m) for m in given] != [_key(m) for m in common[: len(given)]]:
-        last = given[-1]
-        if last["role"] == "assistant" and any([_key(last)] == [_key(m) for m in chat[-1:]] for chat in chats):
-            row.notes.changed[REPEATED] = None
-            given = given[:-1]
-        return [*given, *common]
+        return [*without_answer(row, given, [chat[-1] for chat in chats], prompt.continues), *common]
     keys, shared = [_key(message) for message in given], [_key(message) for message in common]
     if shared[: len(keys)] == keys or shared[-len(keys) :] == keys:  # the answers repeat the prompt
         return common

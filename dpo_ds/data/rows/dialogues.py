@@ -4,8 +4,8 @@ from itertools import pairwise
 
 from dpo_ds.data.comparison import LeftOut
 from dpo_ds.data.dialogue import ROLES, as_dialogue, last_answer, parse_dialogue, prompt_messages, without_tail
-from dpo_ds.data.rows.chats import DIFFER, NO_PROMPT, REPEATED, compare, from_chats, shared_messages
-from dpo_ds.data.rows.parts import TAIL, Parts, before_prompt, text_parts
+from dpo_ds.data.rows.chats import DIFFER, NO_PROMPT, compare, from_chats, shared_messages
+from dpo_ds.data.rows.parts import REPEATED, TAIL, Parts, before_prompt, text_parts
 from dpo_ds.data.rows.row import Prompt, Row
 
 

@@ -1,5 +1,6 @@
 """A row's prompt and its answers once they fit each other, as messages and as plain text."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -14,6 +15,8 @@ TWO_SYSTEMS = "the column system and the dialogue's system message differ"
 TWO_ASSISTANTS = "two assistant messages follow each other where the answers begin, or in one"
 OPEN_CALL = "the prompt ends in a tool call without the tool's answer"
 # Kinds that change a row.
+REPEATED = "the answers repeat the prompt: it is taken once"
+ANSWERED = "the dialogue ends in an answer that is none of those compared: it is not used"
 BEGUN = "the prompt ends in the assistant's words: the answers continue them"
 TAIL = "what follows the assistant's last message is not used"
 
@@ -65,6 +68,39 @@ def chat_parts(row: Row, messages: list[Message], chats: list[list[Message]]) ->
     if begun:
         text = as_text(messages[:-1]) + " " + messages[-1]["content"]
     return Parts(messages, answers, text)
+
+
+# How a text ends that goes on.
+OPEN_END = re.compile(r"[,;:=–—-]\s*\Z")
+
+
+def without_answer(row: Row, messages: list[Message], answers: Sequence[Message], continues: bool) -> list[Message]:
+    """A prompt's messages without an answer at their end: one of those compared, or one that these do not go on with.
+
+    continues: they go on with whatever it ends with.
+    """
+    last = messages[-1]
+    if len(messages) < 2 or last["role"] != "assistant":
+        return messages
+    if _said_and_called(last) in map(_said_and_called, answers):
+        row.notes.changed[REPEATED] = None
+        return messages[:-1]
+    if continues or last.get("tool_calls") or _goes_on(last["content"] or "", [a["content"] or "" for a in answers]):
+        return messages
+    row.notes.changed[ANSWERED] = None
+    return messages[:-1]
+
+
+def _said_and_called(message: Message) -> tuple[str, str]:
+    return (message["content"] or "").strip(), repr([call["function"] for call in message.get("tool_calls", [])])
+
+
+def _goes_on(text: str, answers: Sequence[str]) -> bool:
+    """Whether it is evident that answers go on with a text: it ends so, or they begin in the middle of its sentence."""
+    if OPEN_END.search(text):
+        return True
+    apart = text[-1:].isspace() or all(answer[:1].isspace() for answer in answers)
+    return apart and text.rstrip()[-1:].isalnum() and all(answer.lstrip()[:1].islower() for answer in answers)
 
 
 def _answer_text(chat: list[Message], begun: bool) -> str | None:

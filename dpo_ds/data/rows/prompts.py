@@ -3,6 +3,7 @@
 Each reader is given the row and the columns that are there, under our names. It returns None if these give no prompt.
 """
 
+from dataclasses import replace
 from typing import Any
 
 from dpo_ds.data.comparison import LeftOut
@@ -21,7 +22,7 @@ def prompt_column(row: Row, names: tuple[str, ...]) -> Prompt | None:
     row.take(names[0])
     if isinstance(value, str):
         return Prompt(where, text=value, continues=True)
-    return _prompt_messages(row, where, value)
+    return replace(_prompt_messages(row, where, value), continues=True)
 
 
 def _prompt_messages(row: Row, where: str, value: Any) -> Prompt:

@@ -70,7 +70,9 @@ class Prompt:
     where: str  # the column
     text: str | None = None
     messages: list[Message] | None = None
-    continues: bool = False  # answers go on from the text as it is; otherwise it is what a user says
+    # Answers go on from its end as it is. Otherwise a text is what a user says, and an answer at the end of a dialogue
+    # is mostly one of its own.
+    continues: bool = False
     tools: Any = None
 
 

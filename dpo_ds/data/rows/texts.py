@@ -6,17 +6,27 @@ from collections.abc import Sequence
 from typing import Any
 
 from dpo_ds.data.comparison import Answer, LeftOut, Message
-from dpo_ds.data.dialogue import ROLES, as_dialogue, helpsteer_messages, parse_dialogue, prompt_messages
-from dpo_ds.data.rows.chats import NO_PROMPT, REPEATED, from_chats
+from dpo_ds.data.dialogue import ROLES, as_dialogue, helpsteer_messages, last_answer, parse_dialogue, prompt_messages
+from dpo_ds.data.rows.chats import NO_PROMPT, from_chats
 from dpo_ds.data.rows.dialogues import from_dialogues
 from dpo_ds.data.rows.messages import is_chat, is_message
-from dpo_ds.data.rows.parts import SYSTEMS, Parts, before_prompt, chat_parts, is_plain, text_parts
+from dpo_ds.data.rows.parts import (
+    REPEATED,
+    SYSTEMS,
+    Parts,
+    before_prompt,
+    chat_parts,
+    is_plain,
+    text_parts,
+    without_answer,
+)
 from dpo_ds.data.rows.prompts import CHATS, QUESTIONS
 from dpo_ds.data.rows.rendered import rendered_dialogues, rendered_prompt, require_bare, require_own
 from dpo_ds.data.rows.row import Prompt, Reading, Row
 
 # Kinds in the report that change a row.
 RENDERED = "the texts hold the chat template's own tokens: they are used as they are"
+OPENED_FOR = "a prompt that is rendered already does not open the assistant's turn: the template's opening is added"
 FRAMED = "the prompt ends like one for another model; the chat template puts its own frame around it"
 
 # Columns that say something about a row. A text in any other column may be its prompt.
@@ -39,8 +49,10 @@ def from_texts(row: Row, prompt: Prompt | None, texts: list[str], reading: Readi
             else rendered_prompt(given, texts, reading.markers)
         )
         if found is not None:
-            text, texts = found
             row.notes.changed[RENDERED] = None
+            if given is not None and found[0] != given and found[1] == texts:
+                row.notes.changed[OPENED_FOR] = None
+            text, texts = found
             answers = [Answer([{"role": "assistant", "content": answer}], answer) for answer in texts]
             return Parts([{"role": "user", "content": text}], answers, text, rendered=True)
         require_own(texts[0] if given is None else given, reading.markers)
@@ -70,6 +82,9 @@ def from_texts(row: Row, prompt: Prompt | None, texts: list[str], reading: Readi
     if dialogue is not None:
         text, texts = _open_turn(text, texts)
     messages = prompt_messages(text) or [{"role": "user", "content": text}]
+    asked = without_answer(row, messages, _as_messages(texts), prompt.continues)
+    if len(asked) < len(messages):
+        messages, text, texts = asked, text[: last_answer(text)], [f" {answer.strip()}" for answer in texts]
     before = before_prompt(row, messages)
     if dialogue is not None:
         text = "".join(f"\n\n{ROLES[message['role']]}: {message['content']}" for message in before) + text
@@ -94,16 +109,15 @@ def _said(row: Row, messages: list[Message], texts: Sequence[str], prompt: Promp
     """A prompt as messages, and answers as text."""
     if prompt is not None:
         messages = [*before_prompt(row, messages), *messages]
-        if len(messages) > 1 and messages[-1]["role"] == "assistant":
-            said = (messages[-1]["content"] or "").strip()
-            if said in [text.strip() for text in texts]:  # the dialogue with its answer, and the answers once more
-                row.notes.changed[REPEATED] = None
-                messages = messages[:-1]
+        messages = without_answer(row, messages, _as_messages(texts), prompt.continues)
         last = messages[-1]
         if last["role"] == "user":
             texts = _once(row, last["content"], last["content"], list(texts), False)
-    chats: list[list[Message]] = [[{"role": "assistant", "content": text}] for text in texts]
-    return chat_parts(row, messages, chats)
+    return chat_parts(row, messages, [[message] for message in _as_messages(texts)])
+
+
+def _as_messages(texts: Sequence[str]) -> list[Message]:
+    return [{"role": "assistant", "content": text} for text in texts]
 
 
 def _once(row: Row, text: str, written: str, texts: list[str], dialogue: bool) -> list[str]:

@@ -16,10 +16,11 @@ from dpo_ds.data.files import RAW
 from dpo_ds.data.held_out import shared
 from dpo_ds.data.pairs import PairSet
 from dpo_ds.data.rows.assemble import EMPTY_PROMPT
-from dpo_ds.data.rows.chats import NO_PROMPT, OTHER_PROMPT, REPEATED
+from dpo_ds.data.rows.chats import NO_PROMPT, OTHER_PROMPT
 from dpo_ds.data.rows.forms import Reading, read_row
-from dpo_ds.data.rows.parts import TAIL
+from dpo_ds.data.rows.parts import REPEATED, TAIL
 from dpo_ds.data.rows.preferences import EMPTY
+from dpo_ds.data.rows.rendered import NOT_OPEN
 from dpo_ds.data.rows.texts import FRAMED, RENDERED
 from dpo_ds.data.sources import fields, load_sources
 from dpo_ds.errors import UserError
@@ -101,6 +102,20 @@ def test_a_prompt_is_not_guessed_beside_messages_or_a_text_without_blanks():
 def test_a_third_answer_is_not_dropped(verdict):
     row = {"prompt": "Say hello.", "response_1": "Hello!", "response_2": "No.", "response_3": "Why?", **verdict}
     assert left_out(row).startswith("there is response_3 beside response_1 and response_2")
+
+
+@pytest.mark.parametrize("model", [name for name in templates.SHAPES if templates.tokenizer(name).chat_template])
+def test_a_rendered_prompt_without_its_opening_gets_it_or_is_refused(model):
+    turns = [user("Hi."), answer("Hello."), user("Say hello.")]
+    closed, opened = (
+        templates.tokenizer(model).apply_chat_template(turns, tokenize=False, add_generation_prompt=asks)
+        for asks in (False, True)
+    )
+    for prompt in (closed, closed.rstrip(), opened, opened.rstrip()):
+        try:
+            assert read({"prompt": prompt, **PAIR}, model).text == opened
+        except LeftOut as reason:
+            assert str(reason) == NOT_OPEN and model.startswith("microsoft/Phi-3") and prompt in closed
 
 
 def test_a_prompt_in_another_models_style_is_counted():

@@ -15,21 +15,26 @@ from dpo_ds.data.dialogue import as_text
 from dpo_ds.data.rows import assemble, parts, preferences, ranking
 from dpo_ds.data.rows.answers import DISAGREE, FROM_ZERO, LIST_AS_TEXT, ONE_ANSWER, RANKS_OR_ORDER
 from dpo_ds.data.rows.assemble import NOT_UNICODE
-from dpo_ds.data.rows.chats import BEGINNING, DIFFER, NO_PROMPT, OTHER_PROMPT, REPEATED
+from dpo_ds.data.rows.chats import BEGINNING, DIFFER, NO_PROMPT, OTHER_PROMPT
 from dpo_ds.data.rows.forms import BESIDE, FORMS, WITHOUT_PROMPT, Reading, read_row, require_form
-from dpo_ds.data.rows.parts import BEGUN
+from dpo_ds.data.rows.parts import ANSWERED, BEGUN, REPEATED
 from dpo_ds.data.rows.preferences import EMPTY, EQUAL
-from dpo_ds.data.rows.texts import RENDERED
+from dpo_ds.data.rows.rendered import NOT_OPEN
+from dpo_ds.data.rows.texts import OPENED_FOR, RENDERED
 from dpo_ds.errors import UserError
 
 DATA = launching.ROOT.parent / "shared" / "data"
 HH = DATA / "hh-harmless" / "test.jsonl.gz"
 FILES = DATA / "forms"
-CHATML = Markers(frozenset({"<|im_start|>", "<|im_end|>"}), "<|im_start|>assistant\n")
-MISTRAL = Markers(frozenset({"<s>", "</s>"}), " [/INST]")
+CHATML = Markers(
+    frozenset({"<|im_start|>", "<|im_end|>"}), "<|im_start|>assistant\n", closing="<|im_end|>\n", end="<|im_end|>"
+)
+MISTRAL = Markers(frozenset({"<s>", "</s>"}), " [/INST]", end="</s>")
 LLAMA_3 = Markers(
     frozenset({"<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"}),
     "<|start_header_id|>assistant<|end_header_id|>\n\n",
+    closing="<|eot_id|>",
+    end="<|eot_id|>",
 )
 UNKNOWN_OPENING = replace(LLAMA_3, opening="")
 
@@ -567,6 +572,60 @@ MORE = {
         *HELLO_GO,
         {"rendered": True, "text": "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"},
     ),
+    "03: nothing opens the answers": (
+        CHATML,
+        {"prompt": "<|im_start|>user\nHi<|im_end|>\n", "chosen": "Hello", "rejected": "Go"},
+        None,
+        *HELLO_GO,
+        {
+            "rendered": True,
+            "text": "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n",
+            "changed": [RENDERED, OPENED_FOR],
+        },
+    ),
+    "03: the same after another answer, without the last line break": (
+        CHATML,
+        {
+            "prompt": "<|im_start|>assistant\nWhat?<|im_end|>\n<|im_start|>user\nHi<|im_end|>",
+            "chosen": answer("Hello"),
+            "rejected": answer("Go"),
+        },
+        None,
+        *HELLO_GO,
+        {
+            "rendered": True,
+            "text": "<|im_start|>assistant\nWhat?<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n",
+        },
+    ),
+    "03: the opening without its line breaks": (
+        LLAMA_3,
+        {"prompt": HEADERS.rstrip(), "chosen": "Hello", "rejected": "Go"},
+        None,
+        *HELLO_GO,
+        {"rendered": True, "text": HEADERS, "changed": [RENDERED, OPENED_FOR]},
+    ),
+    "03: an answer is begun": (
+        CHATML,
+        {"prompt": "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nWell,", "chosen": "Hello", "rejected": "Go"},
+        None,
+        *HELLO_GO,
+        {
+            "rendered": True,
+            "text": "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nWell,",
+            "changed": [RENDERED],
+        },
+    ),
+    "03: the prompt without its opening is repeated": (
+        CHATML,
+        {
+            "prompt": "<|im_start|>user\nHi<|im_end|>\n",
+            "chosen": "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello",
+            "rejected": "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nGo",
+        },
+        None,
+        *HELLO_GO,
+        {"rendered": True, "text": "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"},
+    ),
     "03b: without BOS": (
         MISTRAL,
         {"prompt": "[INST] Hi [/INST]", "chosen": "Hello", "rejected": "Go"},
@@ -790,6 +849,54 @@ MORE = {
         answer("yes"),
         answer("no"),
         {"changed": [BEGUN], "text": "\n\nHuman: Write\n\nAssistant: Sure, "},
+    ),
+    "10: a whole answer at the end of a dialogue": (
+        CHATML,
+        {"messages": [user("Hi"), answer("Good morning to you.")], "chosen": "Hello", "rejected": "Go"},
+        [user("Hi")],
+        *HELLO_GO,
+        {"changed": [ANSWERED]},
+    ),
+    "10: the same with answers as messages": (
+        CHATML,
+        {
+            "conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Good day "}],
+            "chosen": {"from": "gpt", "value": "Hello"},
+            "rejected": {"from": "gpt", "value": "Go"},
+        },
+        [user("Hi")],
+        *HELLO_GO,
+        {"changed": [ANSWERED]},
+    ),
+    "10: the same as text": (
+        None,
+        {"conversation": "Human: Hi\n\nAssistant: Good morning.", "chosen": "Hello", "rejected": "Go"},
+        [user("Hi")],
+        *HELLO_GO,
+        {"changed": [ANSWERED], "text": "\n\nHuman: Hi\n\nAssistant:"},
+    ),
+    "10: a dialogue as text that ends in one of the answers": (
+        None,
+        {"prompt": "\n\nHuman: Hi\n\nAssistant: Hello", "chosen": "Hello", "rejected": "Go"},
+        [user("Hi")],
+        *HELLO_GO,
+        {"changed": [REPEATED], "text": "\n\nHuman: Hi\n\nAssistant:"},
+    ),
+    "10: begun within a word's reach": (
+        CHATML,
+        {"messages": [user("Write"), answer("Sure, here is")], "chosen": " the code", "rejected": " nothing"},
+        [user("Write"), answer("Sure, here is")],
+        answer(" the code"),
+        answer(" nothing"),
+        {"changed": [BEGUN]},
+    ),
+    "10: whatever a prompt ends with is continued": (
+        CHATML,
+        {"prompt": [user("Write"), answer("Done.")], "chosen": "Yes", "rejected": "No"},
+        [user("Write"), answer("Done.")],
+        answer("Yes"),
+        answer("No"),
+        {"changed": [BEGUN]},
     ),
     "10: begun in a column of messages": (
         CHATML,
@@ -1411,6 +1518,18 @@ LEFT_OUT = {
         "a text begins with <|start_header_id|>, which another model's chat template writes; give messages, or use "
         "--chat_template none",
         {"prompt": "<|start_header_id|>user", "chosen": "a", "rejected": "b"},
+    ),
+    "a rendered prompt with its answer": (
+        NOT_OPEN,
+        {
+            "prompt": "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello<|im_end|>\n",
+            "chosen": "a",
+            "rejected": "b",
+        },
+    ),
+    "a rendered prompt that breaks off": (
+        NOT_OPEN,
+        {"prompt": "<|im_start|>user\nHi", "chosen": "a", "rejected": "b"},
     ),
     "a rendered dialogue that goes on": (
         "a dialogue that is rendered already goes on after its answers differ; give it as messages",
