@@ -162,8 +162,8 @@ FORMS = [
         "prompt",
         "`messages`, `conversations`, `conversation`, `dialogue`, `trajectory` or `context`",
         tuple((name,) for name in CHATS),
-        "messages with `role` and `content`, or `from` and `value`, or turns such as `human` and `assistant`; an answer "
-        "at its end is not used, unless it breaks off there",
+        "messages with `role` and `content`, or `from` and `value`, or turns such as `human` and `assistant`; an "
+        "answer at its end is not used, unless it breaks off there",
         "LLaMA-Factory's ShareGPT form, HelpSteer3, UltraInteract, ms-swift",
         {
             "conversations": [{"from": "human", "value": "Say hello."}],

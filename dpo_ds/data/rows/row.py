@@ -29,7 +29,7 @@ class Row:
         mapped = {*columns.values()}
         given = [name for name in reversed(fields) if name not in mapped]
         # A column that is called exactly so comes before one in another case.
-        self.names = {_plain(name): name for name in given} | {name: name for name in given if _plain(name) == name}
+        self.names = {plain(name): name for name in given} | {name: name for name in given if plain(name) == name}
         self.names |= columns
         self.used: set[str] = set()
         self.notes = Notes()
@@ -58,7 +58,7 @@ class Row:
 
 
 @lru_cache(maxsize=10_000)
-def _plain(name: str) -> str:
+def plain(name: str) -> str:
     """A column's name as forms have it: `Chosen Response` and `chosen-response` are chosen_response."""
     return name.strip().lower().replace("-", "_").replace(" ", "_")
 

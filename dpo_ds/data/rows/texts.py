@@ -22,7 +22,7 @@ from dpo_ds.data.rows.parts import (
 )
 from dpo_ds.data.rows.prompts import CHATS, QUESTIONS
 from dpo_ds.data.rows.rendered import rendered_dialogues, rendered_prompt, require_bare, require_own
-from dpo_ds.data.rows.row import Prompt, Reading, Row
+from dpo_ds.data.rows.row import Prompt, Reading, Row, plain
 
 # Kinds in the report that change a row.
 RENDERED = "the texts hold the chat template's own tokens: they are used as they are"
@@ -34,8 +34,9 @@ ABOUT = re.compile(
     r"(.*_)?(id|ids|index|source|dataset|subset|split|type|category|categories|domain|topic|task|tags?|labels?|lang|"
     r"language|models?|name|url|link|license|date|time|timestamp|scores?|ratings?|rationale|reason|reasoning|feedback|"
     r"critique|comments?|notes?|metadata|meta|info|annotator|hash|status|version|policy|explanation|justification|"
-    r"statement|elaboration|weight|margin)"
+    r"statement|elaboration|weight|margin|difficulty|level|quality|length|count|rank|ranking|winner|seed|group|batch)"
 )
+NO_WORDS = re.compile(r"|true|false|yes|no|none|null|na|n/a|nan|[-+]?[\d.,]+(e[-+]?\d+)?%?", re.IGNORECASE)
 # How prompts end that were written for models without special tokens: Vicuna's, Alpaca's.
 OPENED = re.compile(r"(\bASSISTANT:|#{2,3} ?(Response|Assistant|Answer):?)\s*\Z")
 
@@ -150,11 +151,19 @@ def _common_words(row: Row, texts: list[str]) -> Parts:
     for name in ("prompt", *CHATS, *QUESTIONS):
         if row.has(name) and row.called(name) not in row.used:
             raise LeftOut(f"the field {row.called(name)} is missing")
-    for name, value in row.fields.items():
-        said = name not in row.used and _says_something(value)
-        if said and not ABOUT.fullmatch(name.strip().lower().replace("-", "_")) and row.names.get(name) not in SYSTEMS:
+    mapped = {column: name for name, column in row.columns.items()}
+    known = {row.called(name) for name in (*SYSTEMS, "tools", "chat_template_kwargs")}
+    for column, value in row.fields.items():
+        name = plain(column)
+        if column in mapped and name in ("prompt", *CHATS, *QUESTIONS) and value is not None:
             raise LeftOut(
-                f"no column is the prompt, but {name} may be: say so with --columns prompt={name}, or remove it"
+                f"no column is the prompt, since --columns takes {column} for {mapped[column]}; say which is: "
+                "--columns prompt=COLUMN"
+            )
+        spare = not {column} & {*row.used, *mapped, *known} and not ABOUT.fullmatch(name)
+        if spare and _says_something(value):
+            raise LeftOut(
+                f"no column is the prompt, but {column} may be: say so with --columns prompt={column}, or remove it"
             )
     common = os.path.commonprefix(texts)  # noqa: RUF071  (compares character by character, as intended)
     shared = re.sub(r"\s*\S*\Z", "", common)
@@ -171,7 +180,7 @@ def _common_words(row: Row, texts: list[str]) -> Parts:
 
 
 def _says_something(value: Any) -> bool:
-    """Whether a value may be a prompt: words, a text in a script without blanks between words, or messages."""
+    """Whether a value may be a prompt: text but for a number or a word of a table's, or messages."""
     if isinstance(value, str):
-        return len(value.split()) > 1 or (len(value.strip()) > 3 and not value.isascii())
+        return not NO_WORDS.fullmatch(value.strip())
     return is_chat(value) or is_message(value)

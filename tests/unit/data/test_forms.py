@@ -1310,6 +1310,23 @@ def test_weights_and_margins():
 # -------------------------------------------------------------------------------------------------------- --columns
 
 
+def test_a_prompt_is_not_guessed_past_a_column_that_is_taken_for_another():
+    row = {"prompt": "Hi", "chosen": "Hello to you", "rejected": "Hello to me"}
+    said = "no column is the prompt, since --columns takes prompt for system; say which is: --columns prompt=COLUMN"
+    assert left_out(row, columns={"system": "prompt"}) == said
+    found = read({"Question": "Hi", **row}, columns={"prompt": "Question", "system": "prompt"})
+    assert found.messages == [system("Hi"), user("Hi")]
+
+
+def test_a_prompt_is_guessed_beside_what_is_none():
+    row = {"chosen": "Say hello. Hello!", "rejected": "Say hello. No."}
+    beside = {"System-Prompt": "Be brief.", "difficulty": "easy", "safe": "True", "p": "0.5", "note": "", "n": 3}
+    found = read({**row, **beside})
+    assert found.implicit and found.messages == [system("Be brief."), user("Say hello.")]
+    found = read({**row, "who": "Be brief."}, columns={"system": "who"})
+    assert found.messages[0] == system("Be brief.")
+
+
 def test_columns_are_named():
     row = {"ask": "Hi", "best": "Hello", "worst": "Go", "prompt": "not this", "why": "it is so"}
     found = read(row, columns={"question": "ask", "chosen": "best", "rejected": "worst"})
@@ -1399,6 +1416,10 @@ LEFT_OUT = {
     "a text beside which no prompt is named": (
         "no column is the prompt, but task_text may be: say so with --columns prompt=task_text, or remove it",
         {"task_text": "Add one and one.", "chosen": "It is two", "rejected": "It is three"},
+    ),
+    "a word beside which no prompt is named": (
+        "no column is the prompt, but ask may be: say so with --columns prompt=ask, or remove it",
+        {"ask": "Hi", "chosen": "Hello to you", "rejected": "Hello to me"},
     ),
     "two columns that could be the prompt": (
         "question and problem could both be the prompt; name one: --columns prompt=question",
