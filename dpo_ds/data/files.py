@@ -78,7 +78,7 @@ def read_file(path: Path, folder: Path, kind: str | None = None) -> dict[str, Ke
 
 
 def as_stored(rows: datasets.Dataset) -> Kept:
-    """Rows whose images, sound and video are not decoded: nothing is learned from them, and one may be damaged."""
+    """Rows whose images, sound, video and pages are not decoded: nothing reads them, and one may be damaged."""
     for name, feature in rows.features.items():
         stored = _not_decoded(feature)
         if stored != feature:
@@ -87,7 +87,7 @@ def as_stored(rows: datasets.Dataset) -> Kept:
 
 
 def _not_decoded(feature: Any) -> Any:
-    if hasattr(feature, "decode"):
+    if isinstance(feature, (datasets.Image, datasets.Audio, datasets.Video, datasets.Pdf)):
         return dataclasses.replace(feature, decode=False)
     if isinstance(feature, dict):
         return {name: _not_decoded(inner) for name, inner in feature.items()}

@@ -21,8 +21,8 @@ import numpy as np
 
 from dpo_ds.data.comparison import Comparison, Message
 
-# Token ids; texts; the question of a prompt that was found, zeros for others; and what any prompt may be asked to be
-# compared with that: its last user's turn, and the whole lines and sentences of that.
+# Of the token ids; of the texts; of what a prompt asks that was found, zeros for one that is given; and two that any
+# prompt has to be compared with that: its last user's turn, and the whole lines and sentences of it.
 KEYS = 5
 FOUND = 2  # the place of the third
 

@@ -44,7 +44,7 @@ def _opened(prompt: str, answers: list[str], markers: Markers) -> str:
         # The blanks behind it may stand in the prompt or in the answers.
         as_it_is = after.startswith(blanks) or any(answer[:1].isspace() for answer in answers)
         return prompt if as_it_is else before + found + blanks
-    if found and markers.end not in after:  # the assistant has begun its answer
+    if found and (not markers.end or markers.end not in after):  # the assistant has begun its answer
         return prompt
     closing = markers.closing.rstrip()
     ended_answer = found and not after.partition(markers.end)[2].strip()

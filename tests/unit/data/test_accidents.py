@@ -236,6 +236,14 @@ def test_a_question_as_text_and_as_messages_is_one_prompt(tokenised, model):
     assert not shared(one.prompt_keys, other.prompt_keys).any()
 
 
+def test_whole_dialogues_and_their_question_are_one_prompt(tokenised):
+    start = [user("Well. Say  hello")]
+    forked = {"chosen": [*start, answer("Hello!"), user("Thanks"), answer("Bye.")], "rejected": [*start, answer("No.")]}
+    found, _ = tokenised(forked)
+    given, _ = tokenised({"prompt": [system("Be kind."), user("well. say hello")], **PAIR})
+    assert shared(found.prompt_keys, given.prompt_keys).all() and shared(given.prompt_keys, found.prompt_keys).all()
+
+
 def test_the_shares_of_a_mix_are_of_what_is_not_held_out(tokenised, tmp_path):
     """The second source's pairs are all held out but one: the mix has one of each."""
     from dpo_ds.runs.data import _without_shared, mixed

@@ -615,6 +615,13 @@ MORE = {
             "changed": [RENDERED],
         },
     ),
+    "03: a begun answer where the template ends none": (
+        Markers(frozenset({"<b>"}), "<a>"),
+        {"prompt": "<b>Hi<a>Well,", "chosen": "Hello", "rejected": "Go"},
+        None,
+        *HELLO_GO,
+        {"rendered": True, "text": "<b>Hi<a>Well,", "changed": [RENDERED]},
+    ),
     "03: the prompt without its opening is repeated": (
         CHATML,
         {
