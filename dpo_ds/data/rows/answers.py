@@ -167,8 +167,9 @@ def several_answers(row: Row, names: tuple[str, ...]) -> Answers:
     ranks = _values(row, found, where, "ranks", RANK_COLUMNS, RANK_KEYS, used)
     if scores is None and ranks is None:
         raise LeftOut(f"{where} has neither scores nor ranks beside it")
-    for key in {key for entry in found if isinstance(entry, dict) and not is_message(entry) for key in entry} - used:
-        if any(entry.get(key) is not None for entry in found if isinstance(entry, dict)):
+    keys = dict.fromkeys(key for entry in found if isinstance(entry, dict) and not is_message(entry) for key in entry)
+    for key in keys:  # in their order: the report is the same in every process
+        if key not in used and any(entry.get(key) is not None for entry in found if isinstance(entry, dict)):
             row.notes.unused[f"key {key} of {where}"] = None
     by_rank = None if ranks is None else [-rank for rank in ranks]
     if scores is not None and by_rank is not None and _disagree(scores, by_rank):
