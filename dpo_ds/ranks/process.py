@@ -80,12 +80,17 @@ def keep_freed_memory() -> None:
 
 
 def exact_pinned_memory() -> bool:
-    """Whether page-locked blocks are not rounded up: from torch 2.13 on, unless the user's settings differ."""
+    """Whether page-locked blocks are not rounded up: torch has the setting, and the user's settings do not differ."""
+    wanted = "pinned_max_round_threshold_mb" in os.environ.get("PYTORCH_ALLOC_CONF", EXACT_PINNED)
+    return wanted and knows_exact_pinned()
+
+
+def knows_exact_pinned() -> bool:
+    """Whether torch knows EXACT_PINNED: from 2.13 on. An older one stops at a setting that it does not know."""
     import torch
     from packaging.version import Version
 
-    known = Version(torch.__version__.split("+")[0]) >= Version("2.13")
-    return known and "pinned_max_round_threshold_mb" in os.environ.get("PYTORCH_ALLOC_CONF", EXACT_PINNED)
+    return Version(torch.__version__.split("+")[0]) >= Version("2.13")
 
 
 class FromChild(Exception):

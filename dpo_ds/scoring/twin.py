@@ -58,6 +58,7 @@ def _sizes(head_dim: int) -> dict[str, int]:
         "qk_nope_head_dim": head_dim,
         "v_head_dim": head_dim,
         "qk_rope_head_dim": head_dim // 2,
+        "qk_head_dim": head_dim + head_dim // 2,  # some models read this sum from the config
         "n_group": 1,
         "topk_group": 1,
     }

@@ -120,6 +120,7 @@ def test_readme_is_short():
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 120
 
 
+@pytest.mark.usefixtures("documented_torch")
 @pytest.mark.parametrize("page", ["README.md", "docs/planning.md"])
 def test_the_plan_is_what_the_command_prints(page):
     lines = (ROOT / page).read_text(encoding="utf-8").splitlines()

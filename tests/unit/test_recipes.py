@@ -15,6 +15,7 @@ spec = importlib.util.spec_from_file_location("make_recipes", FOLDER / "make.py"
 make = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(make)
 
+pytestmark = pytest.mark.usefixtures("documented_torch")
 RECIPES = [(model, lora) for model in known_models() for lora in (False, True)]
 
 

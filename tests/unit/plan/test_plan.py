@@ -13,6 +13,7 @@ from dpo_ds.plan.choose import choose
 from dpo_ds.plan.machine import GIB, Machine, host_memory
 from dpo_ds.plan.plan import Plan
 from dpo_ds.plan.refuse import for_run, remedies, show
+from dpo_ds.ranks import process
 
 # ---------------------------------------------------------------------------------------------- choosing and refusing
 
@@ -25,6 +26,7 @@ def planned(model: str, gpus: int = 8, gpu: int = 80, host: int = 2000, nvme: in
     return choose(parse_options(["--model", model, *more]), machine)
 
 
+@pytest.mark.usefixtures("documented_torch")
 def test_70b_is_what_was_measured():
     """With fp32 sums of gradients, 22.4 bytes a parameter were measured, all in host memory. Here 2 of them, the
     weights, are on the GPUs."""
@@ -65,13 +67,18 @@ def test_a_live_reference_is_counted():
     assert both.need("gpu") - alone.need("gpu") == pytest.approx(2 * 70.55e9 / 8, rel=1e-3)
 
 
+@pytest.mark.usefixtures("documented_torch")
 def test_page_locked_memory_is_rounded_up_unless_torch_is_told_not_to(monkeypatch):
     exact = planned(QWEN_72B)
-    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "expandable_segments:True")
-    rounded = planned(QWEN_72B)
+    with monkeypatch.context() as changed:
+        changed.setenv("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+        rounded = planned(QWEN_72B)
     assert rounded.need("host") > 1.1 * exact.need("host")
+    monkeypatch.setattr(process, "knows_exact_pinned", lambda: False)
+    assert planned(QWEN_72B).need("host") == rounded.need("host"), "torch before 2.13 cannot be told"
 
 
+@pytest.mark.usefixtures("documented_torch")
 def test_a_refusal_says_what_would_fit_and_it_does():
     options = parse_options(["--model", LLAMA_70B, "--gpus", "8", "--gpu_memory", "80", "--host_memory", "1000"])
     with pytest.raises(UserError) as error:
@@ -101,6 +108,7 @@ def test_each_place_where_memory_is_missing_is_named():
         assert words in str(error.value), error.value
 
 
+@pytest.mark.usefixtures("documented_torch")
 def test_the_table_comes_with_every_change_that_would_fit():
     options = parse_options([
         "--model", LLAMA_70B, "--plan", "only", "--gpus", "8", "--gpu_memory", "80", "--host_memory", "1000",
@@ -168,6 +176,7 @@ def test_json_is_the_same_plan():
     assert sum(part["bytes"] for part in facts["parts"] if part["where"] == "disk") == facts["need"]["disk"]
 
 
+@pytest.mark.usefixtures("documented_torch")
 def test_the_recipes_readme_shows_the_plan_of_all():
     readme = (launching.ROOT / "launch" / "recipes" / "README.md").read_text()
     assert everything() in readme, "run python docs/make.py launch/recipes/README.md"
