@@ -73,8 +73,8 @@ def place(tmp_path_factory):
 def flags(place, case: str, run: str) -> dict:
     ranks, stage, extra = RUNS[run]
     data = "equal" if not LOSSES.get(case, LOSSES["sigmoid"]).weighted else "weighted"
-    # Not adjacent pairs: DPO's first slopes of an answer that is better than one and worse than another cancel, and Adam
-    # makes updates of full size of what is left, which is rounding.
+    # Not adjacent pairs: the first slopes of an answer that is better than one and worse than another cancel. Rounding
+    # is left, and Adam makes updates of full size of it.
     pairs = "adjacent" if case == "plackett_luce" else "all"
     return {
         "model": place / "llama", "dataset": place / f"{data}.jsonl", "pairs": pairs, "plan": "off",
