@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from dpo_ds.config import Options, parse_options
-from dpo_ds.losses.table import chosen
+from dpo_ds.losses.table import losses_of
 from dpo_ds.ranks import collectives, console, process, world
 
 if TYPE_CHECKING:  # a command that refuses its options must not wait for these imports
@@ -21,7 +21,7 @@ if TYPE_CHECKING:  # a command that refuses its options must not wait for these 
 
 def main(argv: list[str]) -> None:
     options = parse_options(argv)
-    chosen(options)
+    losses_of(options)
     plan = make_plan(options)
     if options.plan == "only":
         return
@@ -103,7 +103,7 @@ def describe(run: "Run") -> str:
     """The line that says what is about to run."""
     options = run.options
     how = f"LoRA r={options.lora_r}" if options.lora else "all weights"
-    losses = " + ".join(f"{term.weight:g} {term.name}".removeprefix("1 ") for term in chosen(options))
+    losses = " + ".join(f"{term.weight:g} {term.name}".removeprefix("1 ") for term in losses_of(options))
     start = f", from {run.resume_from}" if run.resume_from else ""
     return (
         f"{options.model} ({run.model.parameters / 1e6:,.1f} M parameters, {how}), loss {losses}, ZeRO stage "

@@ -14,7 +14,7 @@ import torch
 from dpo_ds.config import Options
 from dpo_ds.losses import formulas
 from dpo_ds.losses.compared import Compared, Running
-from dpo_ds.losses.table import chosen
+from dpo_ds.losses.table import losses_of
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Objective:
     """The losses that a run's options name."""
 
     def __init__(self, options: Options):
-        self.terms = chosen(options)
+        self.terms = losses_of(options)
         self.names = [term.name for term in self.terms]
         scopes = {term.loss.scope for term in self.terms}
         self.scope = "step" if "step" in scopes else "group" if "group" in scopes else "pair"

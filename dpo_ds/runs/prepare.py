@@ -18,7 +18,7 @@ from dpo_ds.data.steps import Schedule
 from dpo_ds.engine.requirements import require_compiler, require_nvme
 from dpo_ds.engine.tiers import fill_tier, swap_folders
 from dpo_ds.errors import UserError
-from dpo_ds.losses.table import chosen
+from dpo_ds.losses.table import losses_of
 from dpo_ds.models.files import fetch_weights, load_tokenizer
 from dpo_ds.models.find import find_model, known_model
 from dpo_ds.models.model import Model, torch_dtype
@@ -116,7 +116,7 @@ def prepare(options: Options, here: World, plan: Plan | None = None) -> Run:
 
 def require_data(options: Options, pairs: PairSet) -> None:
     """Raises UserError if the pairs lack what the run's losses read of them."""
-    for term in chosen(options):
+    for term in losses_of(options):
         if term.loss.margins and (unusable := int((~(pairs.margins > 0)).sum())):  # NaN: not known
             raise UserError(
                 f"--loss {term.name} reads by how much a chosen answer is better, but {unusable} of {len(pairs)} pairs "
