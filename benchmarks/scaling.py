@@ -106,6 +106,7 @@ def index_of(count: str) -> dict:
     """The memory of an index of that many pairs: what a run holds of them besides the memory-mapped tokens."""
     import numpy as np
 
+    from dpo_ds.data.held_out import KEYS
     from dpo_ds.data.pairs import PairSet
     from dpo_ds.data.steps import Schedule, deal
 
@@ -120,7 +121,7 @@ def index_of(count: str) -> dict:
         prompts=sequences[:, 0].copy(),
         prompt_gaps=np.zeros((n, 2, 2), dtype=np.int32),
         prompt_hashes=np.ones((n, 16), dtype=np.uint8),
-        prompt_keys=np.ones((n, 3, 16), dtype=np.uint8),
+        prompt_keys=np.ones((n, KEYS, 16), dtype=np.uint8),
         answers=sequences[:, 1:].reshape(-1, 2).copy(),
         answer_cuts=np.zeros(2 * n, dtype=np.int32),
         answer_groups=np.repeat(np.arange(n), 2),

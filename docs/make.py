@@ -2,7 +2,7 @@
 
     docs/package.svg           the wings and what they import, from the import statements
     docs/options.md            every option, from dpo_ds.config.Options
-    docs/data.md               the forms of a row, from dpo_ds.data.forms
+    docs/data.md               the forms of a row, from dpo_ds.data.rows.forms
     docs/models.md             the twelve models and their checks, from tests/launches/test_models.py
     launch/recipes/README.md   the plan of each recipe's model, from dpo_ds.plan (a minute)
 
@@ -207,7 +207,7 @@ def models_table() -> str:
 
 def forms_tables() -> str:
     """The forms of a row: how it gives its answers, its prompt, and what may stand beside them."""
-    from dpo_ds.data.forms import BESIDE, FORMS, WITHOUT_PROMPT
+    from dpo_ds.data.rows.forms import BESIDE, FORMS, WITHOUT_PROMPT
 
     lines = []
     for half, title in (("answers", "The answers, and which is better"), ("prompt", "The prompt")):

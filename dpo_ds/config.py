@@ -186,6 +186,10 @@ class Options:
             "precomputed, or none if no loss needs them."
         ),
     ] = "auto"
+    reference_model: Annotated[
+        str | None,
+        Help("Another model as the reference, by default --model itself: hub id or folder, with the same token ids."),
+    ] = None
 
     learning_rate: Annotated[
         float | None,
@@ -208,7 +212,7 @@ class Options:
     max_length: Annotated[
         int | None,
         Help(
-            "Tokens of prompt + the longer response; by default 1024, or the model's context if less.",
+            "Tokens of prompt + the longer answer; by default 1024, or the model's context if less.",
             heading="the data",
         ),
     ] = None
@@ -218,8 +222,8 @@ class Options:
     truncation: Annotated[
         Literal["keep_question", "keep_end", "keep_start"],
         Help(
-            "keep_question cuts a response's end before it cuts more than half of the prompt, and the prompt's oldest "
-            "turns first; keep_end cuts the prompt's beginning; keep_start cuts prompt + response at the end."
+            "keep_question cuts an answer's end before it cuts more than half of the prompt, and the prompt's oldest "
+            "turns first; keep_end cuts the prompt's beginning; keep_start cuts prompt + answer at the end."
         ),
     ] = "keep_question"
     min_prompt_tokens: Annotated[
@@ -320,7 +324,7 @@ NOT_IDENTITY = frozenset(
     | {"plan", "gpus", "gpu_memory", "host_memory", "nvme", "nvme_path"}
 )
 
-# What --columns may name: these are the names that data/forms.py looks for.
+# What --columns may name: these are the names that data/rows/forms.py looks for.
 COLUMNS = (
     *("prompt", "messages", "question", "instruction", "input", "system", "history", "tools", "chat_template_kwargs"),
     *("chosen", "rejected", "response_a", "response_b", "preference", "responses", "scores", "ranks"),
@@ -498,7 +502,7 @@ def check(options: Options) -> None:
     _require(options, "ld_alpha", lambda x: 0 <= x <= 1, "between 0 and 1")
     _require(options, "sft_weight", lambda x: x > 0, "more than 0")
     _require(options, "lora_dropout", lambda x: 0 <= x < 1, "from 0 to below 1")
-    _require(options, "max_length", lambda x: x >= 2, "2 or more: a prompt token and a response token")
+    _require(options, "max_length", lambda x: x >= 2, "2 or more: a token of the prompt and one of an answer")
     _require(options, "min_prompt_tokens", lambda x: x > 0, "more than 0")
     if options.min_prompt_tokens is not None and options.truncation != "keep_question":
         raise UserError("--min_prompt_tokens is for --truncation keep_question: leave one of them out")
@@ -513,6 +517,8 @@ def check(options: Options) -> None:
     read_columns(options.columns)
     if options.router_aux_loss_coef != "model":
         _require_number("router_aux_loss_coef", options.router_aux_loss_coef)
+    if options.reference_model is not None and options.reference in ("base", "none"):
+        raise UserError(f"--reference {options.reference} scores no --reference_model: leave one of them out")
     if options.reference == "base" and not options.lora:
         raise UserError("--reference base uses LoRA's frozen base weights: add --lora, or use --reference precomputed")
 

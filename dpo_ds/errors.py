@@ -21,6 +21,15 @@ def one_line(said: BaseException | str, most: int | None = 300) -> str:
 
 
 @contextlib.contextmanager
+def said_of(option: str) -> Iterator[None]:
+    """Makes a UserError about --model inside the block one about another option that names a model."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(str(error).replace("--model ", f"{option} ", 1)) from error
+
+
+@contextlib.contextmanager
 def files_of(option: str, path: Path | str) -> Iterator[None]:
     """Turns an OSError inside the block into a UserError that names `option` and the path."""
     try:

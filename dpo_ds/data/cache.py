@@ -19,10 +19,10 @@ from dpo_ds.data.counts import Report
 from dpo_ds.data.dialogue import as_text
 from dpo_ds.data.encoded import Encoded
 from dpo_ds.data.encoder import Encoder
-from dpo_ds.data.forms import read_row
 from dpo_ds.data.held_out import KEYS, prompt_hash, prompt_keys
 from dpo_ds.data.pairs import read_manifest
-from dpo_ds.data.row import Reading
+from dpo_ds.data.rows.forms import read_row
+from dpo_ds.data.rows.row import Reading
 from dpo_ds.data.sources import fields
 from dpo_ds.errors import files_of
 from dpo_ds.files import scratch_folder
@@ -30,7 +30,7 @@ from dpo_ds.files import scratch_folder
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-FORMAT = 5  # raise it when the cached files change, or the code that decides their content
+FORMAT = 6  # raise it when the cached files change, or the code that decides their content
 SMALL = 20_000  # rows; for fewer, starting processes costs more than it saves
 BATCH = 1000  # rows that are in memory at a time
 

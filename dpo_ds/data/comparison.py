@@ -1,6 +1,6 @@
 """One row of the data, whatever its form was: a prompt, its answers, and which answer is better than which.
 
-data/forms.py makes it from a row's fields; data/encoder.py makes token ids from it.
+data/rows/forms.py makes it from a row's fields; data/encoder.py makes token ids from it.
 """
 
 from dataclasses import dataclass, field, replace
@@ -51,6 +51,8 @@ class Markers:
 
     specials: frozenset[str]  # the special tokens that the template writes
     opening: str  # what the template writes before an answer of the assistant's; "" if that cannot be told
+    closing: str = ""  # between what a user says and that
+    end: str = ""  # after an answer
 
 
 def without_unused_answers(comparison: Comparison) -> Comparison:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from dpo_ds.data.rows.ranking import COUNTED_OTHERWISE
 from dpo_ds.errors import UserError
 
 FIRST_ROWS = 5  # how many row numbers a report names for each kind
@@ -20,8 +21,9 @@ class Report:
     left_out: Kinds = field(default_factory=dict)
     changed: Kinds = field(default_factory=dict)
     unused: Kinds = field(default_factory=dict)  # columns and message keys that nothing reads
-    # Rows of which something was cut, and the tokens that were cut from prompts or answers.
+    # Of "prompts" and "answers": the rows in which one was cut, how many were, and by how many tokens in all.
     cut: Kinds = field(default_factory=dict)
+    cut_parts: dict[str, int] = field(default_factory=dict)
     cut_tokens: dict[str, int] = field(default_factory=dict)
     dropped_pairs: int = 0  # whose answers no longer differ, of rows that are used
 
@@ -45,10 +47,11 @@ class Report:
             _count(self.changed, kind, row)
         for name in facts["unused"]:
             _count(self.unused, name, row)
-        for what, tokens in (("prompts", facts["cut_prompt"]), ("answers", sum(facts["cut_answers"]))):
-            if tokens:
+        for what, cuts in (("prompts", [facts["cut_prompt"]]), ("answers", facts["cut_answers"])):
+            if any(cuts):
                 _count(self.cut, what, row)
-                self.cut_tokens[what] = self.cut_tokens.get(what, 0) + tokens
+                self.cut_parts[what] = self.cut_parts.get(what, 0) + sum(tokens > 0 for tokens in cuts)
+                self.cut_tokens[what] = self.cut_tokens.get(what, 0) + sum(cuts)
         self.pairs += len(facts["weights"])
         self.dropped_pairs += facts["dropped_pairs"]
 
@@ -58,8 +61,7 @@ class Report:
         for verb, kinds in (("left out", self.left_out), ("changed", self.changed)):
             lines += [f"{count} {verb}: {kind} ({named(count, rows)})" for kind, (count, rows) in kinds.items()]
         for what, (count, rows) in self.cut.items():
-            mean = self.cut_tokens[what] / count
-            lines.append(f"{count} rows with {what} cut, by {mean:.0f} tokens on average ({named(count, rows)})")
+            lines.append(f"{count} rows with {what} cut: {self.cut_by(what)} ({named(count, rows)})")
         if self.dropped_pairs:
             lines.append(
                 f"{self.dropped_pairs} pairs dropped: their answers are the same tokens, or nothing to learn, once cut"
@@ -69,9 +71,18 @@ class Report:
             lines.append(f"not used: {names}")
         return lines
 
+    def cut_by(self, what: str) -> str:
+        parts, tokens = self.cut_parts[what], self.cut_tokens[what]
+        return f"{parts} {what if parts > 1 else what[:-1]}, by {tokens / parts:,.0f} tokens on average"
+
     def check(self, max_left_out: float) -> None:
-        """Raises UserError if no row is left, or if more than `max_left_out` of the rows are left out."""
+        """Raises UserError if no row is left, or if more than `max_left_out` of the rows are left out.
+
+        Also if what one row says puts all in doubt.
+        """
         left_out = self.rows - self.used
+        if COUNTED_OTHERWISE in self.left_out:
+            raise UserError(f"{COUNTED_OTHERWISE} ({named(*self.left_out[COUNTED_OTHERWISE])})")
         if left_out and (self.used == 0 or left_out / self.rows > max_left_out):
             kinds = "; ".join(
                 f"{count} x {kind} ({named(count, rows)})" for kind, (count, rows) in self.left_out.items()

@@ -7,6 +7,8 @@ import re
 
 ROLES = {"user": "Human", "assistant": "Assistant", "system": "System"}
 TURN = re.compile(r"\n\n(Human|Assistant|System):")
+STRIPPED = re.compile(r"\s*(Human|System):")
+EXTRA_ID = re.compile(r"\n?<extra_id_1>(User|Assistant|System)\n")  # between the turns of HelpSteer2's prompts
 
 
 def parse_dialogue(text: str) -> list[dict] | None:
@@ -31,3 +33,45 @@ def as_text(messages: list[dict]) -> str:
         for message in messages
     ]
     return "".join(turns) + "\n\nAssistant:"
+
+
+def as_dialogue(text: str) -> str | None:
+    """A dialogue in HH's style as HH has it, with a blank line before each turn; None if the text is none."""
+    if TURN.match(text):
+        return text
+    if STRIPPED.match(text) and re.search(r"\n\s*Assistant:", text):
+        return "\n\n" + re.sub(r"\n\s*(?=(?:Human|Assistant|System):)", "\n\n", text.lstrip())
+    return None
+
+
+def prompt_messages(text: str) -> list[dict] | None:
+    """The messages of a dialogue as text. What the assistant has begun at its end stays as it is written."""
+    messages = parse_dialogue(text)
+    if messages and messages[-1]["role"] == "assistant":
+        begun = text[text.rfind("\n\nAssistant:") + len("\n\nAssistant:") :]
+        messages[-1] = {"role": "assistant", "content": begun.lstrip()}
+    return messages
+
+
+def helpsteer_messages(text: str) -> list[dict] | None:
+    """The messages of a prompt in HelpSteer2's style, without the open answer at its end; None if it is none."""
+    first, *turns = EXTRA_ID.split(text)
+    messages = [{"role": "user", "content": first}] + [
+        {"role": name.lower(), "content": content} for name, content in zip(turns[::2], turns[1::2], strict=True)
+    ]
+    if messages[-1] == {"role": "assistant", "content": ""}:
+        messages.pop()
+    return messages if turns else None
+
+
+def without_tail(text: str) -> str:
+    """An HH dialogue as far as its last answer: what a user says after it is not learned."""
+    start = last_answer(text)
+    tail = TURN.search(text, start) if start else None
+    return text[: tail.start()] if tail else text
+
+
+def last_answer(text: str) -> int:
+    """Where the last answer of an HH dialogue begins: right after its last "Assistant:", or 0 without one."""
+    at = text.rfind("\n\nAssistant:")
+    return 0 if at < 0 else at + len("\n\nAssistant:")

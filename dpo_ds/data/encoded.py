@@ -5,9 +5,9 @@ from dataclasses import dataclass, field, replace
 from dpo_ds.data.comparison import Preference, renumbered
 
 # Kinds in the report, of rows that are left out.
-NO_ROOM = "no room for a response token within --max_length"
-EQUAL_NOW = "the responses are equal once cut"
-EQUAL_TOKENS = "the responses are the same tokens"
+NO_ROOM = "no room for a token of an answer within --max_length"
+EQUAL_NOW = "the answers are equal once cut"
+EQUAL_TOKENS = "the answers are the same tokens"
 
 Gap = tuple[int, int]  # a place, and how many tokens stood there
 

@@ -12,15 +12,16 @@ from dpo_ds.data import truncate
 from dpo_ds.data.chat import REWRITTEN, write_chat
 from dpo_ds.data.comparison import Comparison, LeftOut, Markers, without_unused_answers
 from dpo_ds.data.encoded import Encoded, Gap, with_pairs_that_differ
-from dpo_ds.data.template import ChatTemplate, Span
+from dpo_ds.data.template import ChatTemplate, Span, said
 from dpo_ds.data.transcript import Transcript, write_plain, write_rendered
 from dpo_ds.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# A kind in the report.
-MOVED = "the response's first tokens merge with the prompt's: the boundary was moved back"
+# Kinds in the report.
+MOVED = "the answer's first tokens merge with the prompt's: the boundary was moved back"
+SPECIAL = "an answer's text holds a special token of the tokenizer: the model learns it as such"
 
 
 @dataclass(frozen=True)
@@ -41,9 +42,7 @@ class Encoder:
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", tokenizing: Tokenizing):
         if tokenizer.eos_token_id is None:
-            raise UserError(
-                f"the tokenizer of {tokenizer.name_or_path} has no EOS token to end responses with: set one"
-            )
+            raise UserError(f"the tokenizer of {tokenizer.name_or_path} has no EOS token to end answers with: set one")
         least = tokenizing.min_prompt_tokens
         if least is not None and not 1 <= least < tokenizing.max_length:
             raise UserError(
@@ -57,6 +56,11 @@ class Encoder:
             raise UserError(f"--chat_template_kwargs are for a chat template, and {tokenizer.name_or_path} uses none")
         self.markers = self.template.markers() if self.template else Markers(frozenset(), "")
         self._writes_bos = self._begins_with_bos()
+        end = self.template.frame(Comparison([], [], [])).end.strip() if self.template else ""
+        self.ends = tuple(token for token in {str(tokenizer.eos_token): None, end: None} if token)
+        added = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
+        self._specials = frozenset(token for token in [*added, *tokenizer.all_special_tokens] if token.strip())
+        self._signs = frozenset(token[0] for token in self._specials)  # mostly "<" alone
 
     def _begins_with_bos(self) -> bool:
         """Whether a text of this model's begins with BOS, which the tokenizer or the template adds."""
@@ -94,9 +98,21 @@ class Encoder:
         try:
             if comparison.rendered:
                 return write_rendered(comparison, self.template)
-            return write_chat(comparison, self.template) if self.template else write_plain(comparison)
+            written = write_chat(comparison, self.template) if self.template else write_plain(comparison)
         except LeftOut as reason:
             return reason
+        if any(self._holds_special(said(message)) for answer in comparison.answers for message in answer.messages):
+            written.note(SPECIAL)
+        return written
+
+    def _holds_special(self, text: str) -> bool:
+        """Whether there is a special token in a text, but for those that end it: they are taken off."""
+        if not any(sign in text for sign in self._signs):
+            return False
+        text = text.rstrip()
+        while end := next((end for end in self.ends if text.endswith(end)), None):
+            text = text.removesuffix(end).rstrip()
+        return any(token in text for token in self._specials)
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
         """Token ids as the tokenizer gives them. A template has already written special tokens."""

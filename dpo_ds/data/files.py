@@ -6,6 +6,7 @@ stay text: an answer may be "4" or "NA".
 """
 
 import csv
+import dataclasses
 import gzip
 import itertools
 import json
@@ -73,7 +74,26 @@ def read_file(path: Path, folder: Path, kind: str | None = None) -> dict[str, Ke
         rows.data.validate(full=True)  # Arrow's reader accepts bytes that are not text
     except Exception as error:  # datasets wraps what its readers raise, in many types
         raise UserError(f"{path} cannot be read as {kind}: {_cause(error)}") from None
-    return {"train": Kept(rows, rows.column_names)}
+    return {"train": as_stored(rows)}
+
+
+def as_stored(rows: datasets.Dataset) -> Kept:
+    """Rows whose images, sound, video and pages are not decoded: nothing reads them, and one may be damaged."""
+    for name, feature in rows.features.items():
+        stored = _not_decoded(feature)
+        if stored != feature:
+            rows = rows.cast_column(name, stored)
+    return Kept(rows, rows.column_names)
+
+
+def _not_decoded(feature: Any) -> Any:
+    if isinstance(feature, (datasets.Image, datasets.Audio, datasets.Video, datasets.Pdf)):
+        return dataclasses.replace(feature, decode=False)
+    if isinstance(feature, dict):
+        return {name: _not_decoded(inner) for name, inner in feature.items()}
+    if isinstance(feature, (datasets.List, datasets.LargeList)):
+        return dataclasses.replace(feature, feature=_not_decoded(feature.feature))
+    return feature
 
 
 def rewritten(kept: Kept, folder: Path) -> Kept:
@@ -182,6 +202,34 @@ def _json_splits(path: Path, file: IO[str]) -> Iterator[tuple[str, Iterable[tupl
         yield "train", _lines(path, itertools.chain([first, second], file))
 
 
+def loads(text: str) -> Any:
+    """What a row of JSON says. Of a key that an object has twice the last value counts; a column says that it was so.
+
+    Raises ValueError if the text is not JSON.
+    """
+    decoder, twice = _decoder()
+    return _with_columns(decoder.decode(text), twice)
+
+
+def _decoder() -> tuple[json.JSONDecoder, dict[str, None]]:
+    """A decoder, and the keys that it meets twice in an object."""
+    twice: dict[str, None] = {}
+
+    def built(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            keys = [key for key, _ in pairs]
+            twice.update(dict.fromkeys(key for key in keys if keys.count(key) > 1))
+        return found
+
+    return json.JSONDecoder(object_pairs_hook=built), twice
+
+
+def _with_columns(row: Any, twice: dict[str, None]) -> Any:
+    """A row with a column for each key that it had twice. Nothing reads it, so the report names it."""
+    return row | {f"{key} (given twice)": True for key in twice} if twice and isinstance(row, dict) else row
+
+
 def _loads(text: str) -> Any:
     """What a text says as JSON; None if it is not JSON (or null)."""
     try:
@@ -235,7 +283,7 @@ class _Text:
 
 def _elements(path: Path, text: _Text) -> Iterator[Any]:
     """The elements of a JSON array, one by one."""
-    decoder = json.JSONDecoder()
+    decoder, twice = _decoder()
     blanks = " \t\r\n"
     text.skip(blanks)
     text.at += 1
@@ -244,6 +292,7 @@ def _elements(path: Path, text: _Text) -> Iterator[Any]:
         try:
             if not sign:
                 raise ValueError("the array does not end")
+            twice.clear()
             value, end = decoder.raw_decode(text.text, text.at)
             if end == len(text.text) and not text.ended:  # a number may go on
                 raise ValueError("cut")
@@ -256,7 +305,7 @@ def _elements(path: Path, text: _Text) -> Iterator[Any]:
             continue
         text.at = end
         number += 1
-        yield value
+        yield _with_columns(value, twice)
     text.at += 1
     if text.skip(blanks):
         raise UserError(f"{path}: more follows the array, which ends after row {number - 1}: write one array, or lines")
@@ -264,12 +313,15 @@ def _elements(path: Path, text: _Text) -> Iterator[Any]:
 
 def _object(path: Path, text: str) -> Iterator[tuple[str, Iterable[tuple[Any, str | None]]]]:
     """The rows of a file that is one JSON value: an object of splits, of rows, of columns, or one row."""
+    decoder, twice = _decoder()
     try:
-        value = json.loads(text)
+        value = decoder.decode(text)
     except RecursionError:
         raise _too_deep(path, 0) from None
     except ValueError as error:
         raise _not_json(path, 0, error) from None
+    if twice:  # half of the rows may stand under it
+        raise UserError(f"{path} has the key {next(iter(twice))} twice in an object: remove one of them")
     if not isinstance(value, dict):
         yield "train", [(value, None)]
         return

@@ -1,24 +1,30 @@
 """Which pairs are held out for evaluation: no prompt, and no variant of one, is on both sides.
 
-Two prompts are variants of each other if one of their keys is equal. A prompt has three keys, 16 bytes of sha256 each:
+Two prompts are variants of each other if they have one of these keys in common, 16 bytes of sha256 each:
 
-    of its token ids
-    of its messages' texts, without regard to case and blanks
-    for a prompt that was found as what the answers have in common: of its last question, since the answers decide
-    where such a prompt ends; otherwise zeros
+    of the token ids
+    of the messages' texts
+    of the question, if one of the two was found as what the answers have in common. The answers decide where such a
+    prompt ends, so less of it is compared: its last user's turn, or of a text its whole lines and sentences
+
+Texts are compared without regard to case, blanks and Unicode's normal forms.
 
 This file imports only numpy and data/comparison.py.
 """
 
 import hashlib
 import re
+import unicodedata
 from collections.abc import Sequence
 
 import numpy as np
 
-from dpo_ds.data.comparison import Comparison
+from dpo_ds.data.comparison import Comparison, Message
 
-KEYS = 3
+# Of the token ids; of the texts; of what a prompt asks that was found, zeros for one that is given; and two that any
+# prompt has to be compared with that: its last user's turn, and the whole lines and sentences of it.
+KEYS = 5
+FOUND = 2  # the place of the third
 
 
 def prompt_hash(text: str) -> bytes:
@@ -27,18 +33,20 @@ def prompt_hash(text: str) -> bytes:
 
 
 def prompt_keys(comparison: Comparison, text: str, ids: Sequence[int]) -> bytes:
-    """The three keys of a prompt, one after another. `text` is the prompt as plain text, `ids` its tokens."""
-    question = _question(comparison, text) if comparison.implicit else ""
+    """The keys of a prompt, one after another. `text` is the prompt as plain text, `ids` its tokens."""
     # The same question may be given as a text in one set and as messages in another.
     said = "\n".join(_said(message) for message in comparison.messages) or text
-    return (
-        _hash(np.asarray(ids, dtype=np.int32).tobytes())
-        + _hash(_plain(said).encode())
-        + (_hash(_plain(question).encode()) if question else bytes(16))
+    asked = [message["content"] for message in comparison.messages if message["role"] == "user"]
+    turn = (asked[-1] if asked else None) or text
+    whole, sentences = _text_hash(turn), _text_hash(_sentences(turn))
+    dialogue = any(message["role"] == "assistant" for message in comparison.messages) or any(
+        len(answer.messages) > 1 for answer in comparison.answers
     )
+    found = (whole if dialogue else sentences) if comparison.implicit else bytes(16)
+    return _hash(np.asarray(ids, dtype=np.int32).tobytes()) + _text_hash(said) + found + whole + sentences
 
 
-def _said(message: dict) -> str:
+def _said(message: Message) -> str:
     return f"{message['role']}: {message['content'] or ''} {message.get('tool_calls') or ''}"
 
 
@@ -46,16 +54,12 @@ def _hash(content: bytes) -> bytes:
     return hashlib.sha256(content).digest()[:16]
 
 
-def _plain(text: str) -> str:
-    return " ".join(text.casefold().split())
+def _text_hash(text: str) -> bytes:
+    return _hash(" ".join(unicodedata.normalize("NFKC", text).casefold().split()).encode())
 
 
-def _question(comparison: Comparison, text: str) -> str:
-    """What an implicit prompt asks: of a dialogue, the last user's turn; of a text, all up to the end of its last whole
-    line or sentence."""
-    asked = [message["content"] for message in comparison.messages if message["role"] == "user"]
-    if len(comparison.messages) > 1 and asked and isinstance(asked[-1], str):
-        return asked[-1]
+def _sentences(text: str) -> str:
+    """A text as far as the end of its last whole line or, where it is one line, of its last whole sentence."""
     for end in (r"\n", r"[.?!:](?=\s)"):
         *_, last = [0, *(match.end() for match in re.finditer(end, text.rstrip()))]
         if last:
@@ -69,22 +73,34 @@ def families(keys: np.ndarray) -> np.ndarray:
     keys: uint8 [n, KEYS, 16].
     """
     family = np.arange(len(keys))
-    columns = []
-    for column in range(keys.shape[1]):
-        halves = np.ascontiguousarray(keys[:, column]).view(np.uint64)
-        there = halves.any(axis=1)
-        _, number = np.unique(halves[there], axis=0, return_inverse=True)
-        columns.append((there, number.reshape(-1)))
+    links = [(family.copy(), _numbers(keys[:, n])) for n in range(FOUND)]
+    found = np.flatnonzero(keys[:, FOUND].any(axis=1))
+    if len(found):
+        links.append(_by_question(keys, found))
     while True:
         before = family.copy()
-        for there, number in columns:
-            if len(number):
-                least = np.full(number.max() + 1, len(keys))
-                np.minimum.at(least, number, family[there])
-                family[there] = least[number]
+        for members, number in links:
+            least = np.full(number.max(initial=-1) + 1, len(keys))
+            np.minimum.at(least, number, family[members])
+            np.minimum.at(family, members, least[number])
         family = family[family]
         if np.array_equal(family, before):
             return family
+
+
+def _by_question(keys: np.ndarray, found: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Prompts, and the number of the question that each asks: those that a prompt that was found asks, too."""
+    given = keys.shape[1] - FOUND - 1
+    asked = np.concatenate([keys[found, FOUND], *(keys[:, FOUND + 1 + n] for n in range(given))])
+    prompts = np.concatenate([found, np.tile(np.arange(len(keys)), given)])
+    number = _numbers(asked)
+    also = np.isin(number, number[: len(found)])  # no two prompts of which neither was found
+    return prompts[also], number[also]
+
+
+def _numbers(keys: np.ndarray) -> np.ndarray:
+    """Equal keys have the same number. keys: uint8 [n, 16]."""
+    return np.unique(np.ascontiguousarray(keys).view(np.uint64), axis=0, return_inverse=True)[1].reshape(-1)
 
 
 def held_out(

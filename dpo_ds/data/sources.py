@@ -3,11 +3,10 @@
     sets = load_sources("a.jsonl:0.7,b/c:0.3", folder)
 
 Rows stay on disk, memory-mapped, and are read in a stream: a set may be larger than memory. Rows of JSON are kept as
-the text that they were, because they may differ in type: `fields` gives what a row says. data/forms.py reads it.
+the text that they were, because they may differ in type: `fields` gives what a row says. data/rows/forms.py reads it.
 """
 
 import glob
-import json
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +17,7 @@ from typing import Any
 import datasets
 
 from dpo_ds import hub
-from dpo_ds.data.files import ENDINGS, RAW, Kept, kind_of, read_file, rewritten
+from dpo_ds.data.files import ENDINGS, RAW, Kept, as_stored, kind_of, loads, read_file, rewritten
 from dpo_ds.errors import UserError, one_line
 
 SAMPLE = "sample"
@@ -54,8 +53,8 @@ class Loaded:
 
 
 def fields(row: dict[str, Any]) -> Any:
-    """What a loaded row says, as data/forms.py reads it."""
-    return json.loads(row[RAW]) if RAW in row else row
+    """What a loaded row says, as data/rows/forms.py reads it."""
+    return loads(row[RAW]) if RAW in row else row
 
 
 def flag(role: str) -> str:
@@ -76,6 +75,11 @@ def load_sources(
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # errors are reported once, by dpo_ds
     try:
         sources = parse_sources(text)
+        if config is not None and len(sources) > 1:
+            raise UserError(
+                f"{text} names {len(sources)} sets, and --dataset_config {config} says the config of one: name a file "
+                "or a folder for each set that has several configs"
+            )
         if role == "eval" and any(source.weight is not None for source in sources):
             raise UserError("weights mix training pairs: name the sets for evaluation without them")
         return [_load(source, folder, split, config, role) for source in sources]
@@ -201,7 +205,7 @@ def _joined_files(files: Sequence[str], kind: str, folder: Path) -> Kept:
 
 
 def _of(sets: dict) -> dict[str, Reader]:
-    return {str(name): lambda rows=rows: Kept(rows, rows.column_names) for name, rows in sets.items()}  # type: ignore[misc]
+    return {str(name): lambda rows=rows: as_stored(rows) for name, rows in sets.items()}  # type: ignore[misc]
 
 
 def _folder(path: Path, folder: Path, config: str | None, role: str) -> dict[str, Reader]:

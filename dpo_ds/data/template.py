@@ -32,6 +32,7 @@ class Frame:
     """What a template writes around an answer, seen with an answer of ours."""
 
     opening: str  # before every answer of the assistant's: the end of the text after which an answer is generated
+    closing: str  # after what a user says, before the opening
     header: str  # between the turn before and an answer in the middle of a dialogue
     lead: str | None  # between the generation prompt and the answer; None: no rendered answer follows that prompt
     begun: str  # the end of the generation prompt, where a rendered answer stands in its place: R1's "<think>\n"
@@ -158,9 +159,11 @@ class ChatTemplate:
         shared = os.path.commonprefix([opened, rendered])  # noqa: RUF071  (character by character, as intended)
         header = self._header(answered, closed, row)
         opening = header if header and opened.startswith(closed + header) else shared.removeprefix(closed)
+        asks = opened[opened.rfind(question) + len(question) :]
+        opening = opening or asks  # where it writes nothing to open an answer, what stands behind the question does
         return Frame(
-            # Where the template writes nothing to open an answer, what stands behind the question opens it.
-            opening=opening or opened[opened.rfind(question) + len(question) :],
+            opening=opening,
+            closing=asks.partition(opening)[0] if opening and opening in asks else "",
             header=header,
             lead=rendered[len(opened) : at] if follows else None,
             begun=opened[len(shared) :] if shared.startswith(closed) else "",
@@ -186,7 +189,8 @@ class ChatTemplate:
                 except LeftOut:
                     continue  # it takes no system role, or less
         specials = frozenset(token for token in self.special_tokens if token in written)
-        return Markers(specials, self.frame(row).opening)
+        frame = self.frame(row)
+        return Markers(specials, frame.opening, frame.closing, frame.end)
 
     def stripped(self, text: str, row: Comparison) -> str:
         """An answer without blanks around it, and without the end that a template has already written."""

@@ -300,10 +300,11 @@ def losses_of(options: Options) -> list[Term]:
     ]
     for term in terms:
         _check(term, options)
-    if options.reference not in ("auto", "none") and not any(term.loss.reference for term in terms):
+    asked = options.reference_model or options.reference
+    if asked not in ("auto", "none") and not any(term.loss.reference for term in terms):
+        option = "reference_model" if options.reference_model else "reference"
         raise UserError(
-            f"--reference {options.reference} has no effect on --loss {','.join(names)}, which reads no reference: "
-            "leave it out"
+            f"--{option} {asked} has no effect on --loss {','.join(names)}, which reads no reference: leave it out"
         )
     if options.wpo and not all(term.loss.weighted for term in terms):
         raise UserError("--wpo weights single pairs, but --loss aot and aot_unpaired sort them: leave out one of them")

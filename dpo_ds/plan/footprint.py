@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from dpo_ds.config import Options, Planned
+from dpo_ds.models.find import known_model
 from dpo_ds.models.lora import is_target
 from dpo_ds.models.lora import targets as lora_targets
 from dpo_ds.models.model import Model, torch_dtype
@@ -124,8 +125,19 @@ class Footprint:
             swap = self.zero["offload_param"]
             size = self.item * swap.get("buffer_count", 5) * swap["buffer_size"]
             yield self.part("host", "buffers of the weights", size)
-        if self.options.reference == "live":
-            yield self.part(self.weights_at, "the reference's weights", own)
+        if (reference := self.reference_numbers()) > 0:
+            yield self.part(self.weights_at, "the reference's weights", self.item * reference)
+
+    def reference_numbers(self) -> int:
+        """How many of the reference's parameters a rank holds beside the policy's. A reference that only fills a table
+        is gone before the policy comes; only a larger one counts, by what it has more."""
+        other = self.options.reference_model
+        numbers = self.shape.all
+        if other is not None:
+            numbers = known_model(other, self.options.trust_remote_code).parameters
+        if self.options.reference != "live":
+            numbers -= self.shape.all
+        return math.ceil(numbers / self.ranks) if self.stage == 3 else numbers
 
     def optimizer(self) -> Iterator[Part]:
         masters = " and fp32 weights" if self.state > ADAM else ""

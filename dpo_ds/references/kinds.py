@@ -6,10 +6,9 @@ import numpy as np
 import torch
 
 from dpo_ds.data.steps import MicroBatch
-from dpo_ds.engine.build import reference_engine
 from dpo_ds.engine.engine import Engine
 from dpo_ds.ranks import console
-from dpo_ds.references.table import reference_tables
+from dpo_ds.references.table import reference_engine_of, reference_tables
 from dpo_ds.runs.prepare import Run
 from dpo_ds.scoring.packed import PackedBatch, move
 from dpo_ds.scoring.sweep import Places, Score, score_set
@@ -69,7 +68,7 @@ class Live:
     def __init__(self, run: Run):
         self.run = run
         with console.working("loading the reference"):
-            self.engine = reference_engine(run.weights, run.ds_config, run.options, run.attention)
+            self.engine = reference_engine_of(run)
 
     def attach(self, policy: Engine) -> None:
         pass

@@ -99,7 +99,7 @@ def reference_tables(run: Run, everything: bool = False) -> list[np.ndarray]:
     def score(batch: PackedBatch) -> torch.Tensor:
         if not engine:
             with console.working("loading the reference"):
-                engine.append(reference_engine(run.weights, run.ds_config, run.options, run.attention))
+                engine.append(reference_engine_of(run))
         return engine[0].score(batch)
 
     results = [_reference_table(run, weights, score, *named_set) for named_set in sets]
@@ -108,9 +108,16 @@ def reference_tables(run: Run, everything: bool = False) -> list[np.ndarray]:
     return results
 
 
+def reference_engine_of(run: Run) -> Engine:
+    """The engine of the run's reference."""
+    loadable = run.reference
+    return reference_engine(loadable.weights, loadable.ds_config, run.options, loadable.attention)
+
+
 def _weights_facts(run: Run) -> dict:
     """The hashes of the reference's files, by name."""
-    return {file.name: sha256_of(file) for file in [run.weights / "config.json", *weight_files(run.weights)]}
+    folder = run.reference.weights
+    return {file.name: sha256_of(file) for file in [folder / "config.json", *weight_files(folder)]}
 
 
 def _reference_table(

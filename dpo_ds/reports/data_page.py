@@ -107,8 +107,7 @@ def _rows(reports: list[tuple[str, Report]]) -> str:
         for verb, found in (("left out", report.left_out), ("changed", report.changed), ("not used", report.unused)):
             kinds += [(verb, kind, count, f"{named(count, rows)}{where}") for kind, (count, rows) in found.items()]
         for what, (count, rows) in report.cut.items():
-            tokens = f"{what}, {report.cut_tokens[what] / count:,.0f} tokens on average"
-            kinds.append(("cut", tokens, count, f"{named(count, rows)}{where}"))
+            kinds.append(("cut", report.cut_by(what), count, f"{named(count, rows)}{where}"))
         if report.dropped_pairs:
             kinds.append(
                 (

@@ -78,34 +78,42 @@ def read_pairs(options: Options, tokenizer: PreTrainedTokenizerBase, here: World
     held_out: PairSet | None = None
     if evaluation is not None:
         held_out = _first(PairSet.open(evaluation.folder), options, whole=options.eval_dataset is not None, note=note)
-        train = _without_shared(train, held_out, note)  # before the mix, which has its shares of what is left
+        whose = "--eval_dataset" if options.eval_dataset is not None else "its own test split"
+        train = _without_shared(train, held_out, whose, note)  # before the mix, which has its shares of what is left
     if training.weights is not None:
-        train = mixed(train, training.weights, options.seed, note)
+        shares = [(name, weight) for (name, _), weight in zip(training.reports, training.weights, strict=True)]
+        train = mixed(train, shares, options.seed, note)
     if evaluation is None or held_out is None:
         train, held_out = hold_out(train, options.eval_pairs)
         return Loaded(train, held_out, training.reports, training.reports, notes)
     return Loaded(train, held_out, training.reports, evaluation.reports, notes)
 
 
-def mixed(pairs: PairSet, weights: list[float], seed: int, note: Callable[[str], None]) -> PairSet:
+def mixed(pairs: PairSet, shares: list[tuple[str, float]], seed: int, note: Callable[[str], None]) -> PairSet:
     """The largest mix in which each source has its share of the pairs, and no pair is there twice.
 
-    Which pairs of a source are taken follows from the seed. Pairs of one prompt are taken one after another. `note`
-    gets a line about each source.
+    shares: each source's name and weight. Which pairs of a source are taken follows from the seed. Pairs of one prompt
+    are taken one after another. `note` gets a line about each source.
     """
-    counts = np.bincount(pairs.sources, minlength=len(weights))
+    counts = np.bincount(pairs.sources, minlength=len(shares))
     if not counts.all():
         raise UserError(
-            f"no pair of source {int(counts.argmin()) + 1} is left for the mix: leave it out, or its weight"
+            f"no pair of {shares[int(counts.argmin())][0]} is left for the mix: leave it out, or its weight"
         )
-    total = min(count / weight for count, weight in zip(counts, weights, strict=True) if weight)
+    total = min(count / weight for count, (_, weight) in zip(counts, shares, strict=True))
     chosen = []
-    for source, weight in enumerate(weights):
+    for source, (name, weight) in enumerate(shares):
+        taken = round(total * weight)
+        if not taken:
+            raise UserError(
+                f"{name} has the weight {weight:g} in a mix of {round(total)} pairs, which is less than one pair: "
+                "raise its weight, or leave it out"
+            )
         own = np.flatnonzero(pairs.sources == source)
         _, group = np.unique(pairs.pair_groups[own], return_inverse=True)
         rank = np.random.default_rng([seed, source]).permutation(group.max(initial=-1) + 1)
-        chosen.append(own[np.argsort(rank[group.reshape(-1)], kind="stable")][: round(total * weight)])
-        note(f"source {source + 1}: {len(chosen[-1])} of {len(own)} pairs are in the mix")
+        chosen.append(own[np.argsort(rank[group.reshape(-1)], kind="stable")][:taken])
+        note(f"{name}: {len(chosen[-1])} of {len(own)} pairs are in the mix")
     return pairs.subset(np.sort(np.concatenate(chosen)))
 
 
@@ -134,13 +142,14 @@ def _first(pairs: PairSet, options: Options, whole: bool, note: Callable[[str], 
     return pairs.subset(np.arange(min(most, len(pairs))))
 
 
-def _without_shared(train: PairSet, evaluation: PairSet, note: Callable[[str], None]) -> PairSet:
-    """The training pairs without those whose prompt is also among the held-out ones."""
+def _without_shared(train: PairSet, evaluation: PairSet, whose: str, note: Callable[[str], None]) -> PairSet:
+    """The training pairs without those whose prompt is also among the held-out ones, which are `whose`."""
     if not len(evaluation):
         return train
     both = shared(train.prompt_keys, evaluation.prompt_keys)[train.pair_groups]
     if both.all():
-        raise UserError("every prompt of --dataset is also in --eval_dataset: name different data, or --eval_pairs 0")
+        remedy = "name different data, or --eval_pairs 0"
+        raise UserError(f"every prompt of --dataset is also in {whose}: {remedy}")
     if both.any():
         note(f"{both.sum()} training pairs are left out: their prompts are among the held-out ones")
     return train.subset(np.flatnonzero(~both))
@@ -190,17 +199,18 @@ class _Reader:
     """Tokenises sources with the run's tokenizer and options."""
 
     def __init__(self, options: Options, tokenizer: PreTrainedTokenizerBase, date: str):
-        from dpo_ds.data.row import Reading
+        from dpo_ds.data.rows.row import Reading
 
         self.options = options
         self.encoder = Encoder(tokenizer, tokenizing_of(options, tokenizer, date))
         markers = self.encoder.markers if self.encoder.template else None
-        self.reading = Reading(read_columns(options.columns), options.pairs, options.min_margin, markers)
+        columns = read_columns(options.columns)
+        self.reading = Reading(columns, options.pairs, options.min_margin, markers, self.encoder.ends)
 
     def __call__(self, role: str, splits: "list[tuple[str, Split]]", weights: list[float] | None = None) -> Tokenised:
         """The sources' pairs as one set. Raises UserError, naming the source, if its rows cannot be used."""
         from dpo_ds.data.cache import tokenize_pairs
-        from dpo_ds.data.forms import require_form
+        from dpo_ds.data.rows.forms import require_form
         from dpo_ds.data.sources import flag
 
         cache = Path(self.options.cache_dir).expanduser() / "tokens"

@@ -5,7 +5,7 @@ Mistakes of the user's are found here, in seconds, and raised as UserError with 
 
 import datetime
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +17,7 @@ from dpo_ds.data.pairs import PairSet, too_small
 from dpo_ds.data.steps import Schedule
 from dpo_ds.engine.requirements import require_compiler, require_nvme
 from dpo_ds.engine.tiers import fill_tier, swap_folders
-from dpo_ds.errors import UserError
+from dpo_ds.errors import UserError, one_line, said_of
 from dpo_ds.losses.table import losses_of
 from dpo_ds.models.files import fetch_weights, load_tokenizer
 from dpo_ds.models.find import find_model, known_model
@@ -38,6 +38,16 @@ MOST_GROWTH = 4
 
 
 @dataclass(frozen=True)
+class Loadable:
+    """A model with what an engine of it needs."""
+
+    model: Model
+    weights: Path  # the folder
+    ds_config: dict  # the policy's: engine/tiers.py makes the reference's of it
+    attention: str  # the kernel
+
+
+@dataclass(frozen=True)
 class Run:
     """A run that is ready to start."""
 
@@ -50,6 +60,7 @@ class Run:
     eval_pairs: PairSet  # may be empty
     schedule: Schedule
     attention: str  # the kernel
+    reference: Loadable  # the policy's own, or --reference_model
     resume_from: Path | None
     finished: bool  # an earlier start of this run has finished it
 
@@ -74,6 +85,7 @@ def prepare(options: Options, here: World, plan: Plan | None = None) -> Run:
     require_compiler(planned.ds_config, ds_config, torch.cuda.is_available())
     if used := swap_folders(ds_config):
         one_after_another(lambda: require_nvme(used))
+    other = _other_reference(planned, tokenizer, here) if planned.reference_model is not None else None
     folders.check_folder(folder, planned)  # before any work goes into data
     date = on_rank_0(lambda: folders.started(folder) or datetime.date.today().isoformat())
     train_pairs, eval_pairs = one_after_another(lambda: load_pairs(planned, tokenizer, here, date))
@@ -96,6 +108,9 @@ def prepare(options: Options, here: World, plan: Plan | None = None) -> Run:
     )
     with console.working("fetching the weights"):
         weights = one_after_another(lambda: fetch_weights(model))
+        reference = Loadable(model, weights, ds_config, kernel)
+        if other is not None:
+            reference = replace(other, weights=one_after_another(lambda: _fetch_reference(other.model)))
     identity = folders.identity(decided, train_pairs.digest, eval_pairs.digest, date)
     # This comes last because it writes to the folder: a run that cannot start leaves nothing behind.
     found = folders.open_folder(folder, decided, identity, here.size)
@@ -109,6 +124,7 @@ def prepare(options: Options, here: World, plan: Plan | None = None) -> Run:
         eval_pairs=eval_pairs,
         schedule=schedule,
         attention=kernel,
+        reference=reference,
         resume_from=found.resume_from,
         finished=found.finished,
     )
@@ -134,6 +150,37 @@ def require_data(options: Options, pairs: PairSet) -> None:
             raise UserError(
                 f"--loss {term.name} reads whole rankings, but a prompt has {largest} pairs, more than a step: raise "
                 f"--global_batch_pairs to {largest}{alone}"
+            )
+
+
+def _other_reference(options: Planned, tokenizer: PreTrainedTokenizerBase, here: World) -> Loadable:
+    """--reference_model, before its weights are fetched. Raises UserError if it cannot score the policy's tokens."""
+    assert options.reference_model is not None
+    name, trusted = options.reference_model, options.trust_remote_code
+    with said_of("--reference_model"):
+        model = find_model(name, trusted)
+        on_rank_0(lambda: require_exact(name, model.config, trusted))
+        model.max_length(options.max_length)
+        require_same_tokens(tokenizer, load_tokenizer(model), name)
+        kernel = on_rank_0(lambda: _kernel(options, model))
+    ds_config = fill_tier(options.ds_config, options, model, here.size, torch.cuda.is_available())
+    return Loadable(model, Path(model.source), ds_config, kernel)
+
+
+def _fetch_reference(model: Model) -> Path:
+    with said_of("--reference_model"):
+        return fetch_weights(model)
+
+
+def require_same_tokens(policy: PreTrainedTokenizerBase, reference: PreTrainedTokenizerBase, name: str) -> None:
+    """Raises UserError if a token id of the policy's stands for another token in the reference, or for none."""
+    theirs = reference.get_vocab()
+    for token, number in sorted(policy.get_vocab().items(), key=lambda entry: entry[1]):
+        if theirs.get(token) != number:
+            there = f"is {theirs[token]}" if token in theirs else "is missing"
+            raise UserError(
+                f"--reference_model {name} has other token ids: {one_line(repr(token))} is {number} in --model, but "
+                f"{there} there; take a reference of the same family"
             )
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from dpo_ds.config import Options
 from dpo_ds.engine import join
+from dpo_ds.losses.table import losses_of
 from dpo_ds.models.find import known_models
 from dpo_ds.plan.choose import choose
 from dpo_ds.plan.machine import GIB, Machine
@@ -55,7 +56,7 @@ def text(model: str, lora: bool) -> str:
         "gradient_checkpointing": f'"{decided.gradient_checkpointing}"',  # YAML 1.1 reads a bare on as true
         "micro_batch_tokens": "null",
         "precision": decided.precision,
-        "beta": options.beta,
+        "beta": losses_of(options)[0].settings.beta,
         "learning_rate": f"{decided.learning_rate:.0e}".replace("e-0", "e-"),
         "global_batch_pairs": options.global_batch_pairs,
         "epochs": options.epochs,

@@ -102,7 +102,7 @@ def test_a_micro_batch_on_cpu_is_as_long_as_the_longest_pair_needs(run):
 def test_every_row_is_accounted_for(run):
     _, printed = run
     assert "2303 of 2312 rows are used" in printed
-    assert "5 left out: the dialogues differ" in printed and "4 left out: a response is empty" in printed
+    assert "5 left out: the dialogues differ" in printed and "4 left out: an answer is empty" in printed
 
 
 def test_a_stranger_scores_the_merged_folder_as_the_policy_was_scored(run, tmp_path):

@@ -4,6 +4,10 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, get_scheduler
 
+from dpo_ds.losses import formulas
+from dpo_ds.losses.compared import Compared, Running
+from dpo_ds.losses.table import losses_of
+
 
 def load(folder, dtype=torch.float32):
     """The model as plain transformers loads it, without dropout."""
@@ -63,3 +67,74 @@ def train(folder, steps, weights=None, *, learning_rate, warmup, beta=0.1, max_g
         optimizer.zero_grad()
         curve.append(loss.item())
     return curve
+
+
+def train_with(options, folder, pairs, steps, *, learning_rate, warmup, max_grad_norm=1.0) -> list[float]:
+    """Like `train`, with the losses that a run's options name, each applied to a whole step at once.
+
+    pairs: a PairSet; steps: for each step, the places of its pairs. Every answer is scored once for each of its pairs.
+    """
+    policy, reference = load(folder), load(folder)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=learning_rate, weight_decay=0.0)
+    schedule = get_scheduler("linear", optimizer, num_warmup_steps=warmup, num_training_steps=len(steps))
+    terms, running, curve = losses_of(options), Running(), []
+    for step in steps:
+        logps = [side for i in step for side in _two_sides(policy, pairs, i)]
+        with torch.no_grad():
+            fixed = [side for i in step for side in _two_sides(reference, pairs, i)]
+        if options.reference == "none" or not any(term.loss.reference for term in terms):
+            fixed = [torch.zeros_like(side) for side in fixed]
+        lengths = torch.tensor([len(side) for side in logps]).view(-1, 2)
+        weights = torch.tensor(pairs.weights[step])
+        x = Compared(
+            policy=_pairs_of(logps, lengths, options.ld_alpha),
+            reference=_pairs_of(fixed, lengths, options.ld_alpha),
+            lengths=lengths,
+            answers=torch.tensor(pairs.pairs[step]),
+            rankings=torch.tensor(pairs.rows[step]),
+            margins=torch.tensor(pairs.margins[step]),
+            weights=weights,
+            mean_length=float((weights * lengths[:, 0]).sum() / weights.sum()),
+            running=running,
+        )
+        losses = sum(term.weight * getattr(formulas, term.name)(x, term.settings) for term in terms)
+        if options.wpo:
+            losses = losses * torch.stack([_wpo_weight(policy, pairs, i) for i in step])
+        loss = (weights * losses).sum() / weights.sum()
+        loss.backward()
+        momentum = next((term.settings.beta_momentum for term in terms if term.name == "beta_dpo"), 0.0)
+        running = formulas.after(x, momentum)
+        torch.nn.utils.clip_grad_norm_(policy.parameters(), max_grad_norm)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        curve.append(loss.item())
+    return curve
+
+
+def _two_sides(model, pairs, i) -> list[torch.Tensor]:
+    """The logps of each token of the chosen and of the rejected answer of pair i."""
+    prompt, chosen, rejected = pairs.pair(i)
+    return [token_logps(model, prompt, chosen), token_logps(model, prompt, rejected)]
+
+
+def _pairs_of(sides, lengths, ld_alpha) -> torch.Tensor:
+    """The logps of the pairs' answers, [B, 2]; the tokens beyond the shorter one's length count ld_alpha (LD-DPO)."""
+    sums = []
+    for n, side in enumerate(sides):
+        shared = int(lengths[n // 2].min())
+        sums.append(side[:shared].sum() + (1.0 if ld_alpha is None else ld_alpha) * side[shared:].sum())
+    return torch.stack(sums).view(-1, 2)
+
+
+@torch.no_grad()
+def _wpo_weight(model, pairs, i) -> torch.Tensor:
+    """WPO's weight of a pair: for each answer, exp of the mean of log p(token) - log sum p^2 over its tokens."""
+    prompt, *answers = pairs.pair(i)
+    weight = torch.ones(())
+    for answer in answers:
+        ids = torch.tensor([[*map(int, prompt), *map(int, answer)]])
+        rows = model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1].float().log_softmax(-1)
+        picked = rows.gather(1, torch.tensor([int(t) for t in answer])[:, None])[:, 0]
+        weight = weight * (picked - (2 * rows).logsumexp(-1)).mean().exp()
+    return weight

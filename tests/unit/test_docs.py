@@ -12,7 +12,7 @@ import pytest
 from dpo_ds import __version__
 from dpo_ds.config import Options, parse_options
 from dpo_ds.data.__main__ import parse
-from dpo_ds.data.forms import BESIDE, FORMS, WITHOUT_PROMPT, Reading, read_row, require_form
+from dpo_ds.data.rows.forms import BESIDE, FORMS, WITHOUT_PROMPT, Reading, read_row, require_form
 from dpo_ds.plan.choose import choose
 from dpo_ds.plan.machine import Machine
 

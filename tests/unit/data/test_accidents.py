@@ -9,14 +9,19 @@ import pytest
 import templates
 from layouts import answer, system, user
 
-from dpo_ds.data.assemble import EMPTY_PROMPT, FRAMED, NO_PROMPT, OTHER_PROMPT, RENDERED, REPEATED, TAIL
 from dpo_ds.data.cache import tokenize_pairs
 from dpo_ds.data.comparison import Comparison, LeftOut
-from dpo_ds.data.encoder import Encoder, Tokenizing
+from dpo_ds.data.encoder import SPECIAL, Encoder, Tokenizing
 from dpo_ds.data.files import RAW
-from dpo_ds.data.forms import Reading, read_row
 from dpo_ds.data.held_out import shared
 from dpo_ds.data.pairs import PairSet
+from dpo_ds.data.rows.assemble import EMPTY_PROMPT
+from dpo_ds.data.rows.chats import NO_PROMPT, OTHER_PROMPT
+from dpo_ds.data.rows.forms import Reading, read_row
+from dpo_ds.data.rows.parts import REPEATED, TAIL
+from dpo_ds.data.rows.preferences import EMPTY
+from dpo_ds.data.rows.rendered import NOT_OPEN
+from dpo_ds.data.rows.texts import FRAMED, RENDERED
 from dpo_ds.data.sources import fields, load_sources
 from dpo_ds.errors import UserError
 
@@ -27,7 +32,7 @@ GOOD = {"prompt": "Say hello.", **PAIR}
 
 def reading(model) -> Reading:
     encoder = Encoder(templates.tokenizer(model), Tokenizing(400))
-    return Reading(markers=encoder.markers if encoder.template else None)
+    return Reading(markers=encoder.markers if encoder.template else None, ends=encoder.ends)
 
 
 def read(row, model=QWEN) -> Comparison:
@@ -99,6 +104,20 @@ def test_a_third_answer_is_not_dropped(verdict):
     assert left_out(row).startswith("there is response_3 beside response_1 and response_2")
 
 
+@pytest.mark.parametrize("model", [name for name in templates.SHAPES if templates.tokenizer(name).chat_template])
+def test_a_rendered_prompt_without_its_opening_gets_it_or_is_refused(model):
+    turns = [user("Hi."), answer("Hello."), user("Say hello.")]
+    closed, opened = (
+        templates.tokenizer(model).apply_chat_template(turns, tokenize=False, add_generation_prompt=asks)
+        for asks in (False, True)
+    )
+    for prompt in (closed, closed.rstrip(), opened, opened.rstrip()):
+        try:
+            assert read({"prompt": prompt, **PAIR}, model).text == opened
+        except LeftOut as reason:
+            assert str(reason) == NOT_OPEN and model.startswith("microsoft/Phi-3") and prompt in closed
+
+
 def test_a_prompt_in_another_models_style_is_counted():
     for prompt in ("USER: Say hello. ASSISTANT:", "### Instruction:\nSay hello.\n\n### Response:\n"):
         assert read({"prompt": prompt, **PAIR}).changed == [FRAMED]
@@ -162,6 +181,14 @@ def test_what_only_a_template_reads_is_counted_without_one(tokenised):
     assert "rendered already ignores tools" in "\n".join(tokenised(rendered)[1])
 
 
+@pytest.mark.parametrize(("model", "end"), [(QWEN, "<|im_end|>"), ("gpt2", "<|endoftext|>")])
+def test_a_special_token_within_an_answer_is_counted_and_at_its_end_taken_off(tokenised, model, end):
+    pairs, lines = tokenised({**GOOD, "chosen": f"Hello!{end}\n"}, {**GOOD, "rejected": f"No.{end} Yes."}, model=model)
+    assert len(pairs) == 2 and lines[1:] == [f"1 changed: {SPECIAL} (row 1)"]
+    _, lines = tokenised(GOOD, {**GOOD, "rejected": f" {end}"}, model=model)
+    assert lines[1:] == [f"1 left out: {EMPTY} (row 1)"]
+
+
 # --------------------------------------------------------------------------------------------------- files and held out
 
 
@@ -209,6 +236,14 @@ def test_a_question_as_text_and_as_messages_is_one_prompt(tokenised, model):
     assert not shared(one.prompt_keys, other.prompt_keys).any()
 
 
+def test_whole_dialogues_and_their_question_are_one_prompt(tokenised):
+    start = [user("Well. Say  hello")]
+    forked = {"chosen": [*start, answer("Hello!"), user("Thanks"), answer("Bye.")], "rejected": [*start, answer("No.")]}
+    found, _ = tokenised(forked)
+    given, _ = tokenised({"prompt": [system("Be kind."), user("well. say hello")], **PAIR})
+    assert shared(found.prompt_keys, given.prompt_keys).all() and shared(given.prompt_keys, found.prompt_keys).all()
+
+
 def test_the_shares_of_a_mix_are_of_what_is_not_held_out(tokenised, tmp_path):
     """The second source's pairs are all held out but one: the mix has one of each."""
     from dpo_ds.runs.data import _without_shared, mixed
@@ -217,10 +252,10 @@ def test_the_shares_of_a_mix_are_of_what_is_not_held_out(tokenised, tmp_path):
     held, _ = tokenised(*ask[4:7])
     pairs, _ = tokenised(*ask)
     train = replace(pairs, sources=np.repeat([0, 1], 4))
-    left = _without_shared(train, held, print)
-    assert np.bincount(mixed(left, [0.5, 0.5], 0, print).sources).tolist() == [1, 1]
-    with pytest.raises(UserError, match="no pair of source 2 is left for the mix"):
-        mixed(_without_shared(train, tokenised(*ask[4:])[0], print), [0.5, 0.5], 0, print)
+    left, shares = _without_shared(train, held, "--eval_dataset", print), [("one", 0.5), ("two", 0.5)]
+    assert np.bincount(mixed(left, shares, 0, print).sources).tolist() == [1, 1]
+    with pytest.raises(UserError, match="no pair of two is left for the mix"):
+        mixed(_without_shared(train, tokenised(*ask[4:])[0], "--eval_dataset", print), shares, 0, print)
 
 
 def test_what_a_user_says_after_the_last_answer_is_not_learned():

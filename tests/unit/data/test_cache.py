@@ -13,10 +13,10 @@ from dpo_ds.data.cache import tokenize_pairs
 from dpo_ds.data.counts import Report
 from dpo_ds.data.encoded import NO_ROOM
 from dpo_ds.data.encoder import Encoder, Tokenizing
-from dpo_ds.data.forms import read_row
 from dpo_ds.data.held_out import prompt_hash
 from dpo_ds.data.pairs import PairSet
-from dpo_ds.data.row import Reading
+from dpo_ds.data.rows.forms import read_row
+from dpo_ds.data.rows.row import Reading
 from dpo_ds.errors import UserError
 
 COUNT = 40
@@ -294,6 +294,14 @@ def test_what_is_left_out_is_counted_and_named(tmp_path):
         report.check(0.2)
 
 
+def test_one_verdict_that_puts_all_in_doubt_stops_whatever_may_be_left_out(tmp_path):
+    rows = [{"prompt": f"p{n}", "response_1": "a", "response_2": "b", "preference": n and 1} for n in range(9)]
+    _, (report,) = made(tmp_path, rows_of(rows))
+    assert report.used == 8
+    with pytest.raises(UserError, match=r"a verdict is 0 where the answers' names are 1 and 2.* \(row 0\)"):
+        report.check(1.0)
+
+
 def test_nothing_left_stops_whatever_may_be_left_out(tmp_path):
     _, (report,) = made(tmp_path, plain_rows(10), max_length=2, truncation="keep_start")
     with pytest.raises(UserError, match="10 of 10 rows cannot be used"):
@@ -309,8 +317,16 @@ def test_what_was_cut_dropped_and_not_used_is_counted(tmp_path):
     assert lines[0].startswith("5 of 6 rows are used: 30 pairs") and len(pairs) == 30
     assert "not used: column source (6 rows)" in lines
     (cut,) = [line for line in lines if "prompts cut" in line]
-    assert cut.startswith("1 rows with prompts cut, by ") and cut.endswith("(row 2)")
-    assert any(line.startswith("1 left out: the responses are equal once cut") for line in lines), lines
+    assert cut.startswith("1 rows with prompts cut: 1 prompt, by ") and cut.endswith("(row 2)")
+    assert any(line.startswith("1 left out: the answers are equal once cut") for line in lines), lines
+
+
+def test_the_cut_is_said_for_each_answer_not_for_each_row():
+    report = Report(2)
+    for row, cuts in enumerate(([10, 0, 20], [30, 0])):
+        report.add({"row": row, "left_out": "", "changed": [], "unused": [], "cut_prompt": 0, "cut_answers": cuts,
+                    "weights": [1.0], "dropped_pairs": 0})  # fmt: skip
+    assert report.lines()[-1] == "2 rows with answers cut: 3 answers, by 20 tokens on average (rows 0, 1)"
 
 
 def test_a_report_survives_the_manifest():

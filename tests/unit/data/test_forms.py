@@ -10,33 +10,31 @@ import pytest
 from layouts import answer, system, user
 
 from dpo_ds import config
-from dpo_ds.data import assemble, ranking
-from dpo_ds.data.answers import DISAGREE, ONE_ANSWER
-from dpo_ds.data.assemble import (
-    BEGINNING,
-    BEGUN,
-    DIFFER,
-    EMPTY,
-    EQUAL,
-    NO_PROMPT,
-    NOT_UNICODE,
-    OTHER_PROMPT,
-    RENDERED,
-    REPEATED,
-)
 from dpo_ds.data.comparison import Answer, Comparison, LeftOut, Markers, Preference
 from dpo_ds.data.dialogue import as_text
-from dpo_ds.data.forms import BESIDE, FORMS, WITHOUT_PROMPT, Reading, read_row, require_form
+from dpo_ds.data.rows import assemble, parts, preferences, ranking
+from dpo_ds.data.rows.answers import DISAGREE, FROM_ZERO, LIST_AS_TEXT, ONE_ANSWER, RANKS_OR_ORDER
+from dpo_ds.data.rows.assemble import NOT_UNICODE
+from dpo_ds.data.rows.chats import BEGINNING, DIFFER, NO_PROMPT, OTHER_PROMPT
+from dpo_ds.data.rows.forms import BESIDE, FORMS, WITHOUT_PROMPT, Reading, read_row, require_form
+from dpo_ds.data.rows.parts import ANSWERED, BEGUN, REPEATED
+from dpo_ds.data.rows.preferences import EMPTY, EQUAL
+from dpo_ds.data.rows.rendered import NOT_OPEN
+from dpo_ds.data.rows.texts import OPENED_FOR, RENDERED
 from dpo_ds.errors import UserError
 
 DATA = launching.ROOT.parent / "shared" / "data"
 HH = DATA / "hh-harmless" / "test.jsonl.gz"
 FILES = DATA / "forms"
-CHATML = Markers(frozenset({"<|im_start|>", "<|im_end|>"}), "<|im_start|>assistant\n")
-MISTRAL = Markers(frozenset({"<s>", "</s>"}), " [/INST]")
+CHATML = Markers(
+    frozenset({"<|im_start|>", "<|im_end|>"}), "<|im_start|>assistant\n", closing="<|im_end|>\n", end="<|im_end|>"
+)
+MISTRAL = Markers(frozenset({"<s>", "</s>"}), " [/INST]", end="</s>")
 LLAMA_3 = Markers(
     frozenset({"<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"}),
     "<|start_header_id|>assistant<|end_header_id|>\n\n",
+    closing="<|eot_id|>",
+    end="<|eot_id|>",
 )
 UNKNOWN_OPENING = replace(LLAMA_3, opening="")
 
@@ -574,6 +572,67 @@ MORE = {
         *HELLO_GO,
         {"rendered": True, "text": "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"},
     ),
+    "03: nothing opens the answers": (
+        CHATML,
+        {"prompt": "<|im_start|>user\nHi<|im_end|>\n", "chosen": "Hello", "rejected": "Go"},
+        None,
+        *HELLO_GO,
+        {
+            "rendered": True,
+            "text": "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n",
+            "changed": [RENDERED, OPENED_FOR],
+        },
+    ),
+    "03: the same after another answer, without the last line break": (
+        CHATML,
+        {
+            "prompt": "<|im_start|>assistant\nWhat?<|im_end|>\n<|im_start|>user\nHi<|im_end|>",
+            "chosen": answer("Hello"),
+            "rejected": answer("Go"),
+        },
+        None,
+        *HELLO_GO,
+        {
+            "rendered": True,
+            "text": "<|im_start|>assistant\nWhat?<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n",
+        },
+    ),
+    "03: the opening without its line breaks": (
+        LLAMA_3,
+        {"prompt": HEADERS.rstrip(), "chosen": "Hello", "rejected": "Go"},
+        None,
+        *HELLO_GO,
+        {"rendered": True, "text": HEADERS, "changed": [RENDERED, OPENED_FOR]},
+    ),
+    "03: an answer is begun": (
+        CHATML,
+        {"prompt": "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nWell,", "chosen": "Hello", "rejected": "Go"},
+        None,
+        *HELLO_GO,
+        {
+            "rendered": True,
+            "text": "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nWell,",
+            "changed": [RENDERED],
+        },
+    ),
+    "03: a begun answer where the template ends none": (
+        Markers(frozenset({"<b>"}), "<a>"),
+        {"prompt": "<b>Hi<a>Well,", "chosen": "Hello", "rejected": "Go"},
+        None,
+        *HELLO_GO,
+        {"rendered": True, "text": "<b>Hi<a>Well,", "changed": [RENDERED]},
+    ),
+    "03: the prompt without its opening is repeated": (
+        CHATML,
+        {
+            "prompt": "<|im_start|>user\nHi<|im_end|>\n",
+            "chosen": "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello",
+            "rejected": "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nGo",
+        },
+        None,
+        *HELLO_GO,
+        {"rendered": True, "text": "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"},
+    ),
     "03b: without BOS": (
         MISTRAL,
         {"prompt": "[INST] Hi [/INST]", "chosen": "Hello", "rejected": "Go"},
@@ -798,6 +857,54 @@ MORE = {
         answer("no"),
         {"changed": [BEGUN], "text": "\n\nHuman: Write\n\nAssistant: Sure, "},
     ),
+    "10: a whole answer at the end of a dialogue": (
+        CHATML,
+        {"messages": [user("Hi"), answer("Good morning to you.")], "chosen": "Hello", "rejected": "Go"},
+        [user("Hi")],
+        *HELLO_GO,
+        {"changed": [ANSWERED]},
+    ),
+    "10: the same with answers as messages": (
+        CHATML,
+        {
+            "conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Good day "}],
+            "chosen": {"from": "gpt", "value": "Hello"},
+            "rejected": {"from": "gpt", "value": "Go"},
+        },
+        [user("Hi")],
+        *HELLO_GO,
+        {"changed": [ANSWERED]},
+    ),
+    "10: the same as text": (
+        None,
+        {"conversation": "Human: Hi\n\nAssistant: Good morning.", "chosen": "Hello", "rejected": "Go"},
+        [user("Hi")],
+        *HELLO_GO,
+        {"changed": [ANSWERED], "text": "\n\nHuman: Hi\n\nAssistant:"},
+    ),
+    "10: a dialogue as text that ends in one of the answers": (
+        None,
+        {"prompt": "\n\nHuman: Hi\n\nAssistant: Hello", "chosen": "Hello", "rejected": "Go"},
+        [user("Hi")],
+        *HELLO_GO,
+        {"changed": [REPEATED], "text": "\n\nHuman: Hi\n\nAssistant:"},
+    ),
+    "10: begun within a word's reach": (
+        CHATML,
+        {"messages": [user("Write"), answer("Sure, here is")], "chosen": " the code", "rejected": " nothing"},
+        [user("Write"), answer("Sure, here is")],
+        answer(" the code"),
+        answer(" nothing"),
+        {"changed": [BEGUN]},
+    ),
+    "10: whatever a prompt ends with is continued": (
+        CHATML,
+        {"prompt": [user("Write"), answer("Done.")], "chosen": "Yes", "rejected": "No"},
+        [user("Write"), answer("Done.")],
+        answer("Yes"),
+        answer("No"),
+        {"changed": [BEGUN]},
+    ),
     "10: begun in a column of messages": (
         CHATML,
         {
@@ -1009,7 +1116,7 @@ def test_dialogues_that_go_on_after_their_answers_differ():
     chosen = [user("a"), answer("b"), user("c"), answer("d")]
     rejected = [user("a"), answer("x"), user("y"), answer("z"), user("thanks")]
     found = read({"chosen": chosen, "rejected": rejected})
-    assert found.messages == [user("a")] and found.implicit and found.changed == [assemble.TAIL]
+    assert found.messages == [user("a")] and found.implicit and found.changed == [parts.TAIL]
     assert found.answers == [Answer(chosen[1:], None), Answer(rejected[1:4], None)]
 
 
@@ -1101,8 +1208,30 @@ def test_another_key_may_be_the_score():
 
 def test_an_empty_or_equal_answer_among_several_is_not_used_and_said():
     found = read({"prompt": "p", "responses": ["a", "", "c", "a"], "scores": [3, 9, 1, 2]}, pairs="all")
-    assert better(found) == [("a", "c", 2), ("a", "c", 1)]
-    assert found.changed == [assemble.EMPTY_OF_SEVERAL, assemble.EQUAL_OF_SEVERAL]
+    assert better(found) == [("a", "c", 1.5)]
+    assert found.changed == [preferences.EMPTY_OF_SEVERAL, preferences.SCORED_TWICE]
+
+
+SAMPLED_TWICE = {
+    "the best and the worst": ([3, 2.5, 1], [("b", "a", 0.5)], [preferences.SCORED_TWICE]),
+    "the best twice": ([3, 1, 3], [("a", "b", 2)], [preferences.EQUAL_OF_SEVERAL]),
+    "the worst twice": ([1, 2, 1], [("b", "a", 1)], [preferences.EQUAL_OF_SEVERAL]),
+}
+
+
+@pytest.mark.parametrize("case", SAMPLED_TWICE)
+@pytest.mark.parametrize("choice", ["best_worst", "all", "adjacent"])
+def test_equal_answers_are_one_answer(case, choice):
+    scores, pairs, changed = SAMPLED_TWICE[case]
+    found = read({"prompt": "p", "responses": ["a", "b", "a"], "scores": scores}, pairs=choice)
+    assert better(found) == pairs and found.changed == changed
+
+
+def test_an_answer_that_is_only_an_end_of_turn_is_empty():
+    row = {"prompt": "p", "responses": ["a", "<|im_end|>\n", "c"], "scores": [3, 1, 2]}
+    found = read(row, ends=("</s>", "<|im_end|>"))
+    assert better(found) == [("a", "c", 1)] and found.changed == [preferences.EMPTY_OF_SEVERAL]
+    assert left_out({"prompt": "p", "chosen": "a", "rejected": "<|im_end|>"}, ends=("<|im_end|>",)) == EMPTY
 
 
 REJECTED = {
@@ -1118,6 +1247,35 @@ def test_rejected_may_be_a_list(case):
     chosen, rejected = REJECTED[case]
     found = read({"prompt": "p", "chosen": chosen, "rejected": rejected})
     assert better(found) == [("a", "b", None), ("a", "c", None)] and found.messages == [user("p")]
+
+
+@pytest.mark.parametrize("rejected", ['["b", "c"]', "['b', 'c']"])
+@pytest.mark.parametrize("chosen", ["chosen", "messages"])
+def test_rejected_may_be_a_list_as_a_csv_has_it(chosen, rejected):
+    row = {"prompt": "p", "chosen": "a", "rejected": rejected}
+    if chosen == "messages":
+        row = {"messages": [user("p"), answer("a")], "rejected_response": rejected}
+    found = read(row)
+    assert better(found) == [("a", "b", None), ("a", "c", None)] and found.changed == [LIST_AS_TEXT]
+
+
+def test_a_list_is_an_answer_if_both_are_lists():
+    found = read({"prompt": "p", "chosen": '["a"]', "rejected": '["b", "c"]'})
+    assert better(found) == [('["a"]', '["b", "c"]', None)] and not found.changed
+    assert left_out({"prompt": "p", "chosen": "a", "rejected": "[]"}) == ONE_ANSWER
+
+
+@pytest.mark.parametrize(
+    ("ranking", "pair"), [([2, 0, 1], ("b", "a", 2)), ([3, 1, 2], ("b", "a", 2)), ("[2, 3, 1]", ("c", "b", 2))]
+)
+def test_a_ranking_that_may_be_an_order_is_left_out(ranking, pair):
+    row = {"prompt": "p", "responses": ["a", "b", "c"]}
+    assert left_out({**row, "Ranking": ranking}) == RANKS_OR_ORDER.format("Ranking")
+    for found in (read({**row, "ranks": ranking}), read({**row, "ranking": ranking}, columns={"ranks": "ranking"})):
+        assert better(found) == [pair] and found.changed == ([FROM_ZERO] if "0" in str(ranking) else [])
+    for same in ([0, 1, 2], [2, 1, 3], [3, 2, 1], [1, 1, 2]):
+        ranks = read({**row, "ranks": same}, pairs="all")
+        assert read({**row, "ranking": same}, pairs="all") == ranks, "as ranks and as an order it says the same"
 
 
 VERDICTS = {
@@ -1138,6 +1296,14 @@ def test_verdicts_between_two(case):
     assert better(read({"prompt": "p", **VERDICTS[case]}))[0][:2] == ("good", "bad")
 
 
+@pytest.mark.parametrize("scores", [{"margin": -1}, {"score_chosen": 1, "score_rejected": 2}])
+def test_a_chosen_answer_with_the_lower_score_is_counted(scores):
+    row = {"prompt": "p", "chosen": "a", "rejected": "b"}
+    found = read({**row, **scores})
+    assert found.pairs[0].margin == -1 and found.changed == [preferences.BELOW]
+    assert not read({**row, **{name: -value for name, value in scores.items()}}).changed
+
+
 def test_weights_and_margins():
     row = {"prompt": "p", "chosen": "a", "rejected": "b"}
     assert read({**row, "weight": "0.5", "margin": 2}).pairs == [Preference(0, 1, 0.5, 2.0)]
@@ -1149,6 +1315,23 @@ def test_weights_and_margins():
 
 
 # -------------------------------------------------------------------------------------------------------- --columns
+
+
+def test_a_prompt_is_not_guessed_past_a_column_that_is_taken_for_another():
+    row = {"prompt": "Hi", "chosen": "Hello to you", "rejected": "Hello to me"}
+    said = "no column is the prompt, since --columns takes prompt for system; say which is: --columns prompt=COLUMN"
+    assert left_out(row, columns={"system": "prompt"}) == said
+    found = read({"Question": "Hi", **row}, columns={"prompt": "Question", "system": "prompt"})
+    assert found.messages == [system("Hi"), user("Hi")]
+
+
+def test_a_prompt_is_guessed_beside_what_is_none():
+    row = {"chosen": "Say hello. Hello!", "rejected": "Say hello. No."}
+    beside = {"System-Prompt": "Be brief.", "difficulty": "easy", "safe": "True", "p": "0.5", "note": "", "n": 3}
+    found = read({**row, **beside})
+    assert found.implicit and found.messages == [system("Be brief."), user("Say hello.")]
+    found = read({**row, "who": "Be brief."}, columns={"system": "who"})
+    assert found.messages[0] == system("Be brief.")
 
 
 def test_columns_are_named():
@@ -1241,6 +1424,10 @@ LEFT_OUT = {
         "no column is the prompt, but task_text may be: say so with --columns prompt=task_text, or remove it",
         {"task_text": "Add one and one.", "chosen": "It is two", "rejected": "It is three"},
     ),
+    "a word beside which no prompt is named": (
+        "no column is the prompt, but ask may be: say so with --columns prompt=ask, or remove it",
+        {"ask": "Hi", "chosen": "Hello to you", "rejected": "Hello to me"},
+    ),
     "two columns that could be the prompt": (
         "question and problem could both be the prompt; name one: --columns prompt=question",
         {"question": "a b", "problem": "c d", "chosen": "It is two", "rejected": "It is three"},
@@ -1309,11 +1496,11 @@ LEFT_OUT = {
         {"tools": 3, "prompt": "p", "chosen": "a", "rejected": "b"},
     ),
     "a call that nobody answers": (
-        assemble.OPEN_CALL,
+        parts.OPEN_CALL,
         {"prompt": [user("a"), {**answer(""), "tool_calls": WEATHER}], "chosen": "a", "rejected": "b"},
     ),
     "a system column of its own mind": (
-        assemble.TWO_SYSTEMS,
+        parts.TWO_SYSTEMS,
         {"system": "s", "prompt": [system("t"), user("a")], "chosen": "a", "rejected": "b"},
     ),
     "a system column of numbers": (
@@ -1360,17 +1547,29 @@ LEFT_OUT = {
         "--chat_template none",
         {"prompt": "<|start_header_id|>user", "chosen": "a", "rejected": "b"},
     ),
+    "a rendered prompt with its answer": (
+        NOT_OPEN,
+        {
+            "prompt": "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello<|im_end|>\n",
+            "chosen": "a",
+            "rejected": "b",
+        },
+    ),
+    "a rendered prompt that breaks off": (
+        NOT_OPEN,
+        {"prompt": "<|im_start|>user\nHi", "chosen": "a", "rejected": "b"},
+    ),
     "a rendered dialogue that goes on": (
         "a dialogue that is rendered already goes on after its answers differ; give it as messages",
         {"chosen": "<|im_start|>assistant\na<|im_start|>assistant\nc", "rejected": "<|im_start|>assistant\nb"},
     ),
     "an images column": (assemble.NOT_TEXT, {**GOOD, "images": ["a.png"]}),
     "two messages of the assistant's as one answer": (
-        assemble.TWO_ASSISTANTS,
+        parts.TWO_ASSISTANTS,
         {"prompt": "p", "chosen": [answer("a")], "rejected": [answer("b"), answer("c")]},
     ),
     "two messages of the assistant's before the answers": (
-        assemble.TWO_ASSISTANTS,
+        parts.TWO_ASSISTANTS,
         {
             "chosen": [user("p"), answer("a"), answer("b")],
             "rejected": [user("p"), answer("a"), answer("c")],
@@ -1420,6 +1619,22 @@ LEFT_OUT = {
     "a tie": (f"winner is tie (bothbad): {ranking.ALL_TIED}", {**TWO, "winner": "tie (bothbad)"}),
     "a strength of 0": (f"preference_strength is 0: {ranking.ALL_TIED}", {**TWO, "preference_strength": 0}),
     "an index of letters": ("preference is 1, but the answers are response_a and response_b", {**TWO, "preference": 1}),
+    "an index from 0 of names from 1": (
+        ranking.COUNTED_OTHERWISE,
+        {"prompt": "p", "response_1": "x", "response_2": "y", "preference": 0},
+    ),
+    "an index from 1 of names from 0": (
+        ranking.COUNTED_OTHERWISE,
+        {"prompt": "p", "response_0": "x", "response_1": "y", "preference": "2"},
+    ),
+    "a verdict that denies": (
+        "winner is not a, but the answers are response_a and response_b",
+        {**TWO, "winner": "not a"},
+    ),
+    "a verdict that denies a name": (
+        "winner is not_response_b, but the answers are response_a and response_b",
+        {**TWO, "winner": "not_response_b"},
+    ),
     "a probability": ("preference is 0.7, but the answers are response_a and response_b", {**TWO, "preference": 0.7}),
     "a verdict of NaN": (
         "preference is not a number, but the answers are response_a and response_b",

@@ -1,7 +1,7 @@
 """What the forms that people bring become, token by token: shared/data/forms (its README's numbers), and more of each.
 
-Each row is written here as a Comparison, as data/forms.py makes it. Its expected texts are tokenised whole, and the
-tokens must be the same.
+Each row is written here as a Comparison, as data/rows/forms.py makes it. Its expected texts are tokenised whole, and
+the tokens must be the same.
 """
 
 import json

@@ -1,10 +1,12 @@
 """Held out means held out: no prompt, and no variant of one, is on both sides."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from dpo_ds.data.comparison import Answer, Comparison, Preference
-from dpo_ds.data.held_out import families, held_out, prompt_hash, prompt_keys, shared
+from dpo_ds.data.held_out import KEYS, families, held_out, prompt_hash, prompt_keys, shared
 
 
 def comparison(text, implicit=False, messages=None) -> Comparison:
@@ -17,7 +19,7 @@ def comparison(text, implicit=False, messages=None) -> Comparison:
 def keys(*comparisons) -> np.ndarray:
     """Their keys; a prompt's token ids are its letters' numbers, blanks at its ends left out as templates do."""
     found = [prompt_keys(c, c.text, [ord(letter) for letter in c.text.strip()]) for c in comparisons]
-    return np.frombuffer(b"".join(found), dtype=np.uint8).reshape(-1, 3, 16)
+    return np.frombuffer(b"".join(found), dtype=np.uint8).reshape(-1, KEYS, 16)
 
 
 def hashes(prompts) -> np.ndarray:
@@ -53,6 +55,8 @@ VARIANTS = {
     "blanks at the end": ("Item 0?", "Item 0? \n"),
     "blanks within": ("Item  0?", "Item 0?"),
     "case": ("What IS it?", "what is it?"),
+    "Unicode's normal forms": ("Où est le café?", "Ou\u0300 est le cafe\u0301?"),
+    "another form of a letter": ("What is ﬁne?", "What is fine?"),
 }
 
 
@@ -91,6 +95,38 @@ def test_an_implicit_dialogue_asks_what_its_last_user_asks():
     )
     first, second, third = families(keys(one, two, three))
     assert first == second != third
+
+
+def said(*contents):
+    roles = ("user", "assistant") * len(contents)
+    return [{"role": role, "content": text} for role, text in zip(roles, contents, strict=False)]
+
+
+FOUND_AND_GIVEN = {
+    "a text": (("Say why. What is it? It", None), "Say why.  What is it?", None),
+    "a text with an open line": (("Q: what is item 0?\nA: It", None), "Q: what is item 0?\nA:", None),
+    "a dialogue that forks after its first turn": (
+        ("\n\nHuman: Well. Why?\n\nAssistant:", said("Well. Why?")), "well. why?", None
+    ),
+    "a dialogue that forks later": (("a b Why?", said("a", "b", "Why?")), "x y why?", said("x", "y", "why?")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FOUND_AND_GIVEN)
+def test_a_prompt_that_was_found_is_one_family_with_one_that_is_given(name):
+    (text, messages), other, others = FOUND_AND_GIVEN[name]
+    forked = [Answer(said("a", "b")), Answer(said("c"))]
+    found = replace(comparison(text, True, messages), **({"answers": forked} if messages else {}))
+    first, second, third = families(keys(found, comparison(other, False, others), comparison("How?")))
+    assert first == second != third
+    (both,) = shared(keys(comparison(other, False, others)), keys(found))
+    assert both
+
+
+def test_prompts_that_are_given_are_two_if_only_their_last_turns_are_equal():
+    one, other = (comparison(f"{start} b Why?", False, said(start, "b", "Why?")) for start in "ax")
+    lines = [comparison(f"Read this.\n{name}?") for name in ("one", "two")]
+    assert len({*families(keys(one, other, *lines))}) == 4
 
 
 def test_families_join_over_any_of_the_keys_and_over_others():

@@ -5,6 +5,7 @@ import json
 import logging
 import subprocess
 import sys
+from typing import Any
 
 import datasets
 import launching
@@ -13,7 +14,7 @@ import pandas
 import pytest
 
 from dpo_ds.data.files import RAW
-from dpo_ds.data.forms import Reading, read_row, require_form
+from dpo_ds.data.rows.forms import Reading, read_row, require_form
 from dpo_ds.data.sources import Source, fields, load_sources, parse_sources
 from dpo_ds.errors import UserError
 
@@ -131,6 +132,31 @@ def test_the_folders_and_files_of_forms(load):
     (loaded,) = load(FILES / "17_train_and_test_folder")
     assert {row["prompt"][:5] for row in said(loaded.split)} == {"train"}
     assert {row["prompt"][:4] for row in said(loaded.test)} == {"test"} and loaded.test.name == "test"
+
+
+def test_a_key_that_stands_twice_in_a_row_is_named(tmp_path, load):
+    twice = '{"prompt": "p", "chosen": "old", "chosen": "a", "rejected": "b", "meta": {"x": 1, "x": 2}}'
+    (tmp_path / "a.jsonl").write_text(twice + "\n" + lines([GOOD]))
+    (tmp_path / "a.json").write_text(f"[{twice}, {json.dumps(GOOD)}]")
+    for name in ("a.jsonl", "a.json"):
+        first, second = load(tmp_path / name)[0].split.rows
+        found = read_row(fields(first), Reading())
+        assert found.answers[0].messages[0]["content"] == "a" and fields(second) == GOOD
+        assert found.unused == ["column meta", "column x (given twice)", "column chosen (given twice)"]
+    (tmp_path / "b.json").write_text(f'{{"data": [{json.dumps(GOOD)}], "data": [{json.dumps(OTHER)}]}}')
+    with pytest.raises(UserError, match=r"b\.json has the key data twice in an object"):
+        load(tmp_path / "b.json")
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_damaged_image_costs_no_row_of_text(nested, tmp_path, load):
+    image: Any = {"bytes": b"not an image", "path": None}
+    made = datasets.Dataset.from_list([{**GOOD, "photo": [image] if nested else image}])
+    feature = datasets.List(datasets.Image()) if nested else datasets.Image()
+    made.cast_column("photo", feature).to_parquet(tmp_path / "set" / "a.parquet")
+    for source in (tmp_path / "set" / "a.parquet", tmp_path / "set"):
+        (row,) = load(source)[0].split.rows
+        assert read_row(fields(row), Reading()).unused == ["column photo"]
 
 
 def test_rows_that_differ_in_type(tmp_path, load):
@@ -297,6 +323,8 @@ def test_configs(tmp_path, load):
     assert said(load(tmp_path / "set", config="one")[0].split) == [GOOD]
     with pytest.raises(UserError, match=r"a\.jsonl is a file, which has no configs"):
         load(tmp_path / "set" / "a.jsonl", config="one")
+    with pytest.raises(UserError, match=r"names 2 sets, and --dataset_config one says the config of one: name a file"):
+        load(f"{tmp_path / 'set'},{tmp_path / 'set'}", config="one")
 
 
 def test_the_embedded_sample(load):

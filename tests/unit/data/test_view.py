@@ -380,7 +380,7 @@ def test_a_row_that_is_left_out_says_why(files, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["dpo_ds.data", *options_of(files, QWEN_3, "rows", "--row=3")])
     with pytest.raises(SystemExit):
         console.run_main(main)
-    assert "--row 3 is left out: a response is empty" in capsys.readouterr().err
+    assert "--row 3 is left out: an answer is empty" in capsys.readouterr().err
 
 
 def test_a_row_may_be_held_out(files, capsys):

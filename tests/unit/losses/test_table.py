@@ -287,6 +287,7 @@ def test_a_loss_without_a_reference_is_refused_with_one(reference):
         f"--reference {reference} has no effect on --loss simpo,sft, which reads no reference: leave it out"
     )
     assert losses_of(options(loss="simpo,sigmoid", reference=reference, **lora))
+    assert "--reference_model other has no effect on --loss sft" in refusal(loss="sft", reference_model="other")
     for free in ("auto", "none"):
         assert losses_of(options(loss="simpo,sft", reference=free))
 

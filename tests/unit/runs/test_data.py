@@ -94,6 +94,13 @@ def test_a_test_split_that_comes_with_the_data_is_held_out_and_said(tmp_path, ca
     assert [len(part) for part in parts(tmp_path, "set", eval_pairs=0)] == [20, 0]
 
 
+def test_a_test_split_that_asks_all_that_is_trained_on_is_named(tmp_path):
+    for split in ("train", "test"):
+        write(tmp_path / "set" / "data" / f"{split}.jsonl", numbered(6))
+    with pytest.raises(UserError, match="every prompt of --dataset is also in its own test split"):
+        parts(tmp_path, "set")
+
+
 @pytest.mark.parametrize("name", ["09_implicit_prompts_leak", "09b_blank_variants_leak"])
 def test_no_question_is_on_both_sides(name, tmp_path):
     file = layouts_data() / f"{name}.jsonl"
@@ -130,15 +137,20 @@ def test_a_mix_has_the_shares_that_were_asked_for(hundred, weights, counts, caps
     name = f"rows.jsonl:{weights[0]},{hundred}/others.jsonl:{weights[1]}"
     train, _ = parts(hundred, name, eval_pairs=0)
     assert np.bincount(train.sources).tolist() == list(counts)
-    assert f"source 1: {counts[0]} of 100 pairs are in the mix" in capsys.readouterr().out
+    assert f"{hundred}/rows.jsonl: {counts[0]} of 100 pairs are in the mix" in capsys.readouterr().out
     again, _ = parts(hundred, name, eval_pairs=0)
     other, _ = parts(hundred, name, eval_pairs=0, seed=7)
     assert ids(again) == ids(train) and (ids(other) != ids(train) or counts == (100, 25))
 
 
+def test_a_share_of_less_than_a_pair_is_refused(hundred):
+    with pytest.raises(UserError, match=r"others\.jsonl has the weight 0\.001 in a mix of 100 pairs"):
+        parts(hundred, f"rows.jsonl:0.999,{hundred}/others.jsonl:0.001", eval_pairs=0)
+
+
 def test_a_mix_takes_no_pair_twice_and_keeps_prompts_together(hundred):
     whole, _ = parts(hundred, f"rows.jsonl,{hundred}/others.jsonl", eval_pairs=0)
-    mix = mixed(whole, [0.25, 0.75], seed=0, note=print)
+    mix = mixed(whole, [("one", 0.25), ("two", 0.75)], seed=0, note=print)
     assert len(ids(mix)) == len(mix) == 80 and np.bincount(mix.sources).tolist() == [20, 60]
     assert len(mix.prompts) == 40, "both pairs of a prompt"
 

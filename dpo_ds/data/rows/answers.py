@@ -1,4 +1,4 @@
-"""Reads what gives a row's answers and says which of them is better. data/forms.py lists the forms.
+"""Reads what gives a row's answers and says which of them is better. data/rows/forms.py lists the forms.
 
 Each reader is given the row and the columns that are there, under our names.
 """
@@ -8,12 +8,15 @@ from functools import lru_cache
 from typing import Any
 
 from dpo_ds.data.comparison import LeftOut, Message, Preference
-from dpo_ds.data.messages import a_kind, decoded, is_chat, is_message, parsed, read_messages, unzipped
-from dpo_ds.data.ranking import by_strength, by_verdict, number, numbers
-from dpo_ds.data.row import Answers, Row
+from dpo_ds.data.rows.messages import a_kind, decoded, is_chat, is_message, parsed, read_messages, unzipped
+from dpo_ds.data.rows.ranking import by_strength, by_verdict, number, numbers
+from dpo_ds.data.rows.row import Answers, Row
 
 ONE_ANSWER = "there is one answer; a comparison needs two"
 DISAGREE = "two columns disagree on which answer is better"
+LIST_AS_TEXT = "the rejected text is a list in brackets: the chosen answer is paired with each of its texts"
+RANKS_OR_ORDER = "{0} may hold each answer's rank, or the answers' order from the best; if ranks: --columns ranks={0}"
+FROM_ZERO = "the ranks begin with 0: that is taken as the best"
 
 PAIRS = (
     ("chosen", "rejected"),
@@ -42,7 +45,7 @@ def chosen_and_rejected(row: Row, names: tuple[str, ...]) -> Answers:
         if value is None:
             raise LeftOut(f"the field {row.called(name)} is missing")
     where = [row.called(name) for name in names]
-    several = _several(decoded(chosen), rejected)
+    several = _several(row, decoded(chosen), rejected)
     if several is not None:
         sides = [(where[0], chosen)] + [(f"an entry of {where[1]}", value) for value in several]
         if len(sides) < 2:
@@ -53,11 +56,17 @@ def chosen_and_rejected(row: Row, names: tuple[str, ...]) -> Answers:
     return Answers(sides, [Preference(0, n, margin=margin) for n in range(1, len(sides))])
 
 
-def _several(chosen: Any, rejected: Any) -> list | None:
+def _several(row: Row, chosen: Any, rejected: Any) -> list | None:
     """The rejected answers, if they are several: a list of what `chosen` is one of. None if `rejected` is one."""
     if isinstance(rejected, str):
         found = parsed(rejected) if rejected.lstrip().startswith("[") else rejected
-        return None if not isinstance(found, list) or not _is_list_of_chats(found) else found
+        if not isinstance(found, list):
+            return None
+        is_json_too = isinstance(chosen, str) and chosen.lstrip().startswith("[")
+        if all(isinstance(entry, str) for entry in found) and not is_json_too:  # as CSV has a list
+            row.notes.changed[LIST_AS_TEXT] = None
+            return found
+        return found if _is_list_of_chats(found) else None
     if not isinstance(rejected, list):
         return None
     if not rejected:
@@ -108,7 +117,7 @@ def messages_and_rejected(row: Row, names: tuple[str, ...]) -> Answers:
     if rejected is None:
         raise LeftOut(f"the field {row.called(names[1])} is missing")
     found = decoded(rejected)
-    several = _several(value[-1] if not isinstance(found, list) or not is_chat(found) else value, found)
+    several = _several(row, value[-1] if not isinstance(found, list) or not is_chat(found) else value, found)
     if several is None and isinstance(found, list) and all(isinstance(entry, str) for entry in found):
         several = found
     sides = [(where, messages)]
@@ -158,8 +167,9 @@ def several_answers(row: Row, names: tuple[str, ...]) -> Answers:
     ranks = _values(row, found, where, "ranks", RANK_COLUMNS, RANK_KEYS, used)
     if scores is None and ranks is None:
         raise LeftOut(f"{where} has neither scores nor ranks beside it")
-    for key in {key for entry in found if isinstance(entry, dict) and not is_message(entry) for key in entry} - used:
-        if any(entry.get(key) is not None for entry in found if isinstance(entry, dict)):
+    keys = dict.fromkeys(key for entry in found if isinstance(entry, dict) and not is_message(entry) for key in entry)
+    for key in keys:  # in their order: the report is the same in every process
+        if key not in used and any(entry.get(key) is not None for entry in found if isinstance(entry, dict)):
             row.notes.unused[f"key {key} of {where}"] = None
     by_rank = None if ranks is None else [-rank for rank in ranks]
     if scores is not None and by_rank is not None and _disagree(scores, by_rank):
@@ -173,7 +183,10 @@ def _values(row: Row, found: list, where: str, name: str, columns: Sequence[str]
     column = row.first((name,)) if asked else row.first(columns)
     if column is not None:
         values = row.take(column)
-        return numbers(parsed(values) if isinstance(values, str) else values, row.called(column), len(found))
+        read = numbers(parsed(values) if isinstance(values, str) else values, row.called(column), len(found))
+        if name == "ranks":
+            _check_ranks(row, read, ordered=column == "ranking" and not asked)
+        return read
     for key in [asked] if asked else keys:
         if any(isinstance(entry, dict) and entry.get(key) is not None for entry in found):
             used.add(key)
@@ -181,6 +194,17 @@ def _values(row: Row, found: list, where: str, name: str, columns: Sequence[str]
     if asked:
         raise LeftOut(f"--columns {name}={asked}: neither a column nor a key of the answers is called so")
     return None
+
+
+def _check_ranks(row: Row, ranks: list[float], ordered: bool) -> None:
+    """Notes ranks that begin with 0. `ordered`: they may also be the answers' numbers, from the best to the worst."""
+    first = min(ranks)
+    if ordered and sorted(ranks) == [first + n for n in range(len(ranks))] and first in (0, 1):
+        best_to_worst = [int(rank - first) for rank in ranks]
+        if any(best_to_worst[place] != n for n, place in enumerate(best_to_worst)):  # else both say the same
+            raise LeftOut(RANKS_OR_ORDER.format(row.called("ranking")))
+    if first == 0:
+        row.notes.changed[FROM_ZERO] = None
 
 
 def _disagree(one: list[float], other: list[float]) -> bool:

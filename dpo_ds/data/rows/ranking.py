@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from dpo_ds.data.comparison import LeftOut, Preference
-from dpo_ds.data.messages import a_kind, shown
+from dpo_ds.data.rows.messages import a_kind, shown
 
 Choice = Literal["best_worst", "all", "adjacent", "above_margin"]  # of --pairs
 
@@ -21,6 +21,17 @@ NO_MARGIN_KNOWN = "--pairs above_margin: neither scores nor ranks say how much b
 BELOW_MARGIN = "--pairs above_margin: no answer is better than another by --min_margin"
 
 MOST = 1e30  # sums and differences of numbers are kept as float32
+
+# A set that has such a row is refused: in its other rows, too, the verdict may count otherwise.
+COUNTED_OTHERWISE = (
+    "a verdict is 0 where the answers' names are 1 and 2, or 2 where they are 0 and 1, so 1 may mean either; write the "
+    "names as verdicts, or remove the row if it is a tie"
+)
+
+# What people call an answer in a verdict, before a letter or a number.
+NOUNS = ("model", "response", "answer", "completion", "output", "conversation", "assistant", "option", "candidate",
+         "choice", "system", "text", "summary", "generation", "reply", "chatbot", "bot", "agent", "player", "solution",
+         "translation", "story", "sample", "version", "human_ref")  # fmt: skip
 
 TIES = {"tie", "tie (bothbad)", "tie (both bad)", "both_bad", "bothbad", "both bad", "equal", "same", "draw"}
 
@@ -77,7 +88,7 @@ def by_value(values: Sequence[float], choice: Choice, min_margin: float) -> tupl
 def by_verdict(value: Any, where: str, names: Sequence[str], columns: Sequence[str] | None = None) -> Preference:
     """Which of two answers a verdict prefers. `names` are the form's (response_a and response_b), `columns` the data's.
 
-    A verdict is a column's name, what tells it from the other's (a, b, 0, 1, 2), or a name that ends so (model_a).
+    A verdict is a column's name, what tells it from the other's (a, b, 0, 1, 2), or a noun before that (model_a).
     """
     columns = columns or names
     if isinstance(value, str) and value.strip().lower() in TIES:
@@ -88,8 +99,11 @@ def by_verdict(value: Any, where: str, names: Sequence[str], columns: Sequence[s
     for n, ends in enumerate(zip(_ends(names), _ends(columns), strict=True)):
         if said in (names[n].lower(), columns[n].lower(), *ends):
             return Preference(n, 1 - n)
-        if isinstance(value, str) and any(re.fullmatch(rf"\w*[_\s-]{re.escape(end)}", said) for end in ends):
+        if any(re.fullmatch(rf"(the )?({'|'.join(NOUNS)})[_\s-]{re.escape(end)}", said) for end in ends):
             return Preference(n, 1 - n)
+    counted = {*_ends(names), *_ends(columns)}
+    if (said == "0" and {"1", "2"} <= counted) or (said == "2" and {"0", "1"} <= counted):
+        raise LeftOut(COUNTED_OTHERWISE)
     what = a_kind(value) if value is None or isinstance(value, bool) or said == "nan" else shown(value)
     raise LeftOut(f"{where} is {what}, but the answers are {columns[0]} and {columns[1]}")
 

@@ -6,6 +6,10 @@ import re
 from dpo_ds.data.comparison import LeftOut, Markers
 
 GOES_ON = "a dialogue that is rendered already goes on after its answers differ; give it as messages"
+NOT_OPEN = (
+    "a prompt that is rendered already does not end where an answer begins; end it as the chat template does, or use "
+    "--chat_template none"
+)
 NO_OPENING = "a dialogue that is rendered already has no assistant's turn before its answers differ"
 
 # What the templates of common families begin a text or a turn with. Another model's text is not this model's.
@@ -26,10 +30,28 @@ def rendered_prompt(prompt: str, answers: list[str], markers: Markers) -> tuple[
     if not opened and not _begins(prompt, markers):
         return None
     if all(answer.startswith(prompt) for answer in answers):
-        return prompt, [answer[len(prompt) :] for answer in answers]
+        answers = [answer[len(prompt) :] for answer in answers]
     if opening and not opened and all(answer.startswith(markers.opening) for answer in answers):
         return prompt + markers.opening, [answer[len(markers.opening) :] for answer in answers]
-    return prompt, answers
+    return (_opened(prompt, answers, markers) if opening else prompt), answers
+
+
+def _opened(prompt: str, answers: list[str], markers: Markers) -> str:
+    """A rendered prompt with the opening of an answer at its end. Raises LeftOut if that is not what follows it."""
+    opening, blanks = markers.opening.rstrip(), markers.opening[len(markers.opening.rstrip()) :]
+    before, found, after = prompt.rpartition(opening.strip())
+    if found and not after.strip():
+        # The blanks behind it may stand in the prompt or in the answers.
+        as_it_is = after.startswith(blanks) or any(answer[:1].isspace() for answer in answers)
+        return prompt if as_it_is else before + found + blanks
+    if found and (not markers.end or markers.end not in after):  # the assistant has begun its answer
+        return prompt
+    closing = markers.closing.rstrip()
+    ended_answer = found and not after.partition(markers.end)[2].strip()
+    if ended_answer or not closing or not prompt.rstrip().endswith(closing):
+        raise LeftOut(NOT_OPEN)
+    more = "" if prompt.endswith(markers.closing) else markers.closing[len(closing) :]
+    return (prompt if not more else prompt.rstrip() + more) + markers.opening
 
 
 def rendered_dialogues(texts: list[str], markers: Markers) -> tuple[str, list[str]] | None:

@@ -6,8 +6,8 @@ from functools import lru_cache
 from typing import Any
 
 from dpo_ds.data.comparison import Markers, Message, Preference
-from dpo_ds.data.messages import Notes
-from dpo_ds.data.ranking import Choice
+from dpo_ds.data.rows.messages import Notes
+from dpo_ds.data.rows.ranking import Choice
 
 
 @dataclass(frozen=True)
@@ -18,6 +18,7 @@ class Reading:
     pairs: Choice = "best_worst"  # which pairs are made of several answers
     min_margin: float = 0.0  # for above_margin
     markers: Markers | None = None  # None: the model has no chat template
+    ends: tuple[str, ...] = ()  # the tokens that end an answer, as text
 
 
 class Row:
@@ -28,7 +29,7 @@ class Row:
         mapped = {*columns.values()}
         given = [name for name in reversed(fields) if name not in mapped]
         # A column that is called exactly so comes before one in another case.
-        self.names = {_plain(name): name for name in given} | {name: name for name in given if _plain(name) == name}
+        self.names = {plain(name): name for name in given} | {name: name for name in given if plain(name) == name}
         self.names |= columns
         self.used: set[str] = set()
         self.notes = Notes()
@@ -57,7 +58,7 @@ class Row:
 
 
 @lru_cache(maxsize=10_000)
-def _plain(name: str) -> str:
+def plain(name: str) -> str:
     """A column's name as forms have it: `Chosen Response` and `chosen-response` are chosen_response."""
     return name.strip().lower().replace("-", "_").replace(" ", "_")
 
@@ -69,7 +70,9 @@ class Prompt:
     where: str  # the column
     text: str | None = None
     messages: list[Message] | None = None
-    continues: bool = False  # answers go on from the text as it is; otherwise it is what a user says
+    # Answers go on from its end as it is. Otherwise a text is what a user says, and an answer at the end of a dialogue
+    # is mostly one of its own.
+    continues: bool = False
     tools: Any = None
 
 

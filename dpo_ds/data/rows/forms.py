@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal
 
-from dpo_ds.data.answers import (
+from dpo_ds.data.comparison import Comparison, LeftOut
+from dpo_ds.data.rows.answers import (
     PAIRS,
     SEVERAL,
     TWO,
@@ -18,11 +19,10 @@ from dpo_ds.data.answers import (
     several_answers,
     two_answers,
 )
-from dpo_ds.data.assemble import assemble
-from dpo_ds.data.comparison import Comparison, LeftOut
-from dpo_ds.data.messages import a_kind
-from dpo_ds.data.prompts import CHATS, QUESTIONS, messages_column, prompt_column, question
-from dpo_ds.data.row import Reading, Row
+from dpo_ds.data.rows.assemble import assemble
+from dpo_ds.data.rows.messages import a_kind
+from dpo_ds.data.rows.prompts import CHATS, QUESTIONS, messages_column, prompt_column, question
+from dpo_ds.data.rows.row import Reading, Row
 from dpo_ds.errors import UserError
 
 NO_FORM = "the columns of the row fit no form"
@@ -59,7 +59,8 @@ FORMS = [
         "answers",
         "`chosen`, `rejected` as a list",
         (*PAIRS[:1],),
-        "`rejected` holds several answers, each of the shape of `chosen`: `chosen` is paired with each",
+        "`rejected` holds several answers, each of the shape of `chosen`: `chosen` is paired with each; in a CSV file, "
+        "a list of texts as JSON or as Python writes it",
         "sets of one's own",
         {"prompt": "Say hello.", "chosen": "Hello!", "rejected": ["No.", "Why?"]},
         chosen_and_rejected,
@@ -102,8 +103,8 @@ FORMS = [
         "`completion_…`, `output_…`, `conversation_…`) and a verdict: `preference`, `winner`, `better_response_id`, "
         "`safer_response_id`, `choice`, `chosen`",
         TWO,
-        "the verdict is a column's name or its ending (`a`, `0`, `2`, `model_b`); `preference_strength` and "
-        "`overall_preference` are below 0 if the first is better; a tie is left out",
+        "the verdict is a column's name or its ending (`a`, `0`, `2`, `model_b`), and counts as the names do; "
+        "`preference_strength` and `overall_preference` are below 0 if the first is better; a tie is left out",
         "PKU-SafeRLHF, HelpSteer2 and 3, Chatbot Arena, AlpacaFarm",
         {"prompt": "Say hello.", "response_0": "No.", "response_1": "Hello!", "better_response_id": 1},
         two_answers,
@@ -131,8 +132,8 @@ FORMS = [
         "`responses`, `answers`, `completions`, `candidates` or `generations`, with `scores`, `ratings` or `rewards`, "
         "or with `ranks`",
         tuple((name,) for name in SEVERAL),
-        "lists of equal length; a higher score is better, a lower rank is better (1 is the best); `--pairs` says which "
-        "pairs are made",
+        "lists of equal length; a higher score is better, a lower rank is better (1 is the best, or 0 if they begin "
+        "with it); `--pairs` says which pairs are made",
         "samples with a reward model's scores, Argilla",
         {"prompt": "Say hello.", "responses": ["No.", "Hello!"], "scores": [0.1, 0.9]},
         several_answers,
@@ -161,7 +162,8 @@ FORMS = [
         "prompt",
         "`messages`, `conversations`, `conversation`, `dialogue`, `trajectory` or `context`",
         tuple((name,) for name in CHATS),
-        "messages with `role` and `content`, or `from` and `value`, or turns such as `human` and `assistant`",
+        "messages with `role` and `content`, or `from` and `value`, or turns such as `human` and `assistant`; an "
+        "answer at its end is not used, unless it breaks off there",
         "LLaMA-Factory's ShareGPT form, HelpSteer3, UltraInteract, ms-swift",
         {
             "conversations": [{"from": "human", "value": "Say hello."}],

@@ -1,13 +1,14 @@
-"""Reads what gives a row's prompt. data/forms.py lists the forms.
+"""Reads what gives a row's prompt. data/rows/forms.py lists the forms.
 
 Each reader is given the row and the columns that are there, under our names. It returns None if these give no prompt.
 """
 
+from dataclasses import replace
 from typing import Any
 
 from dpo_ds.data.comparison import LeftOut
-from dpo_ds.data.messages import decoded, is_message, is_part, read_content, read_messages
-from dpo_ds.data.row import Prompt, Row
+from dpo_ds.data.rows.messages import decoded, is_message, is_part, read_content, read_messages
+from dpo_ds.data.rows.row import Prompt, Row
 
 CHATS = ("messages", "conversations", "conversation", "dialogue", "dialog", "trajectory", "context")
 QUESTIONS = ("instruction", "question", "query", "input", "problem", "user_prompt", "history", "post", "context",
@@ -21,7 +22,7 @@ def prompt_column(row: Row, names: tuple[str, ...]) -> Prompt | None:
     row.take(names[0])
     if isinstance(value, str):
         return Prompt(where, text=value, continues=True)
-    return _prompt_messages(row, where, value)
+    return replace(_prompt_messages(row, where, value), continues=True)
 
 
 def _prompt_messages(row: Row, where: str, value: Any) -> Prompt:

@@ -1,0 +1,143 @@
+"""Every loss, on real runs: full and LoRA, 1 and 2 ranks, ZeRO-0 and ZeRO-3, large and small micro-batches.
+
+A row is four answers with scores. Full runs are compared with the oracle's plain loop, which applies the same formula
+(tests/unit/losses compares that with numbers computed by hand) to the whole step at once. LoRA's are compared with each
+other.
+"""
+
+import gzip
+import json
+from itertools import pairwise
+
+import launching
+import numpy as np
+import oracle
+import pytest
+import tiny
+
+from dpo_ds.config import parse_options
+from dpo_ds.data.steps import Schedule
+from dpo_ds.embedded import sample_file
+from dpo_ds.losses.table import LOSSES
+from dpo_ds.models.files import load_tokenizer
+from dpo_ds.models.find import find_model
+from dpo_ds.ranks.world import from_environment
+from dpo_ds.runs.data import load_pairs
+
+STEPS, BATCH, RATE = 4, 12, 2e-3
+STOP = 2
+
+# name: the loss's flags. Losses of one name stand for themselves.
+CASES: dict[str, dict] = {
+    **{name: {"loss": name} for name in LOSSES},
+    "smoothed": {"label_smoothing": 0.2},
+    "summed": {"loss": "sigmoid,sft", "loss_weights": "1,0.3"},
+    "summed-with-a-step": {"loss": "bco_pair", "sft_weight": 0.3},
+    "ld": {"ld_alpha": 0.4},
+    "wpo": {"wpo": "true"},
+    "wpo-with-a-step": {"loss": "kto_pair", "wpo": "true"},
+    "js": {"f_divergence": "js"},
+}
+# Where and how a case runs. Small micro-batches hold one to three pairs, so that losses over the step take two passes,
+# and groups are split.
+RUNS = {
+    "1-stage0": (1, "stage0", {"micro_batch_tokens": 4000}),
+    "1-stage3-lora": (1, "stage3", {"micro_batch_tokens": 320, "lora": "true", "lora_r": 4}),
+    "2-stage3": (2, "stage3", {"micro_batch_tokens": 320}),
+    "2-stage0-lora": (2, "stage0", {"micro_batch_tokens": 4000, "lora": "true", "lora_r": 4}),
+}
+# Losses that remember earlier steps, in a run that is stopped and resumed.
+RESUMED = ("bco_pair", "beta_dpo")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    place = tmp_path_factory.mktemp("losses")
+    with gzip.open(sample_file(), "rt", encoding="utf-8") as file:
+        rows = [json.loads(line) for line in file]
+    for name in ("weighted", "equal"):
+        with open(place / f"{name}.jsonl", "w") as file:
+            for n, (row, other) in enumerate(pairwise(rows[:31])):
+                answers = [row["chosen"], row["rejected"], other["rejected"], other["chosen"]]
+                weight = {"weight": 1 + n % 3} if name == "weighted" else {}
+                several = {"prompt": row["prompt"], "responses": answers, "scores": [9, 1, 6, 3], **weight}
+                file.write(json.dumps(several) + "\n")
+    tiny.make("llama", place / "llama")
+    for stage in (0, 3):
+        zero = {"stage": stage, **({"stage3_param_persistence_threshold": 0} if stage == 3 else {})}
+        config = {"zero_optimization": zero, "gradient_clipping": "auto", "train_batch_size": "auto"}
+        (place / f"stage{stage}.json").write_text(json.dumps(config))
+    return place
+
+
+def flags(place, case: str, run: str) -> dict:
+    ranks, stage, extra = RUNS[run]
+    data = "equal" if not LOSSES.get(case, LOSSES["sigmoid"]).weighted else "weighted"
+    # Not adjacent pairs: DPO's first slopes of an answer that is better than one and worse than another cancel, and Adam
+    # makes updates of full size of what is left, which is rounding.
+    pairs = "adjacent" if case == "plackett_luce" else "all"
+    return {
+        "model": place / "llama", "dataset": place / f"{data}.jsonl", "pairs": pairs, "plan": "off",
+        "ds_config": place / f"{stage}.json", "output_dir": place / f"{case}-{run}",
+        "cache_dir": place / f"cache-{ranks}", "max_steps": STEPS, "global_batch_pairs": BATCH, "learning_rate": RATE,
+        "max_length": 96, "eval_pairs": 6, "eval_every": 0, "export": "none", "precision": "fp32", **extra,
+        **CASES[case],
+    }  # fmt: skip
+
+
+def argv(options: dict) -> list[str]:
+    return [f"--{key}={value}" for key, value in options.items()]
+
+
+@pytest.fixture(scope="module")
+def launched(place) -> dict[int, str]:
+    scenarios: dict[int, list] = {1: [], 2: []}
+    for case in CASES:
+        for run, (ranks, _, _) in RUNS.items():
+            scenarios[ranks].append({"argv": argv(flags(place, case, run))})
+    for case in RESUMED:
+        for run in ("1-stage0", "2-stage3"):
+            ranks = RUNS[run][0]
+            options = flags(place, case, run) | {"output_dir": place / f"{case}-{run}-resumed", "save_every": STOP}
+            scenarios[ranks] += [{"argv": argv(options), "stop_after": STOP}, {"argv": argv(options)}]
+    return {ranks: launching.run_scenarios(ranks, runs, place / f"{ranks}.json") for ranks, runs in scenarios.items()}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_full_runs_have_the_oracles_curve(case, place, launched):
+    """On the very pairs of the run, prepared once more."""
+    options = parse_options(argv(flags(place, case, "1-stage0")))
+    train, _ = load_pairs(options, load_tokenizer(find_model(options.model)), from_environment(), "2026-01-01")
+    schedule = Schedule.of(train.pair_groups, BATCH, 1, STEPS, seed=42)
+    steps = [np.sort(schedule.step(number)) for number in range(STEPS)]
+    expected = oracle.train_with(options, place / "llama", train, steps, learning_rate=RATE, warmup=round(0.1 * STEPS))
+    for run in ("1-stage0", "2-stage3"):
+        curve = launching.curve(place / f"{case}-{run}")
+        np.testing.assert_allclose(curve, expected, rtol=1e-5, atol=1e-5, err_msg=run)
+    norms = [launching.curve(place / f"{case}-{run}", "grad_norm") for run in ("1-stage0", "2-stage3")]
+    np.testing.assert_allclose(*norms, rtol=2e-3)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_lora_runs_agree(case, place, launched):
+    curves = [launching.curve(place / f"{case}-{run}") for run in ("1-stage3-lora", "2-stage0-lora")]
+    assert len(curves[0]) == STEPS
+    np.testing.assert_allclose(*curves, rtol=1e-5, atol=1e-5)
+    evaluated = [launching.curve(place / f"{case}-{run}", "eval/loss") for run in ("1-stage3-lora", "2-stage0-lora")]
+    np.testing.assert_allclose(*evaluated, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", RESUMED)
+def test_what_a_loss_remembers_survives_a_stop(case, place, launched):
+    for run in ("1-stage0", "2-stage3"):
+        resumed = launching.curve(place / f"{case}-{run}-resumed")
+        assert resumed == launching.curve(place / f"{case}-{run}"), "to the bit"
+
+
+def test_each_loss_learns_and_its_curve_is_its_own(place, launched):
+    """Equal curves would let one loss stand for another."""
+    curves = {case: launching.curve(place / f"{case}-1-stage0") for case in CASES}
+    for case, curve in curves.items():
+        assert np.ptp(curve) > 1e-3, case
+        for other, others in curves.items():
+            assert other <= case or np.abs(np.subtract(curve, others)).max() > 1e-5, (case, other)
