@@ -260,6 +260,9 @@ KNOWN_AS = {
     "tr_dpo": "--loss sigmoid",
 }
 
+# Losses with the chosen answers' likelihood as a part. It would not be one if some tokens counted less.
+FINE_TUNING = ("sft", "orpo", "cpo")
+
 # What each option of Settings must be.
 _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     "label_smoothing": (lambda x: 0 <= x <= 0.5, "from 0 to 0.5"),
@@ -308,6 +311,11 @@ def losses_of(options: Options) -> list[Term]:
         )
     if options.wpo and not all(term.loss.weighted for term in terms):
         raise UserError("--wpo weights single pairs, but --loss aot and aot_unpaired sort them: leave out one of them")
+    if options.ld_alpha is not None and (tuned := [name for name in names if name in FINE_TUNING]):
+        raise UserError(
+            f"--ld_alpha counts some tokens of an answer less, but {tuned[0]} learns all of a chosen answer's tokens: "
+            "leave out one of them"
+        )
     return terms
 
 

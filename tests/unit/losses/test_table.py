@@ -299,6 +299,19 @@ def test_wpo_is_refused_with_losses_that_sort(loss):
     assert losses_of(options(loss="sigmoid", wpo="true")) and losses_of(options(loss=loss))
 
 
+@pytest.mark.parametrize(
+    "words", [{"loss": "sigmoid,sft"}, {"sft_weight": 0.1}, {"loss": "orpo"}, {"loss": "cpo"}], ids=str
+)
+def test_ld_alpha_is_refused_where_a_likelihood_is_learned(words):
+    """LD-DPO changes the log-probabilities that all of the run's losses read."""
+    name = "sft" if "sft" in str(words) else words["loss"]
+    assert refusal(ld_alpha=0.5, **words) == (
+        f"--ld_alpha counts some tokens of an answer less, but {name} learns all of a chosen answer's tokens: leave "
+        "out one of them"
+    )
+    assert losses_of(options(**words)) and losses_of(options(ld_alpha=0.5))
+
+
 def test_the_table_needs_no_torch():
     """So that a wrong option is refused at once."""
     code = (
