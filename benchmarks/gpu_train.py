@@ -25,7 +25,7 @@ TINY_RUN = "--model=tiny-gpt2 --dataset=sample --max_steps=4 --eval_pairs=20 --h
 TIERS = ("zero2_small", "zero3_standard", "zero3_offload_large")
 SIX_RUN = (
     "--max_length=1024 --chat_template=none --truncation=keep_start --global_batch_pairs=32 --eval_pairs=0 "
-    "--reference=none --ds_config=zero3_standard --host_memory=100 --export=none --generations=0"
+    "--loss=simpo --ds_config=zero3_standard --host_memory=100 --export=none --generations=0"
 ).split()
 
 

@@ -151,9 +151,10 @@ class Trainer:
         """Stops a run whose first loss is not `equal`, the loss with the policy equal to the reference (DPO: ln 2).
 
         slope: by how much a rounding error of one nat in each pair's margin would change it, root mean square. Six
-        times that is allowed for rounding errors of the usual size.
+        times that is allowed for rounding errors of the usual size, and a millionth of the loss for its own, an fp32
+        sum: sppo_hard begins at 500,000.
         """
-        if abs(loss - equal) > 6 * slope * ROUNDING[self.options.precision]:
+        if abs(loss - equal) > 6 * slope * ROUNDING[self.options.precision] + 1e-6 * abs(equal):
             raise RunStopped(
                 f"the first loss is {loss:.6f}, but policy and reference start equal, so it must be {equal:.6f}: "
                 "check whether the weights changed after the reference table was made, whether the model's code has "

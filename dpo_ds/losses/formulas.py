@@ -14,6 +14,7 @@ from dpo_ds.losses.compared import Compared, Running
 from dpo_ds.losses.table import Settings
 
 LEAST_BETA = 1e-3  # of beta_dpo
+MOST_EXPONENT = 700  # exp of it fits into float64
 
 
 def sigmoid(x: Compared, s: Settings) -> torch.Tensor:
@@ -133,19 +134,21 @@ def dpop(x: Compared, s: Settings) -> torch.Tensor:
 
 def rdpo(x: Compared, s: Settings) -> torch.Tensor:
     """-log sigmoid(beta * (w - l) + alpha * (|w| - |l|)): being longer explains a part of the preference."""
-    return _smoothed(s.beta * _margin(x.log_ratios) + s.length_alpha * _margin(x.lengths), s.label_smoothing)
+    longer = _margin(x.lengths).to(x.policy.dtype)
+    return _smoothed(s.beta * _margin(x.log_ratios) + s.length_alpha * longer, s.label_smoothing)
 
 
 def beta_dpo(x: Compared, s: Settings) -> torch.Tensor:
-    """DPO's loss with beta * (1 + alpha * (the step's mean reward margin - the steps' so far)), at least LEAST_BETA."""
+    """DPO's loss with beta * (1 + alpha * (the step's mean of w - l, less its moving average)), at least LEAST_BETA.
+    The moving average has seen this step too. The paper's alpha is for log-ratios, not for rewards: so is its code."""
     gap = x.mean(_margin(x.log_ratios)).detach()
-    beta = s.beta * (1 + s.beta_alpha * s.beta * (gap - x.running.gap))
+    beta = s.beta * (1 + s.beta_alpha * (gap - after(x, s.beta_momentum).gap))
     return -logsigmoid(beta.clamp(min=LEAST_BETA) * _margin(x.log_ratios))
 
 
 def kto_pair(x: Compared, s: Settings) -> torch.Tensor:
     """1/2 (d * (1 - sigmoid(r_w - z_l)) + u * (1 - sigmoid(z_w - r_l))). z is the other side's mean reward over the
-    step, 0 at least: the estimate of KL(policy || reference) from answers to other prompts."""
+    step, 0 at least: an estimate of KL(policy || reference)."""
     rewards = s.beta * x.log_ratios
     chosen_kl, rejected_kl = x.mean(rewards).detach().clamp(min=0)
     desirable = 1 - (rewards[:, 0] - rejected_kl).sigmoid()
@@ -159,8 +162,8 @@ def odpo(x: Compared, s: Settings) -> torch.Tensor:
 
 
 def plackett_luce(x: Compared, s: Settings) -> torch.Tensor:
-    """-r_w + log sum exp of r_w and the rewards of all answers below w. Summed over a ranking, this is its negative
-    log-likelihood. With two answers it is DPO's loss."""
+    """log(1 + sum of exp(r - r_w) over the answers below w), r being their rewards. Summed over a ranking, this is its
+    negative log-likelihood. With two answers it is DPO's loss."""
     rewards = s.beta * x.log_ratios
     chosen, rejected = x.answers.unbind(1)
     place = torch.arange(len(chosen), device=chosen.device)
@@ -171,9 +174,8 @@ def plackett_luce(x: Compared, s: Settings) -> torch.Tensor:
     # An answer that is rejected in several of these pairs counts once.
     earlier = (rejected[:, None] == rejected) & (place[:, None] < place)
     below &= ~((below.float() @ earlier.float()) > 0)
-    worse = torch.where(below, rewards[:, 1], -torch.inf)
-    others = torch.cat([rewards[:, :1], worse], dim=1).logsumexp(1)
-    return (others - rewards[:, 0]) / same.sum(1)
+    behind = torch.where(below, rewards[:, 1] - rewards[:, :1], -torch.inf)
+    return torch.cat([torch.zeros_like(rewards[:, :1]), behind], dim=1).logsumexp(1) / same.sum(1)
 
 
 def after(x: Compared, momentum: float = 0.0) -> Running:
@@ -199,13 +201,12 @@ def _smoothed(h: torch.Tensor, e: float) -> torch.Tensor:
 
 def _scores(log_ratios: torch.Tensor, s: Settings) -> torch.Tensor:
     """f'(policy / reference), up to a constant, for the f-divergence that holds the policy to the reference: Wang et
-    al. 2023 (arXiv 2309.16240), table 1. Reverse KL gives the log-ratios themselves, which is DPO."""
+    al. 2023 (arXiv 2309.16240). Reverse KL gives the log-ratios themselves, which is DPO. The others are float64: below
+    -88, exp of a log-ratio does not fit into fp32, and the difference of two such scores would not be a number."""
     if s.f_divergence == "reverse_kl" or (s.f_divergence == "alpha" and s.f_alpha == 0):
         return log_ratios
-    wide = log_ratios.double()  # exp of a log-ratio does not fit into fp32 below -88
+    wide = log_ratios.double()
     if s.f_divergence == "js":
-        found = math.log(2) + logsigmoid(wide)
-    else:
-        alpha = 1.0 if s.f_divergence == "forward_kl" else s.f_alpha
-        found = -torch.expm1(-alpha * wide) / alpha
-    return found.to(log_ratios.dtype)
+        return math.log(2) + logsigmoid(wide)
+    alpha = 1.0 if s.f_divergence == "forward_kl" else s.f_alpha
+    return -torch.expm1((-alpha * wide).clamp(max=MOST_EXPONENT)) / alpha

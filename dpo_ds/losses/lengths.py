@@ -12,7 +12,7 @@ def length_desensitised(
     alpha: float,
 ) -> torch.Tensor:
     """The logps of each pair's answers, [B, 2]: the sum over the tokens up to the shorter answer's length, plus alpha
-    times the sum over the rest (section 3.2).
+    times the sum over the rest.
 
     tokens [N]: logps of the learned tokens of so many `answers`. token_answers [N] int64: the answer of each.
     shared [M, 2] int64: scoring.packed.shared_tokens. pairs [B, 2] int64.

@@ -68,13 +68,14 @@ DIVERGENCE = ("f_divergence", "f_alpha")
 
 LOSSES: dict[str, Loss] = {
     "sigmoid": Loss(
-        paper="Rafailov et al. 2023, arXiv 2305.18290, eq. 7; with label_smoothing: cDPO, Mitchell 2023",
+        paper="Rafailov et al. 2023, arXiv 2305.18290, eq. 7; with label_smoothing: cDPO, Mitchell 2023, eq. 3",
         beta=KL,
         use="DPO; the default",
         options=SMOOTHED,
     ),
     "hinge": Loss(
-        paper="Zhao et al. 2023 (SLiC-HF), arXiv 2305.10425, eq. 1, on DPO's rewards",
+        paper="Zhao et al. 2023 (SLiC-HF), arXiv 2305.10425, on DPO's rewards: hinge-norm in Liu et al. 2023 (RSO), "
+        "arXiv 2309.06657",
         beta="1 / the margin of log-ratios from which a pair has no loss",
         use="pairs that are already right should not be pushed further",
         options=DIVERGENCE,
@@ -94,30 +95,33 @@ LOSSES: dict[str, Loss] = {
         defaults={"label_smoothing": 1e-3},
     ),
     "nca_pair": Loss(
-        paper="Chen et al. 2024 (NCA), arXiv 2402.05369, section 3.3",
+        paper="Chen et al. 2024 (NCA), arXiv 2402.05369, section 4.1, for pairs",
         beta=KL,
         use="chosen log-probabilities fall",
+        defaults={"beta": 0.01},
     ),
     "robust": Loss(
-        paper="Chowdhury et al. 2024, arXiv 2403.00409, eq. 9",
+        paper="Chowdhury et al. 2024, arXiv 2403.00409, section 3.1",
         beta=KL,
         use="a known share of the pairs, label_smoothing, is the wrong way round",
         options=SMOOTHED,
         defaults={"label_smoothing": 0.1},
     ),
     "bco_pair": Loss(
-        paper="Jung et al. 2024 (BCO), arXiv 2404.04656, eq. 11 and 12",
+        paper="Jung et al. 2024 (BCO), arXiv 2404.04656, eq. 11, with both sides from the same prompts",
         beta=KL,
         use="the two answers of a pair are not about each other: a good one and a bad one",
+        defaults={"beta": 0.01},
         scope="step",
     ),
     "sppo_hard": Loss(
         paper="Wu et al. 2024 (SPPO), arXiv 2405.00675, eq. 4.7, winner 1 and loser 0",
         beta="1 / the paper's eta: log-ratios are drawn to 1 / (2 * beta) and -1 / (2 * beta)",
         use="rounds of self-play; chosen log-probabilities fall",
+        defaults={"beta": 1e-3},
     ),
     "aot": Loss(
-        paper="Melnyk et al. 2024, arXiv 2406.05882, eq. 10: margins sorted over the step",
+        paper="Melnyk et al. 2024, arXiv 2406.05882, section 3, paired: margins sorted over the step",
         beta=KL,
         use="the distribution of margins counts, not each pair",
         options=("label_smoothing",),
@@ -125,7 +129,7 @@ LOSSES: dict[str, Loss] = {
         weighted=False,
     ),
     "aot_unpaired": Loss(
-        paper="Melnyk et al. 2024, arXiv 2406.05882, eq. 8: rewards of both sides sorted over the step",
+        paper="Melnyk et al. 2024, arXiv 2406.05882, section 3, unpaired: rewards of both sides sorted over the step",
         beta=KL,
         use="good and bad answers that are not about each other",
         options=("label_smoothing",),
@@ -147,12 +151,13 @@ LOSSES: dict[str, Loss] = {
         beta=KL,
         use="a loss found by search; strong on MT-Bench and AlpacaEval in its paper",
         options=("discopop_tau", *DIVERGENCE),
+        defaults={"beta": 0.05},
     ),
     "sigmoid_norm": Loss(
-        paper="Lambert et al. 2024 (Tulu 3), arXiv 2411.15124, eq. 6: DPO on log-ratios per token",
+        paper="Lambert et al. 2024 (Tulu 3), arXiv 2411.15124: DPO on log-ratios per token",
         beta="as DPO's, for log-ratios per token: some fifty times as large",
         use="answers grow longer and longer",
-        options=("label_smoothing", *DIVERGENCE),
+        options=SMOOTHED,
         defaults={"beta": 5.0},
         lengths=True,
         per_token=True,
@@ -165,7 +170,7 @@ LOSSES: dict[str, Loss] = {
         lengths=True,
     ),
     "simpo": Loss(
-        paper="Meng et al. 2024 (SimPO), arXiv 2405.14734, eq. 6",
+        paper="Meng et al. 2024 (SimPO), arXiv 2405.14734",
         beta="scale of the mean log-probability per token",
         use="no reference in memory or in a table; answers grow longer",
         options=("simpo_gamma", "label_smoothing"),
@@ -175,7 +180,7 @@ LOSSES: dict[str, Loss] = {
         per_token=True,
     ),
     "orpo": Loss(
-        paper="Hong et al. 2024 (ORPO), arXiv 2403.07691, eq. 6 and 7",
+        paper="Hong et al. 2024 (ORPO), arXiv 2403.07691, eq. 4 and 7",
         beta=None,
         use="from a base model in one go: fine-tuning and preference at once, no reference",
         options=("orpo_lambda",),
@@ -184,7 +189,7 @@ LOSSES: dict[str, Loss] = {
         per_token=True,
     ),
     "cpo": Loss(
-        paper="Xu et al. 2024 (CPO), arXiv 2401.08417, eq. 3 and 5",
+        paper="Xu et al. 2024 (CPO), arXiv 2401.08417, section 3, eq. 3",
         beta="scale of the log-probabilities",
         use="no reference in memory or in a table; translation",
         options=("cpo_alpha", "label_smoothing"),
@@ -192,41 +197,41 @@ LOSSES: dict[str, Loss] = {
         lengths=True,
     ),
     "dpop": Loss(
-        paper="Pal et al. 2024 (Smaug), arXiv 2402.13228, eq. 3",
+        paper="Pal et al. 2024 (Smaug), arXiv 2402.13228",
         beta=KL,
         use="chosen log-probabilities fall, above all where the two answers differ little",
         options=("dpop_lambda",),
     ),
     "rdpo": Loss(
-        paper="Park et al. 2024 (R-DPO), arXiv 2403.19159, eq. 9",
+        paper="Park et al. 2024 (R-DPO), arXiv 2403.19159",
         beta=KL,
         use="answers grow longer and longer",
         options=("length_alpha", "label_smoothing"),
         lengths=True,
     ),
     "beta_dpo": Loss(
-        paper="Wu et al. 2024 (beta-DPO), arXiv 2407.08639, eq. 6 and 7, without its filter of pairs",
+        paper="Wu et al. 2024 (beta-DPO), arXiv 2407.08639, as in its code, without the filter of pairs",
         beta="DPO's, where the step's mean margin is as usual; larger where the margin is larger",
         use="pairs of very different quality",
         options=("beta_alpha", "beta_momentum"),
         scope="step",
     ),
     "kto_pair": Loss(
-        paper="Ethayarajh et al. 2024 (KTO), arXiv 2402.01306, eq. 8, each answer for itself",
+        paper="Ethayarajh et al. 2024 (KTO), arXiv 2402.01306; for pairs: the HALOs report, eq. 7",
         beta=KL,
         use="noisy pairs; good and bad answers that are not about each other",
         options=("desirable_weight", "undesirable_weight"),
         scope="step",
     ),
     "odpo": Loss(
-        paper="Amini et al. 2024 (ODPO), arXiv 2402.10571, eq. 8 with f = log",
+        paper="Amini et al. 2024 (ODPO), arXiv 2402.10571, with f = log",
         beta=KL,
         use="the data says by how much the chosen answer is better (a margin, or scores)",
         options=("offset_alpha",),
         margins=True,
     ),
     "plackett_luce": Loss(
-        paper="Rafailov et al. 2023, arXiv 2305.18290, appendix A.3, eq. 20",
+        paper="Rafailov et al. 2023, arXiv 2305.18290, appendix A.3",
         beta=KL,
         use="rankings of several answers, with --pairs adjacent",
         scope="group",
@@ -246,7 +251,7 @@ KNOWN_AS = {
     "sppo": "--loss sppo_hard",
     "apo": "--loss apo_zero, or --loss apo_down",
     "smaug": "--loss dpop",
-    "r-dpo": "--loss rdpo",
+    "r_dpo": "--loss rdpo",
     "wpo": "--wpo true",
     "ld": "--ld_alpha 0.5",
     "ld_dpo": "--ld_alpha 0.5",
@@ -254,6 +259,9 @@ KNOWN_AS = {
     "nll": "--loss sft",
     "tr_dpo": "--loss sigmoid",
 }
+
+# Losses with the chosen answers' likelihood as a part. It would not be one if some tokens counted less.
+FINE_TUNING = ("sft", "orpo", "cpo")
 
 # What each option of Settings must be.
 _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
@@ -303,6 +311,11 @@ def losses_of(options: Options) -> list[Term]:
         )
     if options.wpo and not all(term.loss.weighted for term in terms):
         raise UserError("--wpo weights single pairs, but --loss aot and aot_unpaired sort them: leave out one of them")
+    if options.ld_alpha is not None and (tuned := [name for name in names if name in FINE_TUNING]):
+        raise UserError(
+            f"--ld_alpha counts some tokens of an answer less, but {tuned[0]} learns all of a chosen answer's tokens: "
+            "leave out one of them"
+        )
     return terms
 
 
@@ -312,10 +325,12 @@ def reads_reference(options: Options) -> bool:
 
 
 def _unknown(name: str) -> str:
-    known = KNOWN_AS.get(name.lower().replace("-", "_"), None) or KNOWN_AS.get(name.lower())
-    if known:
+    if not name:
+        return "--loss has an empty name: write the names with a comma between them, as in sigmoid,sft"
+    spelling = name.lower().replace("-", "_")
+    if known := KNOWN_AS.get(spelling):
         return f"--loss has no {one_line(name, None)}; it is {known}"
-    [nearest] = difflib.get_close_matches(name, LOSSES, n=1, cutoff=0.0)
+    [nearest] = difflib.get_close_matches(spelling, LOSSES, n=1, cutoff=0.0)
     return f"--loss has no {one_line(name, None)}; did you mean {nearest}? It takes {', '.join(LOSSES)}"
 
 

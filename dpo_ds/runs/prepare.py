@@ -145,9 +145,11 @@ def require_data(options: Options, pairs: PairSet) -> None:
             )
         largest = int(np.bincount(pairs.pair_groups).max(initial=0))
         if term.loss.scope == "group" and largest > options.global_batch_pairs:
+            _, in_rows = np.unique([pairs.sources, pairs.rows], axis=1, return_counts=True)
+            alone = ", or add --group_prompts false" if in_rows.max() <= options.global_batch_pairs else ""
             raise UserError(
                 f"--loss {term.name} reads whole rankings, but a prompt has {largest} pairs, more than a step: raise "
-                f"--global_batch_pairs to {largest}, or add --group_prompts false"
+                f"--global_batch_pairs to {largest}{alone}"
             )
 
 

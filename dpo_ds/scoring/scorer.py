@@ -29,9 +29,9 @@ class Scorer(torch.nn.Module):
     """Wraps a causal LM of transformers (or peft's wrapper of one), loaded with attention.implementation(kernel).
 
     tokens: forward also returns each token's logp. certainty: in training also WPO's factor of each answer, exp of the
-    mean over its tokens of log p(token) - log sum over the vocabulary of p^2 (Zhou et al. 2024, arXiv 2406.11827,
-    section 3.3). balance: in training also a mixture's load-balancing loss. `budget` limits the logits that the head
-    may hold; None: by the device.
+    mean over its tokens of log p(token) - log sum over the vocabulary of p^2 (Zhou et al. 2024, arXiv 2406.11827).
+    balance: in training also a mixture's load-balancing loss. `budget` limits the logits that the head may hold; None:
+    by the device.
     """
 
     def __init__(

@@ -95,8 +95,8 @@ def place(folder, tmp_path_factory):
         "two": (2, 3, {"router_aux_loss_coef": "1.0", "gradient_checkpointing": "on"}, {}),
         "off": (2, 3, {}, {}),
         # The table of a reference knows nothing of what these runs do to the router.
-        "uneven": (2, 3, {"reference": "none"}, {"uneven_routing": True}),
-        "uneven-eager": (2, 3, {"reference": "none"}, {"uneven_routing": True, "experts_implementation": "eager"}),
+        "uneven": (2, 3, {"loss": "simpo"}, {"uneven_routing": True}),
+        "uneven-eager": (2, 3, {"loss": "simpo"}, {"uneven_routing": True, "experts_implementation": "eager"}),
     }
     scenarios: dict[int, list] = {1: [], 2: []}
     for case, (ranks, stage, extra, scenario) in cases.items():

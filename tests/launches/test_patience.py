@@ -15,7 +15,7 @@ def test_a_rank_that_hangs_is_noticed(tmp_path):
     (tmp_path / "tier.json").write_text('{"zero_optimization": {"stage": 3}}')
     words = [
         "-m", "dpo_ds.train", f"--model={tiny.make('llama', tmp_path / 'llama')}", "--dataset=sample", "--eval_pairs=0",
-        "--max_steps=100000", "--global_batch_pairs=4", "--max_length=64", "--export=none", "--reference=none",
+        "--max_steps=100000", "--global_batch_pairs=4", "--max_length=64", "--export=none", "--loss=simpo",
         f"--ds_config={tmp_path / 'tier.json'}", f"--output_dir={tmp_path / 'run'}",
         f"--cache_dir={tmp_path / 'cache'}", "--step_patience=0.15",
     ]  # fmt: skip

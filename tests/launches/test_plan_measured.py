@@ -69,7 +69,7 @@ def argv(place, case: str) -> list[str]:
     shape, ranks, tier, extra = CASES[case]
     options = {
         "model": place / shape, "dataset": "sample", "ds_config": place / f"{tier}.json", "output_dir": place / case,
-        "cache_dir": place / "cache", "max_steps": 2, "global_batch_pairs": 32 * ranks, "reference": "none",
+        "cache_dir": place / "cache", "max_steps": 2, "global_batch_pairs": 32 * ranks, "loss": "simpo",
         "max_length": 96, "eval_pairs": 0, "export": "none", "precision": "fp32", "micro_batch_tokens": 2048, **extra,
     }  # fmt: skip
     return [f"--{key}={value}" for key, value in options.items()]

@@ -33,7 +33,7 @@ def ended(place, monkeypatch, capsys, **options) -> tuple[int, str]:
     words = {
         "model": place / "llama", "dataset": "sample", "cache_dir": place / "cache", "output_dir": place / "out",
         "max_length": 64, "precision": "fp32", "max_steps": 1, "global_batch_pairs": 2, "eval_pairs": 0,
-        "reference": "none", "export": "none", **options,
+        "loss": "simpo", "export": "none", **options,
     }  # fmt: skip
     monkeypatch.setattr(sys, "argv", ["train", *(f"--{key}={value}" for key, value in words.items())])
     monkeypatch.setattr(console, "leave", lambda: None)  # the next test needs the process group too

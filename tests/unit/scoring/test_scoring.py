@@ -15,7 +15,7 @@ from dpo_ds.models.lora import add_lora
 from dpo_ds.plan.activations import LiveBytes
 from dpo_ds.scoring import attention
 from dpo_ds.scoring.head import FEWEST_COLUMNS, HeadInputs, LogitBudget, fused_logps
-from dpo_ds.scoring.packed import layout_of, pack
+from dpo_ds.scoring.packed import layout_of, pack, shared_tokens
 from dpo_ds.scoring.rotary import fix_frequencies
 from dpo_ds.scoring.scorer import Scorer
 from dpo_ds.scoring.twin import _kernel_problem, choose_kernel, randomise, require_exact
@@ -168,6 +168,47 @@ def test_fused_head_against_float64(adapter, bias, scale, softcap, tile, kept):
             torch.testing.assert_close(grad.double(), wanted, atol=2e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("adapter", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("scale", "softcap"), [(1.0, None), (0.0625, None), (1.0, 3.0), (0.5, 3.0)])
+@pytest.mark.parametrize(("tile", "kept"), [(64, 0), (10**6, 0), (64, 10**6)], ids="tiles one all".split())
+def test_collisions_against_float64(adapter, bias, scale, softcap, tile, kept):
+    """log of the sum over the vocabulary of p^2, where p is both flat and sharp. Scores and gradients do not change."""
+    torch.manual_seed(0)
+    sharpness = torch.logspace(-2, 1, 37)[:, None]
+    hidden, low = (sharpness * torch.randn(37, width) for width in (16, 3))
+    weight, up = (torch.randn(VOCABULARY, width) for width in (16, 3))
+    b = torch.randn(VOCABULARY) if bias else None
+    targets = torch.randint(0, VOCABULARY, (37,))
+
+    logits = hidden.double() @ weight.double().t()
+    logits = logits + b.double() if bias else logits
+    logits = scale * (logits + low.double() @ up.double().t() if adapter else logits)
+    logits = softcap * torch.tanh(logits / softcap) if softcap else logits
+    expected = (2 * logits.log_softmax(-1)).logsumexp(-1)
+    assert expected.min() < -5 and (softcap or scale < 1 or expected.max() > -0.01), "flat and sharp"
+
+    further = {"low": low, "up": up} if adapter else {}
+    weight.requires_grad_()
+    found, scores, gradients = torch.empty(37), [], []
+    for collisions in (found, None):
+        inputs = HeadInputs(hidden, weight, targets, b, scale, softcap, LogitBudget(tile, kept), collisions=collisions)
+        scores.append(fused_logps(inputs, **further))
+        gradients += torch.autograd.grad(scores[-1].sum(), weight)
+    torch.testing.assert_close(found.double(), expected, atol=2e-5, rtol=1e-5)
+    assert torch.equal(*scores) and torch.equal(*gradients) and not found.requires_grad
+
+
+def test_collisions_of_certain_and_of_even_predictions():
+    """One token has all of the probability: log 1. All tokens have the same: log 1 / V."""
+    hidden, weight = torch.tensor([[1.0], [0.0]]), torch.zeros(VOCABULARY, 1)
+    weight[VOCABULARY - 3] = 1e4
+    found = torch.empty(2)
+    inputs = HeadInputs(hidden, weight, torch.tensor([3, 5]), budget=LogitBudget(64), collisions=found)
+    assert fused_logps(inputs)[0] == -1e4
+    torch.testing.assert_close(found, torch.tensor([0.0, -np.log(VOCABULARY)], dtype=torch.float32))
+
+
 def test_the_head_takes_no_rows_at_all():
     hidden, weight = torch.zeros(0, 16, requires_grad=True), torch.randn(VOCABULARY, 16, requires_grad=True)
     logps = fused_logps(HeadInputs(hidden, weight, torch.zeros(0, dtype=torch.int64)))
@@ -273,6 +314,81 @@ def test_a_model_loaded_without_a_packed_kernel_is_a_bug_not_a_slow_path(tmp_pat
     model = AutoModelForCausalLM.from_pretrained(tiny.make("llama", tmp_path))
     with pytest.raises(AssertionError, match="attn_implementation"):
         Scorer(model)
+
+
+def adapted(folder, implementation):
+    """The model with a random adapter on its output head."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation=implementation)
+    model = add_lora(model, Options(model="llama", lora=True, lora_r=3, lora_targets="q_proj,lm_head")).eval()
+    torch.manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "command-r-plus", "gemma2", "llama with an adapter"])
+def test_certainty_is_the_oracles(name, tmp_path):
+    """exp of the mean over an answer's learned tokens of log p(token) - log sum p^2, from full logits. Heads are tied,
+    plain, scaled and soft-capped."""
+    folder = tiny.make(name.split()[0], tmp_path)
+    if "adapter" in name:
+        plain, packed = adapted(folder, "eager"), adapted(folder, PACKED)
+    else:
+        plain = oracle.load(folder)
+        packed = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation=PACKED)
+    groups, expected = random_groups(), []
+    for group in groups:
+        for answer, scored in zip(group.answers, group.scored, strict=True):
+            ids = torch.from_numpy(np.concatenate([group.prompt, answer]).astype(np.int64))
+            with torch.no_grad():
+                logits = plain(input_ids=ids[None], use_cache=False).logits[0, len(group.prompt) - 1 : -1].double()
+            log_p = logits.log_softmax(-1)
+            token = log_p.gather(1, torch.from_numpy(answer.astype(np.int64))[:, None])[:, 0]
+            each = token - log_p.exp().square().sum(-1).log()
+            expected.append((each if scored is None else each[torch.from_numpy(scored)]).mean().exp())
+
+    scorer = Scorer(packed, certainty=True).train()
+    for module in scorer.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    found = scorer(pack(groups))
+    torch.testing.assert_close(found.certainty.double(), torch.stack(expected), atol=1e-6, rtol=1e-4)
+    assert found.answers.requires_grad and not found.certainty.requires_grad
+    assert scorer.eval()(pack(groups)).certainty is None, "it is for training"
+
+
+def test_tokens_sum_to_answers(tmp_path):
+    scorer, batch = packed_model(tiny.make("llama", tmp_path)), pack(random_groups())
+    assert scorer(batch).tokens is None
+    scorer.tokens = True
+    found = scorer(batch)
+    sums = torch.zeros(batch.answers).index_add(0, batch.token_answers, found.tokens)
+    torch.testing.assert_close(found.answers, sums)
+
+
+def test_shared_tokens_by_hand():
+    """Answers of 3, 1 and 4 learned tokens: tokens 0 to 2, 3, and 4 to 7. Their pairs share 1, 3 and 1."""
+    lengths = np.array([3, 1, 4])
+    found = shared_tokens(lengths, np.array([[0, 1], [2, 0], [1, 2]]))
+    assert found.dtype == np.int64 and found.tolist() == [
+        *([0, 0], [3, 1]),  # the first pair: chosen 0, rejected 1
+        *([4, 2], [5, 2], [6, 2], [0, 3], [1, 3], [2, 3]),
+        *([3, 4], [4, 5]),
+    ]
+    assert shared_tokens(lengths, []).shape == (0, 2)
+
+
+def test_a_pack_shares_tokens_if_it_is_asked_to():
+    """Of learned tokens: of the third answer of a group, every other token is learned."""
+    groups = random_groups()
+    assert pack(groups).shared.shape == (0, 2)
+    batch = pack(groups, shared=True)
+    assert torch.equal(batch.shared, torch.from_numpy(shared_tokens(batch.lengths.numpy(), batch.pairs.numpy())))
+    token, side = batch.shared.unbind(1)
+    assert torch.equal(batch.token_answers[token], batch.pairs.view(-1)[side]), "each is a token of that pair's answer"
+    counts = torch.zeros(2 * len(batch.pairs), dtype=torch.int64).index_add(0, side, torch.ones_like(side))
+    assert torch.equal(counts.view(-1, 2), batch.lengths[batch.pairs].amin(1, keepdim=True).expand(-1, 2))
 
 
 class KernelConfig:
@@ -402,18 +518,7 @@ def test_what_the_head_keeps_for_backward_is_counted_and_gone_after_it():
 def test_an_adapter_on_the_head_scores_and_learns_as_peft_has_it(tmp_path):
     """The adapter is not merged: every tile adds its product to the head's."""
     folder = tiny.make("llama", tmp_path)
-    options = Options(model="llama", lora=True, lora_r=3, lora_targets="q_proj,lm_head")
-
-    def adapted(implementation):
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation=implementation)
-        model = add_lora(model, options).eval()
-        torch.manual_seed(1)
-        for name, parameter in model.named_parameters():
-            if "lora_" in name:
-                torch.nn.init.normal_(parameter, std=0.2)
-        return model
-
-    plain, packed = adapted("eager"), adapted(PACKED)
+    plain, packed = adapted(folder, "eager"), adapted(folder, PACKED)
     groups = random_groups()
     batch = pack(groups)
     expected, logps = oracle.answers_logps(plain, groups), Scorer(packed)(batch).answers
