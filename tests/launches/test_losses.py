@@ -24,7 +24,7 @@ from dpo_ds.models.find import find_model
 from dpo_ds.ranks.world import from_environment
 from dpo_ds.runs.data import load_pairs
 
-STEPS, BATCH, RATE = 4, 12, 2e-3
+STEPS, BATCH, RATE = 4, 12, 5e-4
 STOP = 2
 
 # name: the loss's flags. Losses of one name stand for themselves.
