@@ -160,8 +160,10 @@ def grow_pairs(folder: Path) -> list[dict]:
 
 
 def grow_rows(folder: Path) -> list[dict]:
+    """With a tokenizer of whole words, whose own time is small: GPT-2's takes three quarters of the time with it."""
     model = work.make_model(folder / "model", hidden_size=32, intermediate_size=32, num_hidden_layers=1)
     real, rows = work.read("hh"), []
+    words_only(real).save_pretrained(model)
     for count in ROWS:
         file = folder / f"{count}.jsonl"
         with open(file, "w", encoding="utf-8") as lines:
@@ -172,6 +174,18 @@ def grow_rows(folder: Path) -> list[dict]:
         print(json.dumps(rows[-1]), flush=True)
         file.unlink()
     return rows
+
+
+def words_only(rows: list[dict]):
+    """A tokenizer whose tokens are the words of these rows."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.WordLevel(unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    trainer = trainers.WordLevelTrainer(vocab_size=20_000, special_tokens=["<unk>", "<eos>"])
+    backend.train_from_iterator((text for row in rows for text in row.values()), trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", eos_token="<eos>")
 
 
 def long_row(real: list[dict], number: int) -> dict:

@@ -2,6 +2,8 @@
 
     docs/package.svg           the wings and what they import, from the import statements
     docs/options.md            every option, from dpo_ds.config.Options
+    docs/losses.md             the losses, from dpo_ds.losses.table, and how far each is from TRL's
+    docs/losses.svg            each loss over the margin (not by default: matplotlib's versions draw differently)
     docs/data.md               the forms of a row, from dpo_ds.data.rows.forms
     docs/models.md             the twelve models and their checks, from tests/launches/test_models.py
     launch/recipes/README.md   the plan of each recipe's model, from dpo_ds.plan (a minute)
@@ -36,6 +38,7 @@ COMMANDS = [
     "score",
     "evaluate",
     "export",
+    "replay",
     "report",
     "deepspeed_command",
 ]  # above all wings
@@ -185,6 +188,81 @@ def _default(field: dataclasses.Field) -> str:
     return f"`{str(value).lower() if isinstance(value, bool) else value}`"
 
 
+def losses_table() -> str:
+    """The losses with what each needs, the options of all, and the largest difference from TRL."""
+    from dpo_ds.losses.table import LOSSES, Settings
+
+    parity = json.loads((ROOT / "benchmarks" / "results" / "parity_trl.json").read_text())["runs"]
+    lines = ["| loss | when | what beta means | its options | it reads | from TRL's | paper |", "|---" * 7 + "|"]
+    for name, loss in LOSSES.items():
+        defaults = dataclasses.asdict(Settings()) | dict(loss.defaults)
+        beta = f"{loss.beta}; `{defaults['beta']:g}`" if loss.beta else "–"
+        options = ", ".join(f"`--{option} {defaults[option]}`" for option in loss.options) or "–"
+        cells = [f"`{name}`", loss.use, beta, options, _reads(loss), _parity(name, parity), loss.paper]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _reads(loss) -> str:
+    """What a loss reads besides the policy's log-probabilities of the pair."""
+    names = {"reference": loss.reference, "lengths": loss.lengths, "the data's margins": loss.margins}
+    scope = {"pair": [], "group": ["the whole ranking"], "step": ["the whole step"]}[loss.scope]
+    return ", ".join([name for name, read in names.items() if read] + scope) or "–"
+
+
+def _parity(name: str, parity: dict) -> str:
+    runs = [parity[run] for run in (f"{name}-full", f"{name}-lora") if run in parity]
+    if not runs:
+        return "–"
+    if "known" in runs[0]:
+        return f"differs: {runs[0]['known']}"
+    return f"{max(max(run['loss off by'], run['gradient norm off by']) for run in runs):.0e}"
+
+
+def losses_picture() -> str:
+    """Each loss over the margin of a pair's log-ratios, at its default options."""
+    import io
+
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import torch
+    from matplotlib import pyplot
+
+    from dpo_ds.losses import formulas
+    from dpo_ds.losses.compared import Compared
+    from dpo_ds.losses.table import LOSSES, losses_of
+
+    matplotlib.rcParams["svg.hashsalt"] = "dpo_ds"
+    figure, places = pyplot.subplots(6, 4, figsize=(11, 13), layout="constrained")
+    margins = torch.linspace(-60, 60, 241, dtype=torch.float64)
+    for axes, name in zip(places.flat, LOSSES, strict=True):
+        ranked = {"pairs": "adjacent"} if name == "plackett_luce" else {}
+        (term,) = losses_of(Options(model="tiny-gpt2", loss=name, **ranked))
+        values = []
+        for margin in margins:  # one pair at a time: no loss sees another
+            x = Compared(
+                policy=torch.stack([margin / 2 - 100, -margin / 2 - 100])[None],
+                reference=torch.full((1, 2), -100.0, dtype=torch.float64),
+                lengths=torch.full((1, 2), 100),
+                answers=torch.tensor([[0, 1]]),
+                rankings=torch.zeros(1, dtype=torch.int64),
+                margins=torch.full((1,), 2.0, dtype=torch.float64),
+                weights=torch.ones(1, dtype=torch.float64),
+                mean_length=100.0,
+            )
+            values.append(float(getattr(formulas, name)(x, term.settings)[0]))
+        axes.plot(margins, values, color="#2a5ea8")
+        axes.axvline(0, color="#bbb", linewidth=0.8)
+        axes.set_title(name, fontsize=11)
+        axes.tick_params(labelsize=8)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.supxlabel("margin in nats: log policy / reference of the chosen answer minus that of the rejected one")
+    file = io.StringIO()
+    figure.savefig(file, format="svg", metadata={"Date": None})
+    return file.getvalue()
+
+
 def models_table() -> str:
     """A tick for every model and check of tests/launches/test_models.py, and each check's docstring."""
     file = ROOT / "tests" / "launches" / "test_models.py"
@@ -241,6 +319,7 @@ def plan_table() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "docs/options.md": options_table,
     "docs/models.md": models_table,
+    "docs/losses.md": losses_table,
     "docs/data.md": forms_tables,
     "launch/recipes/README.md": plan_table,
 }
@@ -250,7 +329,7 @@ PAGES = ["docs/package.svg", *TABLES]
 def page(name: str) -> str:
     """A page's whole text as it should be."""
     if name not in TABLES:
-        return picture()
+        return losses_picture() if name == "docs/losses.svg" else picture()
     before, rest = (ROOT / name).read_text(encoding="utf-8").split(BEGIN)
     return f"{before}{BEGIN}\n\n{TABLES[name]()}\n\n{END}{rest.split(END)[1]}"
 

@@ -268,6 +268,9 @@ class Options:
         int | None, Help("Prompts to answer before and after training; by default 3 for models below 1 B, else 0.")
     ] = None
 
+    max_bad_steps: Annotated[
+        int, Help("Stop after so many steps in a row whose loss or gradients are not finite; none of them is applied.")
+    ] = 3
     step_patience: Annotated[
         float, Help("Minutes that a rank waits for the others within a step; then the run stops.")
     ] = 30.0
@@ -320,7 +323,7 @@ def _require_filled(options: Options, kind: type[Options]) -> None:
 # Fields that say where or how to run, not what to compute: two runs that differ only here are the same run.
 NOT_IDENTITY = frozenset(
     {"output_dir", "cache_dir", "resume", "export", "generations", "save_every", "eval_every", "attention"}
-    | {"step_patience"}
+    | {"step_patience", "max_bad_steps"}
     | {"plan", "gpus", "gpu_memory", "host_memory", "nvme", "nvme_path"}
 )
 
@@ -481,6 +484,7 @@ def check(options: Options) -> None:
         "lora_r",
         "lora_alpha",
         "micro_batch_tokens",
+        "max_bad_steps",
         "step_patience",
     ):
         _require(options, name, lambda x: x > 0, "more than 0")

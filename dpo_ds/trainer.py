@@ -17,11 +17,10 @@ from dpo_ds.models.flops import Flops, peak_of
 from dpo_ds.ranks import collectives, console, world
 from dpo_ds.references.kinds import Reference
 from dpo_ds.reports.watcher import Watcher
-from dpo_ds.runs import checkpoint
+from dpo_ds.runs import bad_steps, checkpoint
 from dpo_ds.runs.prepare import Run
 from dpo_ds.scoring.sweep import score_set
 
-MOST_SKIPPED = 10  # steps in a row without an update
 # Rounding error of a pair's margin, in nats (root mean square), between policy and reference when both are the same
 # model: rounding differs with the micro-batch that a pair is in. bf16: estimated for GPUs (benchmarks/gpu_layers.py).
 ROUNDING = {"fp32": 2e-4, "bf16": 0.3}
@@ -51,7 +50,7 @@ class Trainer:
         self.learner = Learner(run, policy, reference)
         self.starts_equal = self.options.reference != "none" and self.options.reference_model is None
         self.flops, self.peak = Flops(run.model, self.options), peak_of(policy.device)
-        self.skipped = 0  # steps in a row
+        self.bad_steps = 0  # in a row
         nothing = np.zeros(0, dtype=np.float32)
         self.held_out_policy = self.held_out_reference = nothing  # the latest evaluation's
 
@@ -111,9 +110,6 @@ class Trainer:
         values = [total / step.weight for total in totals]
         if not applied:
             self.learner.running = running
-        self.check(step, values[0], applied)
-        if number == 0 and self.starts_equal:
-            self.check_first_loss(values[0], equal_loss / step.weight, math.sqrt(square_slopes / 2) / step.weight)
         indices = step.pairs
         seconds = time.perf_counter() - started
         prompts, answers, of_answer = self.run.train_pairs.lengths(indices)
@@ -131,20 +127,28 @@ class Trainer:
             **({"mfu": round(flops / self.peak, 4)} if self.peak else {}),
         }
         self.notify("step_ended", metrics)
+        self.check(step, values[0], grad_norm, applied)
+        if number == 0 and self.starts_equal and applied:
+            self.check_first_loss(values[0], equal_loss / step.weight, math.sqrt(square_slopes / 2) / step.weight)
         return metrics
 
-    def check(self, step: Step, loss: float, applied: bool) -> None:
-        """Stops a run whose loss is not finite, or that no longer learns."""
-        self.skipped = 0 if applied else self.skipped + 1
-        if self.skipped == MOST_SKIPPED:
-            raise RunStopped(
-                f"the gradients of the last {MOST_SKIPPED} steps are not finite, so no update was applied: lower "
-                "--learning_rate, and start again from an earlier checkpoint with --resume"
+    def check(self, step: Step, loss: float, grad_norm: float, applied: bool) -> None:
+        """Writes down a step whose loss or gradients are not finite, which changed no weights. Stops the run after
+        --max_bad_steps of them in a row."""
+        self.bad_steps = 0 if applied else self.bad_steps + 1
+        if applied:
+            return
+        if self.here.speaks:
+            file = bad_steps.write(self.run, step.number + 1, loss, grad_norm, step.pairs)
+            console.say(
+                f"step {step.number + 1}: its loss ({loss:.6g}) or gradients (norm {grad_norm:.6g}) are not finite, so "
+                f"it changed nothing; to see its pairs: python -m dpo_ds.replay {file}"
             )
-        if not math.isfinite(loss):
-            ids = ", ".join(self.run.train_pairs.pair_id(i) for i in step.pairs)
+        if self.bad_steps == self.options.max_bad_steps:
             raise RunStopped(
-                f"the loss is {loss} at step {step.number + 1}: lower --learning_rate, or look at its pairs: {ids}"
+                f"{self.bad_steps} steps in a row have a loss or gradients that are not finite; the weights are those "
+                f"of step {step.number + 1 - self.bad_steps}: lower --learning_rate, or look at the pairs in "
+                f"{self.run.folder / bad_steps.FOLDER}, and start again from an earlier checkpoint with --resume"
             )
 
     def check_first_loss(self, loss: float, equal: float, slope: float) -> None:

@@ -43,8 +43,10 @@ class Objective:
         """The losses of the pairs of `x`. certainty [B]: WPO's factor of each pair."""
         policy = x.policy.detach().requires_grad_()
         parts, losses = self._losses(replace(x, policy=policy), certainty)
-        (slopes,) = torch.autograd.grad((x.weights * losses).sum(), policy)
-        return Judged(losses.detach(), parts.detach(), slopes)
+        total = (x.weights * losses).sum()
+        (slopes,) = torch.autograd.grad(total, policy)
+        # A loss that is not finite makes the gradients so, for these are looked at before the update.
+        return Judged(losses.detach(), parts.detach(), slopes + 0 * total.detach())
 
     def _losses(self, x: Compared, certainty: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         parts = [getattr(formulas, term.name)(x, term.settings).to(x.policy.dtype) for term in self.terms]

@@ -36,8 +36,6 @@ class Progress(Watcher):
         loss, accuracy = f"{metrics['loss']:.4f}", f"{metrics['rewards/accuracies']:.3f}"
         self.bar.set_postfix({"loss": loss, "acc": accuracy}, refresh=False)
         self.bar.update()
-        if not metrics["applied"]:
-            console.say(f"step {metrics['step']}: its gradients are not finite, so the update was skipped")
         if not self.on_terminal and time.monotonic() - self.last_line > LOG_SECONDS:
             self.last_line = time.monotonic()
             console.say(
