@@ -170,10 +170,9 @@ def plackett_luce(x: Compared, s: Settings) -> torch.Tensor:
     ranking = x.rankings[:, None] == x.rankings
     same = ranking & (chosen[:, None] == chosen)  # where answers are tied, the one above is chosen in several pairs
     first = same.int().argmax(1)
-    below = ranking & (place >= first[:, None])
-    # An answer that is rejected in several of these pairs counts once.
-    earlier = (rejected[:, None] == rejected) & (place[:, None] < place)
-    below &= ~((below.float() @ earlier.float()) > 0)
+    # An answer that is rejected in several of the ranking's pairs counts once: in the last of them.
+    again = ranking & (rejected[:, None] == rejected) & (place[:, None] < place)
+    below = ranking & (place >= first[:, None]) & ~again.any(1)
     behind = torch.where(below, rewards[:, 1] - rewards[:, :1], -torch.inf)
     return torch.cat([torch.zeros_like(rewards[:, :1]), behind], dim=1).logsumexp(1) / same.sum(1)
 
