@@ -44,6 +44,7 @@ setup(
         "rich>=13,<16",
         "pyyaml>=6.0,<7",
         "tqdm>=4.66,<5",
+        "matplotlib>=3.8,<4",  # curves.png, and the histograms of python -m dpo_ds.data
         "packaging>=23",
         "filelock>=3.12",
         "ninja>=1.11",  # DeepSpeed builds CPUAdam and its I/O library on first use
@@ -54,14 +55,12 @@ setup(
             "pytest>=8,<10",
             "pytest-xdist>=3.6",
             "psutil>=5.9",
-            "matplotlib>=3.8,<4",
             "ruff>=0.9",
             "mypy>=1.18",
             "build>=1.2",
             "wheel>=0.43",
         ],
-        "plots": ["matplotlib>=3.8,<4"],  # histograms of python -m dpo_ds.data
-        "bench": ["trl>=1.16,<2", "matplotlib>=3.8,<4"],
+        "bench": ["trl>=1.16,<2"],
     },
     classifiers=[
         "Programming Language :: Python :: 3",

@@ -18,7 +18,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-CURVES = ("loss", "rewards/margins", "grad_norm", "learning_rate", "eval/loss", "router_aux_loss")
+CURVES = ("loss", "rewards/margins", "grad_norm", "learning_rate", "eval/loss", "aux_loss")
 MIXTRAL = "Mixtral-8x7B-Instruct-v0.1"
 COMMON = ("--dataset=sample --max_steps=5 --global_batch_pairs=8 --learning_rate=4e-4 --max_length=96 --eval_pairs=6 "
           "--generations=0 --host_memory=20").split()  # fmt: skip

@@ -66,8 +66,9 @@ class Learner:
         self.running = Running()
         self.ld_alpha = run.options.ld_alpha
         self.router_coefficient = float(run.options.router_aux_loss_coef)
-        self.pair_metrics = names_of(self.objective.names)
-        self.metrics = [*self.pair_metrics, *(["router_aux_loss"] if self.router_coefficient > 0 else [])]
+        self.compares = run.options.reference != "none"
+        self.pair_metrics = names_of(self.objective.names, self.compares)
+        self.metrics = [*self.pair_metrics, *(["aux_loss"] if self.router_coefficient > 0 else [])]
         longest = int(run.train_pairs.group_limits.max())
         # A ranking whose answers are in several micro-batches is judged with the whole step.
         self.whole_steps = {"step": True, "group": longest > self.limit, "pair": False}[self.objective.scope]
@@ -151,7 +152,7 @@ class Learner:
             total = total + self.router_coefficient * (x.weights * scored.balance).sum()
         # DeepSpeed averages gradients over ranks; multiplied by their number, the average is the sum over all pairs.
         self.policy.backward(total * self.ranks / dealt.step.weight, dealt.last)
-        rows = preference_metrics(x, judged, self.objective.rewards(x))
+        rows = self._metrics(x, judged)
         if scored.balance is not None:
             rows = torch.cat([rows, scored.balance.detach()[:, None]], dim=1)
         nothing = torch.zeros((), device=rows.device)
@@ -161,6 +162,9 @@ class Learner:
             # Some losses have a kink where the policy equals the reference. Rounding puts pairs on both of its sides.
             nothing if equal is None else torch.maximum(equal.slopes.square(), judged.slopes.square()).sum(),
         )
+
+    def _metrics(self, x: Compared, judged: Judged) -> torch.Tensor:
+        return preference_metrics(x, judged, self.objective.rewards(x), self.compares)
 
     def _gather(
         self,
@@ -214,7 +218,7 @@ class Learner:
         sides = [self._held_out_pairs(torch.from_numpy(logps)) for logps in (policy, reference)]
         weight, mean_length = _weight_and_length(pairs, everything)
         x = self._with_logps(facts_of(pairs, everything, torch.device("cpu")), sides[0], sides[1], mean_length)
-        rows = preference_metrics(x, self.objective.judge(x), self.objective.rewards(x)).double()
+        rows = self._metrics(x, self.objective.judge(x)).double()
         means = ((x.weights[:, None] * rows).sum(0) / weight).tolist()
         return dict(zip(self.pair_metrics, means, strict=True))
 

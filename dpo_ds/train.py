@@ -71,7 +71,7 @@ def train(run: "Run", watchers: "Sequence[Watcher]" = (), save: bool = True) -> 
             policy = policy_engine(run.weights, run.ds_config, run.options, run.attention, run.schedule.steps)
         rehearse(run, policy)
         reference.attach(policy)
-        outcome = Trainer(run, policy, reference, [*watchers_of(run.folder), *watchers], save).train()
+        outcome = Trainer(run, policy, reference, [*watchers_of(run.folder, run.options), *watchers], save).train()
         if len(run.eval_pairs) and speaks:
             write_logps(run.folder / "evaluation.jsonl", run.eval_pairs, outcome.policy_logps, outcome.reference_logps)
         if run.options.export == "merged":

@@ -120,6 +120,7 @@ class Trainer:
             **dict(zip(self.learner.metrics, values, strict=True)),
             "grad_norm": grad_norm,
             "learning_rate": learning_rate,
+            "clipped": applied and 0 < self.options.max_grad_norm < grad_norm,
             "applied": applied,
             "tokens/s": round(int(prompts.sum() + answers.sum()) / seconds, 1),
             "pairs/s": round(len(indices) / seconds, 2),

@@ -1,4 +1,4 @@
-"""The metrics of preference pairs: loss, rewards, margins, accuracy."""
+"""The metrics of preference pairs: loss, rewards, margins, accuracy. What TRL has is named as it is there."""
 
 import torch
 
@@ -22,12 +22,13 @@ METRICS = (
 )
 
 
-def names_of(losses: list[str]) -> list[str]:
-    """The metrics of a run with these losses: each loss alone, too, where there are several."""
-    return [*METRICS, *(f"loss/{name}" for name in losses if len(losses) > 1)]
+def names_of(losses: list[str], reference: bool) -> list[str]:
+    """The metrics of a run with these losses: with `kl` if there is a reference, and with each loss alone if there are
+    several."""
+    return [*METRICS, *(["kl"] if reference else []), *(f"loss/{name}" for name in losses if len(losses) > 1)]
 
 
-def preference_metrics(x: Compared, judged: Judged, rewards: torch.Tensor) -> torch.Tensor:
+def preference_metrics(x: Compared, judged: Judged, rewards: torch.Tensor, reference: bool) -> torch.Tensor:
     """Returns [B, k]: a row per pair, in the order of names_of. rewards: [B, 2].
 
     Equal rewards count as half right. A log-ratio is log(policy / reference).
@@ -43,6 +44,20 @@ def preference_metrics(x: Compared, judged: Judged, rewards: torch.Tensor) -> to
         *x.lengths.to(rewards).unbind(1),
         *x.means.unbind(1),
         *x.log_ratios.unbind(1),
+        *([kl_per_token(x).mean(1)] if reference else []),
         *(judged.parts.unbind(1) if judged.parts.shape[1] > 1 else ()),
     ]
     return torch.stack(rows, dim=1)
+
+
+def kl_per_token(x: Compared) -> torch.Tensor:
+    """How far the policy is from the reference on each answer, in nats a token: [B, 2], never negative, 0 at the start.
+
+    Schulman's k3 = r - 1 - log r, r = reference / policy (http://joschu.net/blog/kl-approx.html), of an answer's mean
+    log-ratio per token. k3 is convex, so this is at most the mean of k3 over the answer's tokens.
+
+    NOTE, no KL divergence: k3 estimates KL(policy || reference) on answers that the policy itself has sampled. The
+    data's answers are not, so a policy that has moved elsewhere only is not seen.
+    """
+    log_ratios = x.log_ratios / x.lengths
+    return torch.expm1(-log_ratios) + log_ratios

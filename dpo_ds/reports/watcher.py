@@ -1,6 +1,9 @@
 """Hooks into training, for progress, benchmarks and tests."""
 
-from dpo_ds.scoring.packed import PackedBatch
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # a command that refuses its options must not wait for torch
+    from dpo_ds.scoring.packed import PackedBatch
 
 
 class Watcher:
@@ -13,7 +16,7 @@ class Watcher:
     def step_begins(self, step: int) -> None:
         """Before a step's first micro-batch; steps count from 1."""
 
-    def learned(self, batch: PackedBatch) -> None:
+    def learned(self, batch: "PackedBatch") -> None:
         """After a micro-batch's forward and backward."""
 
     def step_ended(self, metrics: dict) -> None:

@@ -73,7 +73,10 @@ def test_the_run_says_what_it_used(place):
     step = launching.metrics(place / "a")[1]
     assert set(step) == {
         "step", "epoch", "loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins",
-        "logps/chosen", "logps/rejected", "grad_norm", "learning_rate", "applied", "tokens/s", "pairs/s",
-        "TFLOP/s a rank",
+        "logps/chosen", "logps/rejected", "lengths/chosen", "lengths/rejected", "logps_per_token/chosen",
+        "logps_per_token/rejected", "log_ratios/chosen", "log_ratios/rejected", "kl", "grad_norm", "learning_rate",
+        "clipped", "applied", "tokens/s", "pairs/s", "TFLOP/s a rank",
     }  # fmt: skip
+    steps = [line for line in launching.metrics(place / "a") if "grad_norm" in line]
+    assert [line["clipped"] for line in steps] == [line["grad_norm"] > options.max_grad_norm for line in steps]
     assert line["step"] == 3 and "eval/rewards/accuracies" in line

@@ -114,14 +114,14 @@ def place(folder, tmp_path_factory):
 
 
 def test_the_curve_with_the_loss_is_the_same_on_two_ranks(place):
-    for key in ("loss", "router_aux_loss"):
+    for key in ("loss", "aux_loss"):
         one, two = launching.curve(place / "one", key), launching.curve(place / "two", key)
         assert len(one) == 5
         np.testing.assert_allclose(two, one, rtol=0, atol=1e-5, err_msg=key)
     assert abs(launching.curve(place / "one")[0] - 0.693147) < 1e-5, "the loss proper is logged without it"
     off = launching.curve(place / "off")
     assert max(abs(a - b) for a, b in zip(off, launching.curve(place / "one"), strict=True)) > 1e-4
-    assert not launching.curve(place / "off", "router_aux_loss")
+    assert not launching.curve(place / "off", "aux_loss")
 
 
 @pytest.mark.parametrize("case", ["uneven", "uneven-eager"])

@@ -8,7 +8,7 @@ import torch
 from loss_inputs import compared, judged, of_log_ratios, options_of, some_pairs
 
 from dpo_ds.losses.compared import Compared, Running
-from dpo_ds.losses.metrics import names_of, preference_metrics
+from dpo_ds.losses.metrics import kl_per_token, names_of, preference_metrics
 from dpo_ds.losses.objective import Objective
 from dpo_ds.losses.table import LOSSES
 
@@ -227,10 +227,14 @@ def test_rewards_are_the_first_losses(loss, options, expected):
     torch.testing.assert_close(rewards, torch.tensor(expected, dtype=torch.float64))
 
 
+def metrics_of(objective, x):
+    return preference_metrics(x, objective.judge(x), objective.rewards(x), True)
+
+
 def test_metrics_by_hand():
     x = compared([[-12.0, -15.5], [-24.0, -25.0]], [[-13.0, -14.0], [-20.0, -26.5]], lengths=[[6, 9], [15, 7]])
     objective = Objective(options_of("hinge,sft", loss_weights="1,2"))
-    found, names = preference_metrics(x, objective.judge(x), objective.rewards(x)), names_of(objective.names)
+    found, names = metrics_of(objective, x), names_of(objective.names, True)
     first = dict(zip(names, found[0].tolist(), strict=True))
     assert first == pytest.approx(
         {
@@ -249,15 +253,33 @@ def test_metrics_by_hand():
             "logps_per_token/rejected": -15.5 / 9,
             "log_ratios/chosen": 1.0,
             "log_ratios/rejected": -1.5,
+            "kl": (math.exp(-1 / 6) - 1 + 1 / 6 + math.exp(1.5 / 9) - 1 - 1.5 / 9) / 2,
         }
     )
     assert dict(zip(names, found[1].tolist(), strict=True))["rewards/accuracies"] == 0.0
-    equal = replace(x, policy=x.reference)
-    assert preference_metrics(equal, objective.judge(equal), objective.rewards(equal))[0, 3] == 0.5
+    assert metrics_of(objective, replace(x, policy=x.reference))[0, 3] == 0.5
 
 
 def test_one_loss_alone_has_no_part_of_its_own():
-    assert "loss/sigmoid" not in names_of(["sigmoid"])
-    x = some_pairs(11)
+    assert "loss/sigmoid" not in names_of(["sigmoid"], True)
     objective = Objective(options_of("sigmoid"))
-    assert preference_metrics(x, objective.judge(x), objective.rewards(x)).shape == (6, len(names_of(["sigmoid"])))
+    assert metrics_of(objective, some_pairs(11)).shape == (6, len(names_of(["sigmoid"], True)))
+
+
+def test_without_a_reference_there_is_no_kl():
+    x, objective = some_pairs(11), Objective(options_of("simpo"))
+    names = names_of(["simpo"], False)
+    assert "kl" not in names
+    found = preference_metrics(x, objective.judge(x), objective.rewards(x), False)
+    assert found.shape == (6, len(names))
+
+
+def test_kl_is_no_more_than_the_tokens_own():
+    """k3 of the mean log-ratio of an answer's tokens is at most the mean of k3; equal where all tokens moved alike."""
+    per_token = torch.randn(50, 2, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    per_token[0] = 0.3
+    x = compared(per_token.sum(2).tolist(), torch.zeros(50, 2).tolist(), lengths=[[7, 7]] * 50)
+    found, tokens = kl_per_token(x), (torch.exp(-per_token) - 1 + per_token).mean(2)
+    assert (found >= 0).all() and (found <= tokens + 1e-12).all()
+    torch.testing.assert_close(found[0], tokens[0])
+    assert not kl_per_token(replace(x, policy=x.reference)).any()
