@@ -2,9 +2,11 @@
 
 import contextlib
 import hashlib
+import json
 import os
 import shutil
 import socket
+import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -66,6 +68,46 @@ def sha256_of(path: Path) -> str:
         return real.name
     with open(real, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
+
+
+SETTLED = 2.0  # seconds: two changes of a file within a file system's clock tick leave the same time
+
+
+def remembered_sha256(path: Path, memory: Path) -> str:
+    """Like sha256_of, and kept in the folder `memory`, so that large weights are read once.
+
+    The file is read again if anything about it changed: size, inode, the time of its content or of its attributes (which
+    no program can set back). A file that was written a moment ago is not remembered, nor is one whose facts changed
+    while it was read.
+    """
+    real = path.resolve()
+    if real.parent.name == "blobs" and len(real.name) == 64:
+        return real.name
+    facts = _facts(real)
+    record = memory / f"{hashlib.sha256(str(real).encode()).hexdigest()[:32]}.json"
+    try:
+        found = json.loads(record.read_text(encoding="utf-8"))
+        if found["facts"] == facts:
+            return str(found["sha256"])
+    except (OSError, ValueError, KeyError, TypeError):  # never written, or damaged
+        pass
+    digest = sha256_of(real)
+    if _facts(real) == facts and time.time() - max(facts["written"], facts["changed"]) / 1e9 > SETTLED:
+        memory.mkdir(parents=True, exist_ok=True)
+        write_whole(record, json.dumps({"path": str(real), "facts": facts, "sha256": digest}))
+    return digest
+
+
+def _facts(path: Path) -> dict[str, int]:
+    """What changes with a file, without reading it."""
+    found = path.stat()
+    return {
+        "size": found.st_size,
+        "device": found.st_dev,
+        "inode": found.st_ino,
+        "written": found.st_mtime_ns,
+        "changed": found.st_ctime_ns,
+    }
 
 
 def _digest(file) -> str:  # Python 3.10

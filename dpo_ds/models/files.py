@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError, safe_open
 
-from dpo_ds.errors import UserError, one_line
+from dpo_ds.errors import UserError, files_of, one_line
+from dpo_ds.files import remembered_sha256
 from dpo_ds.models.find import unreadable
 from dpo_ds.models.model import Model
 
@@ -81,3 +82,13 @@ def weight_files(folder: Path) -> list[Path]:
             f"{folder} holds no safetensors weights{instead}; save the model with save_pretrained, which writes them"
         )
     return files
+
+
+def weights_hashes(folder: Path, cache: Path, code: bool = False) -> dict[str, str]:
+    """The sha256 of the files that decide what a model computes, by name: config, weights, and its code if that runs.
+
+    Hashes of large files are kept in `cache`, so a file is read again only after it changed.
+    """
+    files = [folder / "config.json", *weight_files(folder), *(sorted(folder.glob("*.py")) if code else [])]
+    with files_of("--cache_dir", cache):
+        return {file.name: remembered_sha256(file, cache / "hashes") for file in files}

@@ -1,8 +1,9 @@
 """The table of the reference's log-probabilities: computed once and reused by every run that needs the same ones.
 
 A table is float32, with a value for each answer, or for each learned token in a run of LD-DPO. Its key is made of what
-decides its values: the hashes of the weights' files, the answers' and their prompts' token ids, the precision. It is
-filled chunk by chunk, so a killed scoring resumes at the next chunk.
+decides its values: the hashes of the weights' files, the answers' and their prompts' token ids, the precision, and
+--max_length where the model's rotary frequencies depend on it. It is filled chunk by chunk, so a killed scoring resumes
+at the next chunk.
 """
 
 import contextlib
@@ -19,11 +20,11 @@ from dpo_ds.engine.build import reference_engine
 from dpo_ds.engine.engine import Engine
 from dpo_ds.errors import files_of
 from dpo_ds.files import sha256_of, write_whole
-from dpo_ds.models.files import weight_files
 from dpo_ds.ranks import console, world
 from dpo_ds.ranks.collectives import array_from_rank_0
 from dpo_ds.runs.prepare import Run
 from dpo_ds.scoring.packed import PackedBatch
+from dpo_ds.scoring.rotary import depends_on_length
 from dpo_ds.scoring.sweep import Places, Score, score_set
 
 FORMAT = 2
@@ -84,10 +85,6 @@ def reference_tables(run: Run, everything: bool = False) -> list[np.ndarray]:
     Scores the answers that no earlier run has scored. Of the training answers these are the ones in the schedule (the
     others stay NaN), or all of them with `everything`. On return, the engine is closed and its memory free.
     """
-    weights = None
-    if world.from_environment().speaks:
-        with console.working("hashing the reference's weights"):
-            weights = _weights_facts(run)
     visited = np.ones(len(run.train_pairs), dtype=bool) if everything else run.schedule.visited()
     needed = np.isin(np.arange(len(run.train_pairs.answers)), run.train_pairs.pairs[visited])
     sets = [
@@ -102,7 +99,7 @@ def reference_tables(run: Run, everything: bool = False) -> list[np.ndarray]:
                 engine.append(reference_engine_of(run))
         return engine[0].score(batch)
 
-    results = [_reference_table(run, weights, score, *named_set) for named_set in sets]
+    results = [_reference_table(run, score, *named_set) for named_set in sets]
     if engine:
         engine[0].close()
     return results
@@ -114,14 +111,19 @@ def reference_engine_of(run: Run) -> Engine:
     return reference_engine(loadable.weights, loadable.ds_config, run.options, loadable.attention)
 
 
-def _weights_facts(run: Run) -> dict:
-    """The hashes of the reference's files, by name."""
-    folder = run.reference.weights
-    return {file.name: sha256_of(file) for file in [folder / "config.json", *weight_files(folder)]}
+def facts_of(run: Run) -> dict:
+    """What decides the reference's logps of a tokenised answer."""
+    reference, options = run.reference, run.options
+    return {
+        "weights": reference.hashes,
+        "precision": options.precision,
+        **({"values": "tokens"} if options.ld_alpha is not None else {}),
+        **({"max_length": options.max_length} if depends_on_length(reference.model.config) else {}),
+    }
 
 
 def _reference_table(
-    run: Run, weights: dict | None, score: Score, title: str, pairs: PairSet, needed: np.ndarray
+    run: Run, score: Score, title: str, pairs: PairSet, needed: np.ndarray
 ) -> np.ndarray:
     if len(pairs) == 0:
         return np.zeros(0, dtype=np.float32)
@@ -130,13 +132,7 @@ def _reference_table(
     places = Places.of_set(pairs, per_token)
     with contextlib.ExitStack() as held:
         if world.from_environment().speaks:
-            facts = {
-                "format": FORMAT,
-                "weights": weights,
-                "answers": pairs.answers_digest,
-                "precision": run.options.precision,
-                **({"values": "tokens"} if per_token else {}),
-            }
+            facts = {"format": FORMAT, **facts_of(run), "answers": pairs.answers_digest}
             table = Table(Path(run.options.cache_dir).expanduser(), facts, places.total)
             held.enter_context(table.lock)
         logps = array_from_rank_0(table.read() if table else np.empty(places.total, dtype=np.float32))

@@ -21,16 +21,24 @@ from dpo_ds.files import write_whole
 from dpo_ds.ranks import collectives, world
 
 
+FILES = "files"  # the key of the hashes in run.json
+
+
 @dataclass(frozen=True)
 class Found:
     resume_from: Path | None
     finished: bool
 
 
-def identity(options: Options, train_digest: str, eval_digest: str, date: str) -> dict:
-    """The options and data that two starts of the same run must share. date: see `started`."""
+def identity(
+    options: Options, train_digest: str, eval_digest: str, date: str, files: dict[str, dict[str, str]]
+) -> dict:
+    """The options, data and weights that two starts of the same run must share.
+
+    date: see `started`. files: the hashes of the files that each option names, {option: {file: sha256}}.
+    """
     values = {key: value for key, value in vars(options).items() if key not in NOT_IDENTITY}
-    return {**values, "train_digest": train_digest, "eval_digest": eval_digest, "date": date}
+    return {**values, "train_digest": train_digest, "eval_digest": eval_digest, "date": date, FILES: files}
 
 
 def started(folder: Path) -> str | None:
@@ -95,13 +103,27 @@ def _require_same(folder: Path, recorded: dict, this_run: dict) -> None:
     different = [
         f"{key} is {_shown(recorded.get(key))} there and {_shown(this_run[key])} here"
         for key in this_run
-        if recorded.get(key) != this_run[key]
+        if key != FILES and recorded.get(key) != this_run[key]
     ]
     if different:
         raise UserError(
             f"--output_dir {folder} holds another run ({'; '.join(different)}): name another folder, or make the "
             "options agree to go on with that run"
         )
+    _require_same_files(folder, recorded.get(FILES), this_run[FILES])
+
+
+def _require_same_files(folder: Path, before: dict | None, now: dict[str, dict[str, str]]) -> None:
+    for option, hashes in now.items():
+        old = before.get(option, {}) if before is not None else {}
+        changed = sorted(name for name in {*old, *hashes} if old.get(name) != hashes.get(name))
+        if changed:
+            more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
+            raise UserError(
+                f"--output_dir {folder} holds a run that began with other files of {option}: {changed[0]}{more} changed "
+                "since, so it would go on from one model and compare with another: put the old files back, or name "
+                "another folder to begin again"
+            )
 
 
 def _shown(value) -> str:

@@ -5,7 +5,7 @@ Mistakes of the user's are found here, in seconds, and raised as UserError with 
 
 import datetime
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +19,7 @@ from dpo_ds.engine.requirements import require_compiler, require_nvme
 from dpo_ds.engine.tiers import fill_tier, swap_folders
 from dpo_ds.errors import UserError, one_line, said_of
 from dpo_ds.losses.table import losses_of
-from dpo_ds.models.files import fetch_weights, load_tokenizer
+from dpo_ds.models.files import fetch_weights, load_tokenizer, weights_hashes
 from dpo_ds.models.find import find_model, known_model
 from dpo_ds.models.model import Model, torch_dtype
 from dpo_ds.plan.choose import choose, tokens_on_cpu
@@ -45,6 +45,7 @@ class Loadable:
     weights: Path  # the folder
     ds_config: dict  # the policy's: engine/tiers.py makes the reference's of it
     attention: str  # the kernel
+    hashes: dict[str, str] = field(default_factory=dict)  # of its files, by name
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,11 @@ def prepare(options: Options, here: World, plan: Plan | None = None) -> Run:
         reference = Loadable(model, weights, ds_config, kernel)
         if other is not None:
             reference = replace(other, weights=one_after_another(lambda: _fetch_reference(other.model)))
-    identity = folders.identity(decided, train_pairs.digest, eval_pairs.digest, date)
+    with console.working("hashing the weights"):
+        hashes = _hashes(weights, decided)
+        reference = replace(reference, hashes=hashes if other is None else _hashes(reference.weights, decided))
+    files = {"--model": hashes, **({"--reference_model": reference.hashes} if other is not None else {})}
+    identity = folders.identity(decided, train_pairs.digest, eval_pairs.digest, date, files)
     # This comes last because it writes to the folder: a run that cannot start leaves nothing behind.
     found = folders.open_folder(folder, decided, identity, here.size)
     return Run(
@@ -165,6 +170,12 @@ def _other_reference(options: Planned, tokenizer: PreTrainedTokenizerBase, here:
         kernel = on_rank_0(lambda: _kernel(options, model))
     ds_config = fill_tier(options.ds_config, options, model, here.size, torch.cuda.is_available())
     return Loadable(model, Path(model.source), ds_config, kernel)
+
+
+def _hashes(folder: Path, options: Decided) -> dict[str, str]:
+    """Rank 0's hashes of a model's files, on every rank."""
+    cache = Path(options.cache_dir).expanduser()
+    return on_rank_0(lambda: weights_hashes(folder, cache, options.trust_remote_code))
 
 
 def _fetch_reference(model: Model) -> Path:

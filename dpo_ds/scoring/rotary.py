@@ -26,6 +26,18 @@ def fix_frequencies(model: torch.nn.Module, max_length: int) -> None:
                 kinds[layer_type] = FIXED
 
 
+def depends_on_length(config: Any) -> bool:
+    """Whether a model of this config (transformers') has frequencies that depend on max_length."""
+    return _names_one(config.to_dict())
+
+
+def _names_one(value: Any) -> bool:
+    if isinstance(value, dict):
+        kinds = [value.get("rope_type"), value.get("type")]
+        return any(isinstance(kind, str) and _changes(kind) for kind in kinds) or any(map(_names_one, value.values()))
+    return False
+
+
 def _changes(kind: str) -> bool:
     return kind == "longrope" or "dynamic" in kind
 

@@ -1,6 +1,7 @@
 """Reference tables are computed once, completed after a kill, and computed again if they are damaged."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -18,7 +19,7 @@ from dpo_ds.config import parse_options
 from dpo_ds.data.pairs import PairSet
 from dpo_ds.engine import join
 from dpo_ds.engine.engine import Engine
-from dpo_ds.errors import RunStopped
+from dpo_ds.errors import RunStopped, UserError
 from dpo_ds.ranks import console, world
 from dpo_ds.references import table as tables_file
 from dpo_ds.references.table import Table, reference_tables
@@ -244,22 +245,115 @@ def one_number(path):
     path.write_text(json.dumps({**config, "rms_norm_eps": 1e-4}))
 
 
-def test_the_key_is_made_of_weights_config_pairs_and_precision(place, tmp_path):
+def swapped_tokens(path):
+    """Two tokens exchange their numbers."""
+    tokenizer = json.loads(path.read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["e"], vocabulary["a"] = vocabulary["a"], vocabulary["e"]
+    path.write_text(json.dumps(tokenizer))
+
+
+def with_template(path):
+    path.write_text("{% for message in messages %}<{{ message.role }}>{{ message.content }}{% endfor %}")
+
+
+def long_rope(path):
+    """Frequencies that depend on --max_length. Its value alone then makes another table."""
+    config = json.loads(path.read_text())
+    config["rope_parameters"] = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    path.write_text(json.dumps(config))
+
+
+# What changes: a file of the model's folder, and how; or options.
+OTHER_KEYS = {
+    "weights": ("model.safetensors", one_weight),
+    "config": ("config.json", one_number),
+    "tokenizer": ("tokenizer.json", swapped_tokens),
+    "template": ("chat_template.jinja", with_template),
+    "max_length": dict(max_length=20),
+    "truncation": dict(truncation="keep_end"),
+    "precision": dict(precision="bf16"),
+}
+SAME_KEY = {
+    "rate": dict(learning_rate=1),
+    "batch": dict(global_batch_pairs=2, micro_batch_tokens=500, epochs=2),
+    "seed": dict(seed=3),
+    "loss": dict(loss="hinge", beta=0.5),
+    "reference": dict(reference_model="{place}/llama"),
+    "lora": dict(lora="true", lora_r=2),
+}
+
+
+@pytest.fixture
+def model(place, tmp_path):
+    return shutil.copytree(place / "llama", tmp_path / "model")
+
+
+@pytest.mark.parametrize("what", OTHER_KEYS)
+def test_another_key(what, place, model, tmp_path):
+    changed = OTHER_KEYS[what]
+    given = {"model": model, **(dict(max_length=24) if what == "truncation" else {})}
+    first = keys(place, tmp_path / "cache", **given)
+    if isinstance(changed, dict):
+        given |= changed
+    else:
+        file, change = changed
+        change(model / file)
+    assert len(first) == 2 and not first & keys(place, tmp_path / "cache", **given)
+
+
+def test_the_same_key(place, model, tmp_path):
+    """Whatever does not change the reference's values: one table serves all these runs, in any folder of the model."""
     first = keys(place, tmp_path / "cache")
-    other = {
-        "weights": dict(model=copied(place, tmp_path / "a", "model.safetensors", one_weight)),
-        "config": dict(model=copied(place, tmp_path / "b", "config.json", one_number)),
-        "pairs": dict(max_length=20),
-        "precision": dict(precision="bf16"),
-    }
-    for what, options in other.items():
-        assert not first & keys(place, tmp_path / "cache", **options), what
-    same = {
-        "another folder": dict(model=copied(place, tmp_path / "c")),
-        "another run": dict(micro_batch_tokens=500, learning_rate=1, beta=0.5, seed=3, epochs=2),
-    }
-    for what, options in same.items():
-        assert first == keys(place, tmp_path / "cache", **options), what
+    assert first == keys(place, tmp_path / "cache", model=model)
+    for what, options in SAME_KEY.items():
+        given = {name: str(value).format(place=place) for name, value in options.items()}
+        assert first == keys(place, tmp_path / "cache", **given), what
+    whole = [keys(place, tmp_path / "cache", max_length=n, micro_batch_tokens=900) for n in (300, 310)]
+    assert whole[0] == whole[1], "neither cuts anything"
+
+
+def test_another_reference_has_another_key(place, model, tmp_path):
+    first = keys(place, tmp_path / "cache")
+    one_weight(model / "model.safetensors")
+    assert not first & keys(place, tmp_path / "cache", reference_model=model)
+
+
+def test_the_key_names_max_length_where_frequencies_depend_on_it(place, model, tmp_path):
+    long_rope(model / "config.json")
+    first = keys(place, tmp_path / "cache", model=model)
+    assert not first & keys(place, tmp_path / "cache", model=model, max_length=60)
+
+
+# ----------------------------------------------------------------------------------------------- weights that changed
+
+
+REFERENCES = {"precomputed": {}, "live": {}, "base": {"lora": "true"}, "none": {"loss": "simpo"}}
+
+
+@pytest.mark.parametrize("reference", REFERENCES)
+def test_a_run_whose_weights_changed_is_not_continued(reference, place, model, tmp_path):
+    given = dict(model=model, reference=reference, **REFERENCES[reference])
+    prepared(place, tmp_path / "cache", **given)
+    prepared(place, tmp_path / "cache", **given)
+    before = model / "model.safetensors"
+    time = before.stat().st_mtime_ns
+    one_weight(before)
+    os.utime(before, ns=(time, time))  # as a program sets it that copies a file with its time
+    with pytest.raises(UserError) as refused:
+        prepared(place, tmp_path / "cache", **given)
+    assert str(refused.value) == (
+        f"--output_dir {tmp_path}/cache/run holds a run that began with other files of --model: model.safetensors "
+        "changed since, so it would go on from one model and compare with another: put the old files back, or name "
+        "another folder to begin again"
+    )
+
+
+def test_a_run_whose_other_reference_changed_is_not_continued(place, model, tmp_path):
+    prepared(place, tmp_path / "cache", reference_model=model)
+    one_weight(model / "model.safetensors")
+    with pytest.raises(UserError, match=r"began with other files of --reference_model: model\.safetensors changed"):
+        prepared(place, tmp_path / "cache", reference_model=model)
 
 
 # -------------------------------------------------------------------------------------------------------------- damage
