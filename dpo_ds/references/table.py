@@ -122,9 +122,7 @@ def facts_of(run: Run) -> dict:
     }
 
 
-def _reference_table(
-    run: Run, score: Score, title: str, pairs: PairSet, needed: np.ndarray
-) -> np.ndarray:
+def _reference_table(run: Run, score: Score, title: str, pairs: PairSet, needed: np.ndarray) -> np.ndarray:
     if len(pairs) == 0:
         return np.zeros(0, dtype=np.float32)
     table = None

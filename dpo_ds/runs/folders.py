@@ -20,7 +20,6 @@ from dpo_ds.errors import UserError, files_of, one_line
 from dpo_ds.files import write_whole
 from dpo_ds.ranks import collectives, world
 
-
 FILES = "files"  # the key of the hashes in run.json
 
 
