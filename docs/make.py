@@ -196,8 +196,10 @@ def losses_table() -> str:
     lines = ["| loss | when | what beta means | its options | it reads | from TRL's | paper |", "|---" * 7 + "|"]
     for name, loss in LOSSES.items():
         defaults = dataclasses.asdict(Settings()) | dict(loss.defaults)
-        beta = f"{loss.beta}; `{defaults['beta']:g}`" if loss.beta else "–"
-        options = ", ".join(f"`--{option} {defaults[option]}`" for option in loss.options) or "–"
+        meaning = "as DPO's" if loss.beta == LOSSES["sigmoid"].beta and name != "sigmoid" else loss.beta
+        beta = f"{meaning}; `{defaults['beta']:g}`" if loss.beta else "–"
+        own = [f"`--{option} {defaults[option]:g}`" for option in loss.options if not option.startswith("f_")]
+        options = ", ".join(own + ["`--f_divergence`"] * ("f_divergence" in loss.options)) or "–"
         cells = [f"`{name}`", loss.use, beta, options, _reads(loss), _parity(name, parity), loss.paper]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
