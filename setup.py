@@ -61,6 +61,11 @@ setup(
             "wheel>=0.43",
         ],
         "bench": ["trl>=1.16,<2"],
+        # --report_to
+        "tensorboard": ["tensorboard>=2.16,<3"],
+        "wandb": ["wandb>=0.19,<1"],
+        "mlflow": ["mlflow>=2.14,<4"],
+        "trackio": ["trackio>=0.20,<1"],
     },
     classifiers=[
         "Programming Language :: Python :: 3",

@@ -271,6 +271,13 @@ class Options:
     max_bad_steps: Annotated[
         int, Help("Stop after so many steps in a row whose loss or gradients are not finite; none of them is applied.")
     ] = 3
+    report_to: Annotated[
+        str,
+        Help(
+            "Where the metrics go beside metrics.jsonl: tensorboard, wandb, mlflow, trackio, or several of them with "
+            "commas. See docs/running.md."
+        ),
+    ] = "none"
     step_patience: Annotated[
         float, Help("Minutes that a rank waits for the others within a step; then the run stops.")
     ] = 30.0
@@ -323,7 +330,7 @@ def _require_filled(options: Options, kind: type[Options]) -> None:
 # Fields that say where or how to run, not what to compute: two runs that differ only here are the same run.
 NOT_IDENTITY = frozenset(
     {"output_dir", "cache_dir", "resume", "export", "generations", "save_every", "eval_every", "attention"}
-    | {"step_patience", "max_bad_steps"}
+    | {"report_to", "step_patience", "max_bad_steps"}
     | {"plan", "gpus", "gpu_memory", "host_memory", "nvme", "nvme_path"}
 )
 
@@ -333,6 +340,9 @@ COLUMNS = (
     *("chosen", "rejected", "response_a", "response_b", "preference", "responses", "scores", "ranks"),
     *("score_chosen", "score_rejected", "weight", "margin"),
 )
+
+# What --report_to may name.
+TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
 
 DESCRIPTION = "The options of a run. --model alone is enough; the rest follows from the model and the machine."
 
@@ -472,6 +482,20 @@ def read_columns(text: str | None) -> dict[str, str]:
     return found
 
 
+def trackers_of(options: Options) -> list[str]:
+    """What --report_to names. Raises UserError for what is no tracker."""
+    names = [name.strip() for name in options.report_to.split(",")]
+    if names == ["none"]:
+        return []
+    for name in names:
+        if name not in TRACKERS:
+            [nearest] = difflib.get_close_matches(name, TRACKERS, n=1, cutoff=0.0)
+            raise UserError(
+                f"--report_to has no {one_line(name)}; did you mean {nearest}? It takes none, or {', '.join(TRACKERS)}"
+            )
+    return list(dict.fromkeys(names))
+
+
 def check(options: Options) -> None:
     """Raises UserError for values that are wrong for every model, data set and machine."""
     if not options.model:
@@ -519,6 +543,7 @@ def check(options: Options) -> None:
     if options.min_margin and options.pairs != "above_margin":
         raise UserError("--min_margin is for --pairs above_margin: add that, or leave out --min_margin")
     read_columns(options.columns)
+    trackers_of(options)
     if options.router_aux_loss_coef != "model":
         _require_number("router_aux_loss_coef", options.router_aux_loss_coef)
     if options.reference_model is not None and options.reference in ("base", "none"):

@@ -9,7 +9,7 @@ import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from dpo_ds.config import Options, parse_options
+from dpo_ds.config import Options, parse_options, trackers_of
 from dpo_ds.losses.table import losses_of
 from dpo_ds.ranks import collectives, console, process, world
 
@@ -22,6 +22,10 @@ if TYPE_CHECKING:  # a command that refuses its options must not wait for these 
 def main(argv: list[str]) -> None:
     options = parse_options(argv)
     losses_of(options)
+    if trackers_of(options) and options.plan != "only" and world.from_environment().speaks:
+        from dpo_ds.reports.trackers import require_trackers
+
+        require_trackers(options)
     plan = make_plan(options)
     if options.plan == "only":
         return

@@ -57,7 +57,8 @@ def kl_per_token(x: Compared) -> torch.Tensor:
     log-ratio per token. k3 is convex, so this is at most the mean of k3 over the answer's tokens.
 
     NOTE, no KL divergence: k3 estimates KL(policy || reference) on answers that the policy itself has sampled. The
-    data's answers are not, so a policy that has moved elsewhere only is not seen.
+    data's answers are not: a policy that has moved elsewhere only is not seen, and one that has left an answer far
+    behind counts for much more than its divergence, e^d for d nats a token.
     """
     log_ratios = x.log_ratios / x.lengths
     return torch.expm1(-log_ratios) + log_ratios

@@ -10,6 +10,7 @@ from dpo_ds.config import Options
 from dpo_ds.ranks import console, world
 from dpo_ds.reports.curves import Curves
 from dpo_ds.reports.record import Recorder
+from dpo_ds.reports.trackers import readers_of
 from dpo_ds.reports.watcher import Watcher
 
 LOG_SECONDS = 20  # between two lines of progress, if there is no terminal for a bar
@@ -58,4 +59,4 @@ def watchers_of(folder: Path, options: Options) -> list[Watcher]:
     """The watchers of every run, on rank 0 alone: its record with what reads it, and progress."""
     if not world.from_environment().speaks:
         return []
-    return [Recorder(folder, [Curves(folder, options.max_grad_norm)]), Progress()]
+    return [Recorder(folder, [Curves(folder, options.max_grad_norm), *readers_of(folder, options)]), Progress()]

@@ -2,7 +2,9 @@
 
 options.yaml     the options that the run uses; --config reads them back
 run.json         the run's identity: another run is refused, the same run resumes
-metrics.jsonl    a line per step and per evaluation
+metrics.jsonl    a line per step and per evaluation (reports/record.py)
+curves.png       the same as curves (reports/curves.py)
+trackers.json, tensorboard/, wandb/   with --report_to (reports/trackers.py)
 checkpoints/step-000100/   written by runs/checkpoint.py
     checkpoint.json        step, ranks, ZeRO stage, versions, options
     random-0.safetensors   one per rank: its random state

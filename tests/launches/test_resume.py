@@ -1,10 +1,6 @@
 """Killed for real, at a step of its choosing: the run goes on and ends bit for bit where an undisturbed one does."""
 
 import json
-import os
-import signal
-import subprocess
-import time
 
 import launching
 import pytest
@@ -35,37 +31,6 @@ def argv(place, name: str, stage: int, *more: str) -> list[str]:
     ]  # fmt: skip
 
 
-def kill_after(ranks: int, words: list[str], folder, step: int) -> None:
-    """Starts the run and kills every process of it (SIGKILL) once metrics.jsonl has the step."""
-    process = subprocess.Popen(
-        launching.command(ranks, *words),
-        env=launching.environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        stdin=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    deadline = time.time() + launching.HANGS
-    while time.time() < deadline and process.poll() is None:
-        if (folder / "metrics.jsonl").is_file() and f'"step": {step},' in (folder / "metrics.jsonl").read_text():
-            break
-        time.sleep(0.005)
-    alive = process.poll() is None
-    for pid in [process.pid, *descendants(process.pid)]:
-        try:
-            os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
-    process.wait()
-    assert alive, f"the run ended before it was killed: {process.stdout.read()[-3000:]}"
-
-
-def descendants(pid: int) -> list[int]:
-    out = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True).stdout
-    children = [int(word) for word in out.split()]
-    return children + [pid for child in children for pid in descendants(child)]
-
-
 def steps_of(folder) -> list[dict]:
     timed = ("tokens/s", "pairs/s", "TFLOP/s a rank")
     return [{k: v for k, v in line.items() if k not in timed} for line in launching.metrics(folder)]
@@ -80,7 +45,7 @@ def test_killed_and_started_again_is_bit_identical(ranks, stage, more, place):
     straight, killed = place / f"straight-{ranks}", place / f"killed-{ranks}"
     launching.run(ranks, *argv(place, straight.name, stage, *more))
     words = argv(place, killed.name, stage, *more)
-    kill_after(ranks, words, killed, step=11)
+    launching.kill_after(ranks, words, killed, step=11)
     assert not (killed / "merged").exists()
     saved = sorted(path.name for path in (killed / "checkpoints").glob("step-*[0-9]"))
     assert "step-000008" in saved and f"step-{STEPS:06d}" not in saved
@@ -117,7 +82,7 @@ def test_a_checkpoint_that_was_not_finished_is_not_used(place):
     """What a kill within a save leaves behind carries another name, and the next start does not mind it."""
     folder = place / "partial"
     words = argv(place, folder.name, 0)
-    kill_after(1, words, folder, step=5)
+    launching.kill_after(1, words, folder, step=5)
     for whole in list((folder / "checkpoints").glob("step-*[0-9]")):
         whole.rename(whole.with_suffix(".partial"))
     done = launching.run(1, *words)

@@ -4,9 +4,11 @@ import contextlib
 import json
 import os
 import random
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import psutil
@@ -76,6 +78,35 @@ def kill_tree(pid: int) -> None:
     for process in [*parent.children(recursive=True), parent]:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
+
+
+def kill_after(ranks: int, words: list[str], folder: Path, step: int, **env: str) -> None:
+    """Starts the run and kills every process of it (SIGKILL) once metrics.jsonl has the step."""
+    process = subprocess.Popen(
+        command(ranks, *words),
+        env={**environment(), **env},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        stdin=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    deadline = time.time() + HANGS
+    while time.time() < deadline and process.poll() is None:
+        if (folder / "metrics.jsonl").is_file() and f'"step": {step},' in (folder / "metrics.jsonl").read_text():
+            break
+        time.sleep(0.005)
+    alive = process.poll() is None
+    for pid in [process.pid, *descendants(process.pid)]:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    process.wait()
+    assert alive, f"the run ended before it was killed: {process.stdout.read()[-3000:]}"
+
+
+def descendants(pid: int) -> list[int]:
+    out = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True).stdout
+    children = [int(word) for word in out.split()]
+    return children + [pid for child in children for pid in descendants(child)]
 
 
 def run_scenarios(ranks: int, scenarios: list[dict], file: Path, **more) -> str:

@@ -179,6 +179,8 @@ def test_a_given_value_has_the_type_of_its_field(name):
         flags = ["--lora_dropout=0"]
     elif name == "columns":
         flags = ["--columns=prompt=question"]
+    elif name == "report_to":
+        flags = ["--report_to=wandb"]
     elif name == "min_margin":
         flags.append("--pairs=above_margin")
     value = getattr(parse_options(["--model", "m", *flags]), name)
