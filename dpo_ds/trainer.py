@@ -49,7 +49,7 @@ class Trainer:
         self.options, self.save = run.options, save
         self.here = world.from_environment()
         self.learner = Learner(run, policy, reference)
-        self.starts_equal = self.options.reference != "none" and self.options.reference_model is None
+        self.starts_equal = run.starts_equal
         self.flops, self.peak = Flops(run.model, self.options), peak_of(policy.device)
         self.skipped = 0  # steps in a row
         nothing = np.zeros(0, dtype=np.float32)

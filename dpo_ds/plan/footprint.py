@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from dpo_ds.config import Options, Planned
+from dpo_ds.models.adapter import find_adapter
 from dpo_ds.models.find import known_model
 from dpo_ds.models.lora import is_target
 from dpo_ds.models.lora import targets as lora_targets
@@ -137,6 +138,9 @@ class Footprint:
             numbers = known_model(other, self.options.trust_remote_code).parameters
         if self.options.reference != "live":
             numbers -= self.shape.all
+        elif (adapter := self.options.reference_adapter) is not None:
+            base = other or self.options.model
+            numbers += find_adapter("--reference_adapter", adapter, base, self.options.trust_remote_code).numbers
         return math.ceil(numbers / self.ranks) if self.stage == 3 else numbers
 
     def optimizer(self) -> Iterator[Part]:

@@ -108,7 +108,7 @@ def reference_tables(run: Run, everything: bool = False) -> list[np.ndarray]:
 def reference_engine_of(run: Run) -> Engine:
     """The engine of the run's reference."""
     loadable = run.reference
-    return reference_engine(loadable.weights, loadable.ds_config, run.options, loadable.attention)
+    return reference_engine(loadable.weights, loadable.ds_config, run.options, loadable.attention, loadable.adapter)
 
 
 def facts_of(run: Run) -> dict:
@@ -122,9 +122,7 @@ def facts_of(run: Run) -> dict:
     }
 
 
-def _reference_table(
-    run: Run, score: Score, title: str, pairs: PairSet, needed: np.ndarray
-) -> np.ndarray:
+def _reference_table(run: Run, score: Score, title: str, pairs: PairSet, needed: np.ndarray) -> np.ndarray:
     if len(pairs) == 0:
         return np.zeros(0, dtype=np.float32)
     table = None

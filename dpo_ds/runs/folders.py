@@ -20,7 +20,6 @@ from dpo_ds.errors import UserError, files_of, one_line
 from dpo_ds.files import write_whole
 from dpo_ds.ranks import collectives, world
 
-
 FILES = "files"  # the key of the hashes in run.json
 
 
@@ -120,9 +119,9 @@ def _require_same_files(folder: Path, before: dict | None, now: dict[str, dict[s
         if changed:
             more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
             raise UserError(
-                f"--output_dir {folder} holds a run that began with other files of {option}: {changed[0]}{more} changed "
-                "since, so it would go on from one model and compare with another: put the old files back, or name "
-                "another folder to begin again"
+                f"--output_dir {folder} holds a run that began with other files of {option}: {changed[0]}{more} "
+                "changed since, so it would go on from one model and compare with another: put the old files back, or "
+                "name another folder to begin again"
             )
 
 
