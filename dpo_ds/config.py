@@ -195,6 +195,10 @@ class Options:
         Help("A peft LoRA adapter on the reference's weights, hub id or folder; by default --adapter as it starts."),
     ] = None
 
+    reference_table: Annotated[
+        str | None, Help("Read the reference's log-probabilities from this file of dpo_ds.score --output FILE.")
+    ] = None
+
     learning_rate: Annotated[
         float | None,
         Help(
@@ -537,6 +541,12 @@ def check(options: Options) -> None:
         raise UserError(f"--reference {options.reference} scores no --reference_model: leave one of them out")
     if options.reference_adapter is not None and options.reference in ("base", "none"):
         raise UserError(f"--reference {options.reference} scores no --reference_adapter: leave one of them out")
+    if options.reference_table is not None:
+        if options.reference not in ("auto", "precomputed"):
+            raise UserError(f"--reference {options.reference} reads no --reference_table: leave one of them out")
+        for name in ("reference_model", "reference_adapter"):
+            if getattr(options, name) is not None:
+                raise UserError(f"--reference_table already has the values of a reference: leave out --{name}")
     if options.reference == "base" and not options.lora:
         raise UserError("--reference base uses LoRA's frozen base weights: add --lora, or use --reference precomputed")
 

@@ -303,7 +303,9 @@ def losses_of(options: Options) -> list[Term]:
     ]
     for term in terms:
         _check(term, options)
-    option = next((n for n in ("reference_model", "reference_adapter") if getattr(options, n)), "reference")
+    option = next(
+        (n for n in ("reference_model", "reference_adapter", "reference_table") if getattr(options, n)), "reference"
+    )
     asked = getattr(options, option)
     if asked not in ("auto", "none") and not any(term.loss.reference for term in terms):
         raise UserError(

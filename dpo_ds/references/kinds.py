@@ -34,6 +34,8 @@ class Reference(Protocol):
 def reference_of(run: Run) -> Reference:
     """The reference that the run's options name."""
     kind = run.options.reference
+    if run.table is not None:
+        return Precomputed(run, run.table.training, run.table.held_out)
     if kind == "precomputed":
         return Precomputed(run, *reference_tables(run))
     if kind == "live":

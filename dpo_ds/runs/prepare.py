@@ -18,6 +18,7 @@ from dpo_ds.data.steps import Schedule
 from dpo_ds.engine.requirements import require_compiler, require_nvme
 from dpo_ds.engine.tiers import fill_tier, swap_folders
 from dpo_ds.errors import UserError, one_line, said_of
+from dpo_ds.files import sha256_of
 from dpo_ds.losses.table import losses_of
 from dpo_ds.models.adapter import Adapter, find_adapter
 from dpo_ds.models.files import fetch_weights, load_tokenizer, weights_hashes
@@ -32,6 +33,7 @@ from dpo_ds.ranks.collectives import on_rank_0, one_after_another
 from dpo_ds.ranks.world import World
 from dpo_ds.runs import folders
 from dpo_ds.runs.data import load_pairs
+from dpo_ds.runs.table_file import TableFile
 from dpo_ds.scoring.twin import choose_kernel, require_exact
 
 # How far a micro-batch may grow for a group of many answers. A longer group is split.
@@ -51,6 +53,15 @@ class Loadable:
 
 
 @dataclass(frozen=True)
+class GivenTable:
+    """A reference's logps from --reference_table, as references give them: float32."""
+
+    training: np.ndarray  # NaN for answers that are not in the schedule
+    held_out: np.ndarray
+    weights: dict[str, str]  # the hashes of the files that they were computed with
+
+
+@dataclass(frozen=True)
 class Run:
     """A run that is ready to start."""
 
@@ -65,6 +76,7 @@ class Run:
     attention: str  # the kernel
     adapter: Adapter | None  # that the policy starts from
     reference: Loadable  # the policy's own start, or another
+    table: GivenTable | None  # --reference_table
     resume_from: Path | None
     finished: bool  # an earlier start of this run has finished it
 
@@ -75,6 +87,8 @@ class Run:
     @property
     def starts_equal(self) -> bool:
         """Whether the policy is the same model as the reference before the first step."""
+        if self.table is not None:
+            return self.table.weights == self.reference.hashes
         start = None if self.adapter is None else self.adapter.folder
         if self.options.reference == "base":
             return start is None
@@ -115,6 +129,9 @@ def prepare(options: Options, here: World, plan: Plan | None = None) -> Run:
     )
     for pairs in (train_pairs, eval_pairs):
         require_data(planned, pairs)
+    table, digest = None, None
+    if planned.reference_table is not None:
+        table, digest = one_after_another(lambda: _given_table(planned, train_pairs, eval_pairs, schedule))
     decided = planned.decided(
         output_dir=planned.output_dir or str(folder),
         eval_every=planned.eval_every if planned.eval_every is not None else max(1, schedule.steps // 10),
@@ -138,6 +155,8 @@ def prepare(options: Options, here: World, plan: Plan | None = None) -> Run:
             if decided.reference_adapter is not None:
                 files["--reference_adapter"] = of_adapter
         reference = replace(reference, hashes=of_weights, adapter=of_reference)
+    if digest is not None:
+        files["--reference_table"] = {Path(str(decided.reference_table)).name: digest}
     identity = folders.identity(decided, train_pairs.digest, eval_pairs.digest, date, files)
     # This comes last because it writes to the folder: a run that cannot start leaves nothing behind.
     found = folders.open_folder(folder, decided, identity, here.size)
@@ -153,6 +172,7 @@ def prepare(options: Options, here: World, plan: Plan | None = None) -> Run:
         attention=kernel,
         adapter=adapter,
         reference=reference,
+        table=table,
         resume_from=found.resume_from,
         finished=found.finished,
     )
@@ -193,6 +213,19 @@ def _other_reference(options: Planned, tokenizer: PreTrainedTokenizerBase, here:
         kernel = on_rank_0(lambda: _kernel(options, model))
     ds_config = fill_tier(options.ds_config, options, model, here.size, torch.cuda.is_available())
     return Loadable(model, Path(model.source), ds_config, kernel)
+
+
+def _given_table(options: Planned, training: PairSet, held_out: PairSet, schedule: Schedule) -> tuple[GivenTable, str]:
+    """--reference_table's values, and the file's hash. Raises UserError if they are of other pairs or another kind."""
+    path = Path(str(options.reference_table)).expanduser()
+    file = TableFile(path, options.precision, options.ld_alpha is not None)
+    needed = np.isin(np.arange(len(training.answers)), training.pairs[schedule.visited()])
+    table = GivenTable(
+        file.logps(training, needed, "training"),
+        file.logps(held_out, np.ones(len(held_out.answers), dtype=bool), "held-out"),
+        file.facts["weights"],
+    )
+    return table, sha256_of(path)
 
 
 def _adapters(options: Planned) -> tuple[Adapter | None, Adapter | None]:
