@@ -195,6 +195,16 @@ class Options:
         Help("A peft LoRA adapter on the reference's weights, hub id or folder; by default --adapter as it starts."),
     ] = None
 
+    reference_update_every: Annotated[
+        int | None,
+        Help("TR-DPO: move a --reference live towards the policy after every so many steps; by default it stays."),
+    ] = None
+    reference_update_alpha: Annotated[
+        float | None,
+        Help(
+            "How far: its weights become alpha * policy + (1 - alpha) * its own; by default 0.6; 1 copies the policy."
+        ),
+    ] = None
     reference_table: Annotated[
         str | None, Help("Read the reference's log-probabilities from this file of dpo_ds.score --output FILE.")
     ] = None
@@ -547,6 +557,24 @@ def check(options: Options) -> None:
         for name in ("reference_model", "reference_adapter"):
             if getattr(options, name) is not None:
                 raise UserError(f"--reference_table already has the values of a reference: leave out --{name}")
+    _require(options, "reference_update_every", lambda x: x > 0, "more than 0")
+    _require(options, "reference_update_alpha", lambda x: 0 < x <= 1, "above 0 and at most 1")
+    if options.reference_update_alpha is not None and options.reference_update_every is None:
+        raise UserError("--reference_update_alpha is for --reference_update_every: add that, or leave it out")
+    if options.reference_update_every is not None:
+        if options.reference != "live":
+            raise UserError(
+                f"--reference_update_every moves a reference's weights, and --reference {options.reference} has none: "
+                "add --reference live"
+            )
+        for name in ("reference_model", "reference_adapter"):
+            if getattr(options, name) is not None:
+                raise UserError(f"--reference_update_every mixes policy and reference: leave out --{name}")
+        if options.lora:
+            raise UserError(
+                "--reference_update_every moves all weights, and --lora trains adapters: train all weights, or leave "
+                "--reference_update_every out"
+            )
     if options.reference == "base" and not options.lora:
         raise UserError("--reference base uses LoRA's frozen base weights: add --lora, or use --reference precomputed")
 

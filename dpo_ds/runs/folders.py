@@ -6,6 +6,7 @@ metrics.jsonl    a line per step and per evaluation
 checkpoints/step-000100/   written by runs/checkpoint.py
     checkpoint.json        step, ranks, ZeRO stage, versions, options
     random-0.safetensors   one per rank: its random state
+    reference-0.safetensors   of a reference that moves: its fp32 weights, under ZeRO-3 each rank's own
     deepspeed/             DeepSpeed's own files (engine/resume.py writes them, engine/shards.py reads tensors)
 evaluation.jsonl, generations.md, merged/   the held-out log-probabilities, answers, the exported model
 summary.json     written at the very end

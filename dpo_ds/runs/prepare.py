@@ -111,6 +111,11 @@ def prepare(options: Options, here: World, plan: Plan | None = None) -> Run:
     ds_config = fill_tier(planned.ds_config, planned, model, here.size, torch.cuda.is_available())
     require_compiler(planned.ds_config, ds_config, torch.cuda.is_available())
     if used := swap_folders(ds_config):
+        if planned.reference_update_every is not None:
+            raise UserError(
+                f"--reference_update_every reads weights that --ds_config {planned.ds_config} keeps on NVMe: take a "
+                "tier that offloads to cpu, or leave --reference_update_every out"
+            )
         one_after_another(lambda: require_nvme(used))
     other = _other_reference(planned, tokenizer, here) if planned.reference_model is not None else None
     adapter, of_reference = one_after_another(lambda: _adapters(planned))

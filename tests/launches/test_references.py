@@ -36,6 +36,18 @@ CASES = {
     "2-adapter-other-stage3-live": (
         2, "llama", "stage3", {**SFT, "reference_adapter": "other", "reference": "live"}, "sft against other"),
     "1-gpt2-adapter": (1, "gpt2", "stage0", {"adapter": "conv"}, "conv against conv"),
+    "1-moving": (1, "llama", "stage0", MOVING, "all against base, moving 2 0.3"),
+    "1-moving-stage3": (1, "llama", "stage3", MOVING, "all against base, moving 2 0.3"),
+    "2-moving-stage0": (2, "llama", "stage0", MOVING, "all against base, moving 2 0.3"),
+    "2-moving-stage2": (2, "llama", "stage2", {**MOVING, "micro_batch_tokens": 320}, "all against base, moving 2 0.3"),
+    "2-moving-stage3": (2, "llama", "stage3", MOVING, "all against base, moving 2 0.3"),
+    # Here small parameters stay gathered.
+    "2-moving-stage3-offload": (2, "llama", "stage3-offload", MOVING, "all against base, moving 2 0.3"),
+    "1-moving-resumed": (1, "llama", "stage0", {**MOVING, "save_every": SAVE}, "all against base, moving 2 0.3"),
+    "2-moving-stage3-resumed": (2, "llama", "stage3", {**MOVING, "save_every": SAVE}, "all against base, moving 2 0.3"),
+    "2-moving-hard-stage3": (
+        2, "llama", "stage3", {**MOVING, "reference_update_alpha": 1}, "all against base, moving 2 1"),
+    "1-still": (1, "llama", "stage0", {"reference": "live"}, "all against base"),
     "1-all-other": (1, "llama", "stage0", {"reference_adapter": "other"}, "all against other"),
 }  # fmt: skip
 
@@ -162,3 +174,20 @@ def test_an_adapters_files_are_in_the_tables_key(place, launched):
     with_adapter = [set(table["weights"]) for table in tables if any("adapter" in name for name in table["weights"])]
     files = {"config.json", "model.safetensors", "adapter/adapter_config.json", "adapter/adapter_model.safetensors"}
     assert len(with_adapter) == 6 and all(names == files for names in with_adapter)  # sft, other, conv; two sets each
+
+
+def test_a_moving_references_evaluations_agree(place, launched):
+    """Held-out pairs are scored again once the reference has moved."""
+    curves = [launching.curve(place / case, "eval/loss") for case in CASES if CASES[case][4].endswith("moving 2 0.3")]
+    for curve in curves:
+        np.testing.assert_allclose(curve, curves[0], rtol=0, atol=2e-5)
+    still = launching.curve(place / "1-still", "eval/loss")
+    assert still[:1] == pytest.approx(curves[0][:1]) and abs(still[-1] - curves[0][-1]) > 1e-3
+
+
+def test_no_rank_writes_more_of_a_reference_than_it_holds(place, launched):
+    numbers = sum(p.numel() for p in oracle.load(place / "llama").parameters())
+    for case, files in (("1-moving-resumed", 1), ("2-moving-stage2", 1), ("2-moving-stage3-resumed", 2)):
+        folder = place / case / "checkpoints" / f"step-00000{STEPS}"
+        parts = [sum(t.numel() for t in load_file(file).values()) for file in folder.glob("reference-*")]
+        assert len(parts) == files and all(numbers / files <= part <= numbers / files + 100 for part in parts)
