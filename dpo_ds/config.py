@@ -190,6 +190,24 @@ class Options:
         str | None,
         Help("Another model as the reference, by default --model itself: hub id or folder, with the same token ids."),
     ] = None
+    reference_adapter: Annotated[
+        str | None,
+        Help("A peft LoRA adapter on the reference's weights, hub id or folder; by default --adapter as it starts."),
+    ] = None
+
+    reference_update_every: Annotated[
+        int | None,
+        Help("TR-DPO: move a --reference live towards the policy after every so many steps; by default it stays."),
+    ] = None
+    reference_update_alpha: Annotated[
+        float | None,
+        Help(
+            "How far: its weights become alpha * policy + (1 - alpha) * its own; by default 0.6; 1 copies the policy."
+        ),
+    ] = None
+    reference_table: Annotated[
+        str | None, Help("Read the reference's log-probabilities from this file of dpo_ds.score --output FILE.")
+    ] = None
 
     learning_rate: Annotated[
         float | None,
@@ -239,6 +257,10 @@ class Options:
     max_left_out: Annotated[float, Help("Stop if more than this fraction of the rows cannot be used.")] = 0.1
 
     lora: Annotated[bool, Help("Train low-rank adapters (peft) instead of all the weights.", heading="LoRA")] = False
+    adapter: Annotated[
+        str | None,
+        Help("Start from this peft LoRA adapter of --model, hub id or folder; it brings rank, alpha and targets."),
+    ] = None
     lora_r: Annotated[int, Help("Rank of the adapters.")] = 16
     lora_alpha: Annotated[float, Help("Their scale is lora_alpha / lora_r.")] = 32.0
     lora_dropout: Annotated[float, Help("Dropout on the adapters' input.")] = 0.0
@@ -334,6 +356,9 @@ NOT_IDENTITY = frozenset(
     | {"plan", "gpus", "gpu_memory", "host_memory", "nvme", "nvme_path"}
 )
 
+# Options that --adapter decides.
+ADAPTERS_OWN = ("lora_r", "lora_alpha", "lora_targets")
+
 # What --columns may name: these are the names that data/rows/forms.py looks for.
 COLUMNS = (
     *("prompt", "messages", "question", "instruction", "input", "system", "history", "tools", "chat_template_kwargs"),
@@ -372,7 +397,8 @@ def parse_options(argv: list[str], command: str = "train", positional: str | Non
     positional: the option whose value may stand without its flag. Raises UserError, in one line, for unknown keys
     (naming the nearest), wrong types and values out of range.
     """
-    values, unknown = _parser(command).parse_known_args(_flags_of_config(argv) + argv)
+    words = _flags_of_config(argv) + argv
+    values, unknown = _parser(command).parse_known_args(words)
     if positional is not None and unknown and not unknown[0].startswith("-"):
         if any(word.partition("=")[0] == f"--{positional}" for word in argv):
             raise UserError(f"{one_line(unknown[0])} and --{positional} name the same thing: leave out one of them")
@@ -382,6 +408,10 @@ def parse_options(argv: list[str], command: str = "train", positional: str | Non
     if unknown:
         raise UserError(_unknown(unknown[0], ["--" + name for name in [*FIELDS, *ALIASES, "config"]]))
     options = Options(**{name: getattr(values, name) for name in FIELDS})
+    if options.adapter is not None:
+        if given := [name for name in ADAPTERS_OWN if any(word.partition("=")[0] == f"--{name}" for word in words)]:
+            raise UserError(f"--adapter {options.adapter} brings its own --{given[0]}: leave out one of them")
+        options = options.replace(lora=True)
     check(options)
     return options
 
@@ -548,6 +578,32 @@ def check(options: Options) -> None:
         _require_number("router_aux_loss_coef", options.router_aux_loss_coef)
     if options.reference_model is not None and options.reference in ("base", "none"):
         raise UserError(f"--reference {options.reference} scores no --reference_model: leave one of them out")
+    if options.reference_adapter is not None and options.reference in ("base", "none"):
+        raise UserError(f"--reference {options.reference} scores no --reference_adapter: leave one of them out")
+    if options.reference_table is not None:
+        if options.reference not in ("auto", "precomputed"):
+            raise UserError(f"--reference {options.reference} reads no --reference_table: leave one of them out")
+        for name in ("reference_model", "reference_adapter"):
+            if getattr(options, name) is not None:
+                raise UserError(f"--reference_table already has the values of a reference: leave out --{name}")
+    _require(options, "reference_update_every", lambda x: x > 0, "more than 0")
+    _require(options, "reference_update_alpha", lambda x: 0 < x <= 1, "above 0 and at most 1")
+    if options.reference_update_alpha is not None and options.reference_update_every is None:
+        raise UserError("--reference_update_alpha is for --reference_update_every: add that, or leave it out")
+    if options.reference_update_every is not None:
+        if options.reference != "live":
+            raise UserError(
+                f"--reference_update_every moves a reference's weights, and --reference {options.reference} has none: "
+                "add --reference live"
+            )
+        for name in ("reference_model", "reference_adapter"):
+            if getattr(options, name) is not None:
+                raise UserError(f"--reference_update_every mixes policy and reference: leave out --{name}")
+        if options.lora:
+            raise UserError(
+                "--reference_update_every moves all weights, and --lora trains adapters: train all weights, or leave "
+                "--reference_update_every out"
+            )
     if options.reference == "base" and not options.lora:
         raise UserError("--reference base uses LoRA's frozen base weights: add --lora, or use --reference precomputed")
 
@@ -585,5 +641,8 @@ def _require_number(name: str, text: str) -> None:
 
 
 def to_yaml(options: Options) -> str:
-    """The options as YAML that `--config` reads back to an equal object."""
-    return yaml.safe_dump(dataclasses.asdict(options), sort_keys=False)
+    """The options as YAML that `--config` reads back to an equal object, but for what --adapter will decide again."""
+    values = dataclasses.asdict(options)
+    if options.adapter is not None:
+        values = {name: value for name, value in values.items() if name not in ADAPTERS_OWN}
+    return yaml.safe_dump(values, sort_keys=False)

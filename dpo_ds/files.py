@@ -76,9 +76,9 @@ SETTLED = 2.0  # seconds: two changes of a file within a file system's clock tic
 def remembered_sha256(path: Path, memory: Path) -> str:
     """Like sha256_of, and kept in the folder `memory`, so that large weights are read once.
 
-    The file is read again if anything about it changed: size, inode, the time of its content or of its attributes (which
-    no program can set back). A file that was written a moment ago is not remembered, nor is one whose facts changed
-    while it was read.
+    The file is read again if anything about it changed: size, inode, the time of its content or of its attributes
+    (which no program can set back). A file that was written a moment ago is not remembered, nor is one whose facts
+    changed while it was read.
     """
     real = path.resolve()
     if real.parent.name == "blobs" and len(real.name) == 64:

@@ -72,7 +72,9 @@ def train(run: "Run", watchers: "Sequence[Watcher]" = (), save: bool = True) -> 
     console.say(describe(run))
     with contextlib.closing(reference_of(run)) as reference:
         with console.working("loading the policy"):
-            policy = policy_engine(run.weights, run.ds_config, run.options, run.attention, run.schedule.steps)
+            policy = policy_engine(
+                run.weights, run.ds_config, run.options, run.attention, run.schedule.steps, run.adapter
+            )
         rehearse(run, policy)
         reference.attach(policy)
         outcome = Trainer(run, policy, reference, [*watchers_of(run.folder, run.options), *watchers], save).train()
@@ -100,13 +102,15 @@ def generate(run: "Run") -> None:
         end = answer_end(run.options, run.tokenizer)
         answers = Answers(run.tokenizer, end, run.model.context, run.options.trust_remote_code)
         with console.working("answering held-out prompts"):
-            show_generations(run.folder / "generations.md", answers, prompts, run.weights, merged)
+            adapter = None if run.adapter is None else run.adapter.folder
+            show_generations(run.folder / "generations.md", answers, prompts, run.weights, merged, adapter)
 
 
 def describe(run: "Run") -> str:
     """The line that says what is about to run."""
     options = run.options
     how = f"LoRA r={options.lora_r}" if options.lora else "all weights"
+    how += f" from {options.adapter}" if options.adapter else ""
     losses = " + ".join(f"{term.weight:g} {term.name}".removeprefix("1 ") for term in losses_of(options))
     start = f", from {run.resume_from}" if run.resume_from else ""
     return (

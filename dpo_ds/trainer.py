@@ -48,9 +48,10 @@ class Trainer:
         self.options, self.save = run.options, save
         self.here = world.from_environment()
         self.learner = Learner(run, policy, reference)
-        self.starts_equal = self.options.reference != "none" and self.options.reference_model is None
+        self.starts_equal = run.starts_equal
         self.flops, self.peak = Flops(run.model, self.options), peak_of(policy.device)
         self.bad_steps = 0  # in a row
+        self.reference_moved = True  # since its held-out logps were computed
         nothing = np.zeros(0, dtype=np.float32)
         self.held_out_policy = self.held_out_reference = nothing  # the latest evaluation's
 
@@ -65,13 +66,11 @@ class Trainer:
         torch.manual_seed(self.options.seed + self.here.rank)  # only LoRA's dropout uses it
         done = 0
         if self.run.resume_from:
-            done, self.learner.running = checkpoint.load(self.policy, self.run.resume_from)
+            done, self.learner.running = checkpoint.load(self.policy, self.reference, self.run.resume_from)
         steps = self.run.schedule.steps
         self.notify("starting", done, steps)
         with console.working("the first forward and backward"):
             self.learner.warm_up(done)
-        if len(self.run.eval_pairs):
-            self.held_out_reference = self.reference.held_out_logps()
         last = self.evaluate(0) if done == 0 else {}
         dealt = ahead(self.learner.pack, self.learner.micro_batches(done))
         for number in range(done, steps):
@@ -87,10 +86,13 @@ class Trainer:
 
     def after_step(self, steps_done: int) -> dict:
         """Saves a checkpoint and evaluates, where due. Returns the evaluation's metrics, or an empty dict."""
+        self.reference_moved |= self.reference.follow(steps_done)
         ended = steps_done == self.run.schedule.steps
         if self.save and (ended or (self.options.save_every and steps_done % self.options.save_every == 0)):
             with console.working(f"saving the checkpoint of step {steps_done}"):
-                checkpoint.save(self.policy, self.run.folder, steps_done, self.options, self.learner.running)
+                checkpoint.save(
+                    self.policy, self.reference, self.run.folder, steps_done, self.options, self.learner.running
+                )
         due = ended or (self.options.eval_every and steps_done % self.options.eval_every == 0)
         return self.evaluate(steps_done) if due else {}
 
@@ -171,6 +173,9 @@ class Trainer:
         pairs = self.run.eval_pairs
         if len(pairs) == 0:
             return {}
+        if self.reference_moved:
+            self.held_out_reference = self.reference.held_out_logps()
+            self.reference_moved = False
         everything, per_token = np.arange(len(pairs.answers)), self.options.ld_alpha is not None
         limit = self.options.micro_batch_tokens
         logps = score_set(self.policy.score, pairs, everything, limit, "held-out pairs", per_token)

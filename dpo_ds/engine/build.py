@@ -19,6 +19,7 @@ from dpo_ds.engine.engine import Engine
 from dpo_ds.engine.memory import clear_swap_folders
 from dpo_ds.engine.tiers import reference_config, swap_folders
 from dpo_ds.errors import RunStopped
+from dpo_ds.models.adapter import Adapter, load_adapter
 from dpo_ds.models.lora import LanguageModel, add_lora
 from dpo_ds.models.model import torch_dtype
 from dpo_ds.ranks import world
@@ -29,14 +30,17 @@ from dpo_ds.scoring.scorer import Scorer
 FIRST_PARAMETER_ID = 1_000_000  # far above those of a reference, whose engine may exist at the same time
 
 
-def policy_engine(folder: Path, config: dict, options: Planned, kernel: str, total_steps: int) -> Engine:
-    """The engine to train: all weights, or LoRA adapters on frozen ones. `kernel` is the attention kernel."""
+def policy_engine(
+    folder: Path, config: dict, options: Planned, kernel: str, total_steps: int, adapter: Adapter | None = None
+) -> Engine:
+    """The engine to train: all weights, or LoRA adapters on frozen ones, new or from `adapter`. `kernel` is the
+    attention kernel."""
     clear_swap_folders(swap_folders(config))
     # These numbers name the swap files. The policy's must be the same after a resume, whether or not a reference
     # engine was built before it.
     deepspeed.zero.Init.param_id = FIRST_PARAMETER_ID
     plain = _load(folder, config, options, kernel)
-    model: LanguageModel = add_lora(plain, options) if options.lora else plain
+    model: LanguageModel = _adapted(plain, options, adapter) if options.lora else plain
     if options.gradient_checkpointing == "on":
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.train()
@@ -75,13 +79,26 @@ def _forget_first_step(optimizer) -> None:
         group.pop("step", None)  # FusedAdam's step count
 
 
-def reference_engine(folder: Path, config: dict, options: Planned, kernel: str) -> Engine:
+def reference_engine(
+    folder: Path, config: dict, options: Planned, kernel: str, adapter: Adapter | None = None
+) -> Engine:
     """The engine of the frozen reference, without an optimizer. `config` is the policy's."""
     config = reference_config(config)
     clear_swap_folders(swap_folders(config))
-    model = _load(folder, config, options, kernel)
+    plain = _load(folder, config, options, kernel)
+    model: LanguageModel = plain if adapter is None else _adapted(plain, options, adapter)
     model.requires_grad_(False)
     return Engine(_initialize(model=Scorer(model, tokens=options.ld_alpha is not None), config=config), config)
+
+
+def _adapted(model: PreTrainedModel, options: Planned, adapter: Adapter | None) -> LanguageModel:
+    """The model with new LoRA adapters, or with the weights of `adapter`."""
+    if adapter is None:
+        return add_lora(model, options)
+    shape = {"lora_r": adapter.r, "lora_alpha": adapter.alpha, "lora_targets": adapter.targets}
+    adapted = add_lora(model, options.replace(**shape))
+    load_adapter(adapted, adapter.folder)
+    return adapted
 
 
 def _load(folder: Path, config: dict, options: Planned, kernel: str) -> PreTrainedModel:

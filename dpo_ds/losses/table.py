@@ -303,9 +303,11 @@ def losses_of(options: Options) -> list[Term]:
     ]
     for term in terms:
         _check(term, options)
-    asked = options.reference_model or options.reference
+    option = next(
+        (n for n in ("reference_model", "reference_adapter", "reference_table") if getattr(options, n)), "reference"
+    )
+    asked = getattr(options, option)
     if asked not in ("auto", "none") and not any(term.loss.reference for term in terms):
-        option = "reference_model" if options.reference_model else "reference"
         raise UserError(
             f"--{option} {asked} has no effect on --loss {','.join(names)}, which reads no reference: leave it out"
         )

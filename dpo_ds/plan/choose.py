@@ -12,6 +12,7 @@ from dpo_ds.config import Options, Precision
 from dpo_ds.engine.tiers import fill_tier
 from dpo_ds.errors import UserError
 from dpo_ds.losses.table import reads_reference
+from dpo_ds.models.adapter import find_adapter
 from dpo_ds.models.find import known_model
 from dpo_ds.models.model import Model
 from dpo_ds.plan.footprint import Footprint, Shape, longest_pair
@@ -22,11 +23,15 @@ PLENTY = 10**6 * GIB
 
 
 def decide(options: Options, model: Model, on_gpu: bool) -> Options:
-    """Fills precision, learning rate, length and reference from the model, the kind of machine and the losses.
+    """Fills precision, learning rate, length, reference and an adapter's shape from the model, the kind of machine and
+    the losses.
 
     Raises UserError for options that the model does not support.
     """
     changes: dict[str, Any] = {}
+    if options.adapter is not None:
+        adapter = find_adapter("--adapter", options.adapter, options.model, options.trust_remote_code)
+        changes |= {"lora_r": adapter.r, "lora_alpha": adapter.alpha, "lora_targets": adapter.targets}
     if options.reference == "auto":
         changes["reference"] = "precomputed" if reads_reference(options) else "none"
     if options.precision == "auto":

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from dpo_ds.config import Options, Planned
+from dpo_ds.models.adapter import find_adapter
 from dpo_ds.models.find import known_model
 from dpo_ds.models.lora import is_target
 from dpo_ds.models.lora import targets as lora_targets
@@ -93,6 +94,7 @@ class Footprint:
         # ZeRO and bf16 train fp32 copies ("masters") of the weights.
         self.state = ADAM + (MASTER if self.stage or options.precision == "bf16" else 0)
         # A single rank with its partition on the device gathers nothing.
+        self.moves = options.reference_update_every is not None
         self.gathers = self.stage == 3 and (self.ranks > 1 or self.weights_at != "gpu")
 
     def __iter__(self) -> Iterator[Part]:
@@ -127,6 +129,8 @@ class Footprint:
             yield self.part("host", "buffers of the weights", size)
         if (reference := self.reference_numbers()) > 0:
             yield self.part(self.weights_at, "the reference's weights", self.item * reference)
+            if self.moves and self.options.precision == "bf16":
+                yield self.part(self.weights_at, "the reference's fp32 weights", FP32 * reference)
 
     def reference_numbers(self) -> int:
         """How many of the reference's parameters a rank holds beside the policy's. A reference that only fills a table
@@ -137,6 +141,9 @@ class Footprint:
             numbers = known_model(other, self.options.trust_remote_code).parameters
         if self.options.reference != "live":
             numbers -= self.shape.all
+        elif (adapter := self.options.reference_adapter) is not None:
+            base = other or self.options.model
+            numbers += find_adapter("--reference_adapter", adapter, base, self.options.trust_remote_code).numbers
         return math.ceil(numbers / self.ranks) if self.stage == 3 else numbers
 
     def optimizer(self) -> Iterator[Part]:
@@ -218,6 +225,8 @@ class Footprint:
     def disk(self) -> Iterator[Part]:
         frozen = self.shape.all - self.shape.trained if self.stage == 3 else self.shape.all
         yield self.part("disk", "a checkpoint", self.state * self.shape.trained + self.item * frozen)
+        if self.moves:
+            yield self.part("disk", "the reference in a checkpoint", FP32 * self.shape.all)
         yield self.part("disk", "the merged model", self.item * self.shape.model.parameters)
 
 

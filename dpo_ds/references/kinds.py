@@ -1,5 +1,6 @@
 """The kinds of reference: a precomputed table, a live engine, LoRA's base weights, or none."""
 
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -7,11 +8,14 @@ import torch
 
 from dpo_ds.data.steps import MicroBatch
 from dpo_ds.engine.engine import Engine
-from dpo_ds.ranks import console
+from dpo_ds.engine.moving import MovingWeights
+from dpo_ds.ranks import console, world
 from dpo_ds.references.table import reference_engine_of, reference_tables
 from dpo_ds.runs.prepare import Run
 from dpo_ds.scoring.packed import PackedBatch, move
 from dpo_ds.scoring.sweep import Places, Score, score_set
+
+UPDATE_ALPHA = 0.6  # the paper's soft update
 
 
 class Reference(Protocol):
@@ -27,21 +31,45 @@ class Reference(Protocol):
     def held_out_logps(self) -> np.ndarray:
         """Those of all held-out answers, float32. Under ZeRO-3 the policy must have run `backward` once."""
 
+    def follow(self, steps_done: int) -> bool:
+        """Called after each step. Returns whether the reference has changed, and with it all its logps."""
+
+    def save(self, folder: Path) -> None:
+        """Writes what has changed since the run's start into a checkpoint's folder, by all ranks together."""
+
+    def load(self, folder: Path) -> None:
+        """Restores what `save` wrote. Called after `attach`, before the policy takes a step."""
+
     def close(self) -> None:
         """Frees what the reference holds."""
+
+
+class Fixed:
+    """A reference that stays as it is."""
+
+    def follow(self, steps_done: int) -> bool:
+        return False
+
+    def save(self, folder: Path) -> None:
+        pass
+
+    def load(self, folder: Path) -> None:
+        pass
 
 
 def reference_of(run: Run) -> Reference:
     """The reference that the run's options name."""
     kind = run.options.reference
+    if run.table is not None:
+        return Precomputed(run, run.table.training, run.table.held_out)
     if kind == "precomputed":
         return Precomputed(run, *reference_tables(run))
     if kind == "live":
-        return Live(run)
+        return Live(run) if run.options.reference_update_every is None else Moving(run)
     return Base(run) if kind == "base" else NoReference(run)
 
 
-class Precomputed:
+class Precomputed(Fixed):
     """Reads the logps from the reference table."""
 
     def __init__(self, run: Run, training: np.ndarray, held_out: np.ndarray):
@@ -62,7 +90,7 @@ class Precomputed:
         pass
 
 
-class Live:
+class Live(Fixed):
     """Scores with a second, frozen engine beside the policy's."""
 
     def __init__(self, run: Run):
@@ -83,7 +111,34 @@ class Live:
         self.engine.close()
 
 
-class Base:
+class Moving(Live):
+    """A live reference that moves towards the policy after every n steps (TR-DPO)."""
+
+    weights: MovingWeights  # set by attach
+
+    def __init__(self, run: Run):
+        super().__init__(run)
+        assert run.options.reference_update_every is not None
+        self.every = run.options.reference_update_every
+        self.alpha = UPDATE_ALPHA if run.options.reference_update_alpha is None else run.options.reference_update_alpha
+
+    def attach(self, policy: Engine) -> None:
+        self.weights = MovingWeights(self.engine, policy)
+
+    def follow(self, steps_done: int) -> bool:
+        due = steps_done % self.every == 0
+        if due:
+            self.weights.move(self.alpha)
+        return due
+
+    def save(self, folder: Path) -> None:
+        self.weights.save(folder, world.from_environment())
+
+    def load(self, folder: Path) -> None:
+        self.weights.load(folder, world.from_environment())
+
+
+class Base(Fixed):
     """Scores with the base weights under the policy's LoRA adapters."""
 
     policy: Engine  # set by attach
@@ -104,7 +159,7 @@ class Base:
         pass
 
 
-class NoReference:
+class NoReference(Fixed):
     """Log-probabilities of 0: the loss depends on the policy alone."""
 
     def __init__(self, run: Run):

@@ -108,7 +108,7 @@ def reference_tables(run: Run, everything: bool = False) -> list[np.ndarray]:
 def reference_engine_of(run: Run) -> Engine:
     """The engine of the run's reference."""
     loadable = run.reference
-    return reference_engine(loadable.weights, loadable.ds_config, run.options, loadable.attention)
+    return reference_engine(loadable.weights, loadable.ds_config, run.options, loadable.attention, loadable.adapter)
 
 
 def facts_of(run: Run) -> dict:

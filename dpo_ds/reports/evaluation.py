@@ -43,12 +43,16 @@ class Answers:
     context: int | None  # the most positions that the model supports
     trust_remote_code: bool = False
 
-    def of(self, folder: Path, prompts: list[list[int]]) -> list[str]:
-        """The answers of the model in `folder` to prompts of token ids, as text."""
+    def of(self, folder: Path, prompts: list[list[int]], adapter: Path | None = None) -> list[str]:
+        """The answers of the model in `folder`, with a peft adapter, to prompts of token ids, as text."""
         device = "cuda" if torch.cuda.is_available() else "cpu"
         model = AutoModelForCausalLM.from_pretrained(
             folder, dtype="auto", trust_remote_code=self.trust_remote_code, use_safetensors=True
         ).to(device)  # type: ignore[arg-type]  # transformers wraps `to` in a way that hides its self
+        if adapter is not None:
+            from peft import PeftModel
+
+            model = PeftModel.from_pretrained(model, adapter).merge_and_unload()  # type: ignore[operator]
         ends = model.generation_config.eos_token_id
         ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
         # Not the model's own config, which may ask for sampling, or for what generate refuses.
@@ -73,10 +77,13 @@ class Answers:
         return texts
 
 
-def show_generations(file: Path, answers: Answers, prompts: list[list[int]], before: Path, after: Path) -> None:
-    """Answers a few held-out prompts with the model `before` training and with the merged one `after`. Prints both
-    answers and writes them to `file` as Markdown. Loads one model after the other."""
-    old_answers, new_answers = answers.of(before, prompts), answers.of(after, prompts)
+def show_generations(
+    file: Path, answers: Answers, prompts: list[list[int]], before: Path, after: Path, adapter: Path | None = None
+) -> None:
+    """Answers a few held-out prompts with the model `before` training, with the adapter that it began from, and with
+    the merged one `after`. Prints both answers and writes them to `file` as Markdown. Loads one model after the
+    other."""
+    old_answers, new_answers = answers.of(before, prompts, adapter), answers.of(after, prompts)
     text = ["# Before and after", ""]
     for prompt, old, new in zip(prompts, old_answers, new_answers, strict=True):
         shown = _text(answers.tokenizer, prompt).strip()

@@ -9,6 +9,7 @@ import os
 import shutil
 from dataclasses import asdict
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -22,7 +23,17 @@ from dpo_ds.ranks import collectives, world
 from dpo_ds.runs.folders import describe
 
 
-def save(engine: Engine, folder: Path, step: int, options: Options, running: Running) -> Path:
+class Kept(Protocol):
+    """What a checkpoint holds beside the policy: a reference."""
+
+    def save(self, folder: Path) -> None:
+        """Writes it into the checkpoint's folder, by all ranks together."""
+
+    def load(self, folder: Path) -> None:
+        """Restores what `save` wrote."""
+
+
+def save(engine: Engine, reference: Kept, folder: Path, step: int, options: Options, running: Running) -> Path:
     """Writes checkpoints/step-NNNNNN of the run, by all ranks together. An existing one is kept.
 
     running: what the losses remember.
@@ -37,6 +48,7 @@ def save(engine: Engine, folder: Path, step: int, options: Options, running: Run
         partial.mkdir(parents=True)
     collectives.wait_for_all()
     engine.save(partial)
+    reference.save(partial)
     random = partial / f"random-{here.rank}.safetensors"
     save_file(_random_state(), random)
     follow_umask(random)
@@ -57,11 +69,12 @@ def save(engine: Engine, folder: Path, step: int, options: Options, running: Run
     return final
 
 
-def load(engine: Engine, checkpoint: Path) -> tuple[int, Running]:
-    """Restores weights, optimizer, schedule and random state. Returns the number of steps done, and what the losses
-    remember."""
+def load(engine: Engine, reference: Kept, checkpoint: Path) -> tuple[int, Running]:
+    """Restores weights, optimizer, schedule, a moving reference and random state. Returns the number of steps done, and
+    what the losses remember."""
     rank = world.from_environment().rank
     engine.load(checkpoint, rank)
+    reference.load(checkpoint)
     _set_random_state(load_file(checkpoint / f"random-{rank}.safetensors"))
     facts = describe(checkpoint)
     return facts["step"], Running(**facts["losses"])

@@ -8,6 +8,7 @@ trackers.json, tensorboard/, wandb/   with --report_to (reports/trackers.py)
 checkpoints/step-000100/   written by runs/checkpoint.py
     checkpoint.json        step, ranks, ZeRO stage, versions, options
     random-0.safetensors   one per rank: its random state
+    reference-0.safetensors   of a reference that moves: its fp32 weights, under ZeRO-3 each rank's own
     deepspeed/             DeepSpeed's own files (engine/resume.py writes them, engine/shards.py reads tensors)
 evaluation.jsonl, generations.md, merged/   the held-out log-probabilities, answers, the exported model
 summary.json     written at the very end
@@ -121,9 +122,9 @@ def _require_same_files(folder: Path, before: dict | None, now: dict[str, dict[s
         if changed:
             more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
             raise UserError(
-                f"--output_dir {folder} holds a run that began with other files of {option}: {changed[0]}{more} changed "
-                "since, so it would go on from one model and compare with another: put the old files back, or name "
-                "another folder to begin again"
+                f"--output_dir {folder} holds a run that began with other files of {option}: {changed[0]}{more} "
+                "changed since, so it would go on from one model and compare with another: put the old files back, or "
+                "name another folder to begin again"
             )
 
 

@@ -18,7 +18,9 @@ from dpo_ds.data.steps import Schedule
 from dpo_ds.engine.requirements import require_compiler, require_nvme
 from dpo_ds.engine.tiers import fill_tier, swap_folders
 from dpo_ds.errors import UserError, one_line, said_of
+from dpo_ds.files import sha256_of
 from dpo_ds.losses.table import losses_of
+from dpo_ds.models.adapter import Adapter, find_adapter
 from dpo_ds.models.files import fetch_weights, load_tokenizer, weights_hashes
 from dpo_ds.models.find import find_model, known_model
 from dpo_ds.models.model import Model, torch_dtype
@@ -31,6 +33,7 @@ from dpo_ds.ranks.collectives import on_rank_0, one_after_another
 from dpo_ds.ranks.world import World
 from dpo_ds.runs import folders
 from dpo_ds.runs.data import load_pairs
+from dpo_ds.runs.table_file import TableFile
 from dpo_ds.scoring.twin import choose_kernel, require_exact
 
 # How far a micro-batch may grow for a group of many answers. A longer group is split.
@@ -45,7 +48,17 @@ class Loadable:
     weights: Path  # the folder
     ds_config: dict  # the policy's: engine/tiers.py makes the reference's of it
     attention: str  # the kernel
-    hashes: dict[str, str] = field(default_factory=dict)  # of its files, by name
+    hashes: dict[str, str] = field(default_factory=dict)  # of its files and the adapter's, by name
+    adapter: Adapter | None = None  # on its weights
+
+
+@dataclass(frozen=True)
+class GivenTable:
+    """A reference's logps from --reference_table, as references give them: float32."""
+
+    training: np.ndarray  # NaN for answers that are not in the schedule
+    held_out: np.ndarray
+    weights: dict[str, str]  # the hashes of the files that they were computed with
 
 
 @dataclass(frozen=True)
@@ -61,13 +74,26 @@ class Run:
     eval_pairs: PairSet  # may be empty
     schedule: Schedule
     attention: str  # the kernel
-    reference: Loadable  # the policy's own, or --reference_model
+    adapter: Adapter | None  # that the policy starts from
+    reference: Loadable  # the policy's own start, or another
+    table: GivenTable | None  # --reference_table
     resume_from: Path | None
     finished: bool  # an earlier start of this run has finished it
 
     @property
     def folder(self) -> Path:
         return Path(self.options.output_dir)
+
+    @property
+    def starts_equal(self) -> bool:
+        """Whether the policy is the same model as the reference before the first step."""
+        if self.table is not None:
+            return self.table.weights == self.reference.hashes
+        start = None if self.adapter is None else self.adapter.folder
+        if self.options.reference == "base":
+            return start is None
+        of_reference = None if self.reference.adapter is None else self.reference.adapter.folder
+        return self.options.reference != "none" and self.options.reference_model is None and start == of_reference
 
 
 def prepare(options: Options, here: World, plan: Plan | None = None) -> Run:
@@ -85,8 +111,14 @@ def prepare(options: Options, here: World, plan: Plan | None = None) -> Run:
     ds_config = fill_tier(planned.ds_config, planned, model, here.size, torch.cuda.is_available())
     require_compiler(planned.ds_config, ds_config, torch.cuda.is_available())
     if used := swap_folders(ds_config):
+        if planned.reference_update_every is not None:
+            raise UserError(
+                f"--reference_update_every reads weights that --ds_config {planned.ds_config} keeps on NVMe: take a "
+                "tier that offloads to cpu, or leave --reference_update_every out"
+            )
         one_after_another(lambda: require_nvme(used))
     other = _other_reference(planned, tokenizer, here) if planned.reference_model is not None else None
+    adapter, of_reference = one_after_another(lambda: _adapters(planned))
     folders.check_folder(folder, planned)  # before any work goes into data
     date = on_rank_0(lambda: folders.started(folder) or datetime.date.today().isoformat())
     train_pairs, eval_pairs = one_after_another(lambda: load_pairs(planned, tokenizer, here, date))
@@ -102,6 +134,9 @@ def prepare(options: Options, here: World, plan: Plan | None = None) -> Run:
     )
     for pairs in (train_pairs, eval_pairs):
         require_data(planned, pairs)
+    table, digest = None, None
+    if planned.reference_table is not None:
+        table, digest = one_after_another(lambda: _given_table(planned, train_pairs, eval_pairs, schedule))
     decided = planned.decided(
         output_dir=planned.output_dir or str(folder),
         eval_every=planned.eval_every if planned.eval_every is not None else max(1, schedule.steps // 10),
@@ -113,9 +148,20 @@ def prepare(options: Options, here: World, plan: Plan | None = None) -> Run:
         if other is not None:
             reference = replace(other, weights=one_after_another(lambda: _fetch_reference(other.model)))
     with console.working("hashing the weights"):
-        hashes = _hashes(weights, decided)
-        reference = replace(reference, hashes=hashes if other is None else _hashes(reference.weights, decided))
-    files = {"--model": hashes, **({"--reference_model": reference.hashes} if other is not None else {})}
+        files = {"--model": _hashes(weights, decided)}
+        of_weights = files["--model"]
+        if other is not None:
+            of_weights = files["--reference_model"] = _hashes(reference.weights, decided)
+        if adapter is not None:
+            files["--adapter"] = _adapter_hashes(adapter, decided)
+        if of_reference is not None:
+            of_adapter = _adapter_hashes(of_reference, decided)
+            of_weights = of_weights | of_adapter
+            if decided.reference_adapter is not None:
+                files["--reference_adapter"] = of_adapter
+        reference = replace(reference, hashes=of_weights, adapter=of_reference)
+    if digest is not None:
+        files["--reference_table"] = {Path(str(decided.reference_table)).name: digest}
     identity = folders.identity(decided, train_pairs.digest, eval_pairs.digest, date, files)
     # This comes last because it writes to the folder: a run that cannot start leaves nothing behind.
     found = folders.open_folder(folder, decided, identity, here.size)
@@ -129,7 +175,9 @@ def prepare(options: Options, here: World, plan: Plan | None = None) -> Run:
         eval_pairs=eval_pairs,
         schedule=schedule,
         attention=kernel,
+        adapter=adapter,
         reference=reference,
+        table=table,
         resume_from=found.resume_from,
         finished=found.finished,
     )
@@ -172,10 +220,41 @@ def _other_reference(options: Planned, tokenizer: PreTrainedTokenizerBase, here:
     return Loadable(model, Path(model.source), ds_config, kernel)
 
 
+def _given_table(options: Planned, training: PairSet, held_out: PairSet, schedule: Schedule) -> tuple[GivenTable, str]:
+    """--reference_table's values, and the file's hash. Raises UserError if they are of other pairs or another kind."""
+    path = Path(str(options.reference_table)).expanduser()
+    file = TableFile(path, options.precision, options.ld_alpha is not None)
+    needed = np.isin(np.arange(len(training.answers)), training.pairs[schedule.visited()])
+    table = GivenTable(
+        file.logps(training, needed, "training"),
+        file.logps(held_out, np.ones(len(held_out.answers), dtype=bool), "held-out"),
+        file.facts["weights"],
+    )
+    return table, sha256_of(path)
+
+
+def _adapters(options: Planned) -> tuple[Adapter | None, Adapter | None]:
+    """The adapters that the policy starts from, and that the reference has on its weights."""
+    policy = reference = None
+    if options.adapter is not None:
+        policy = find_adapter("--adapter", options.adapter, options.model, options.trust_remote_code)
+    if options.reference_adapter is not None:
+        base = options.reference_model or options.model
+        reference = find_adapter("--reference_adapter", options.reference_adapter, base, options.trust_remote_code)
+    elif options.reference in ("precomputed", "live") and options.reference_model is None:
+        reference = policy
+    return policy, reference
+
+
 def _hashes(folder: Path, options: Decided) -> dict[str, str]:
     """Rank 0's hashes of a model's files, on every rank."""
     cache = Path(options.cache_dir).expanduser()
     return on_rank_0(lambda: weights_hashes(folder, cache, options.trust_remote_code))
+
+
+def _adapter_hashes(adapter: Adapter, options: Decided) -> dict[str, str]:
+    """Likewise of an adapter's files."""
+    return on_rank_0(lambda: adapter.hashes(Path(options.cache_dir).expanduser()))
 
 
 def _fetch_reference(model: Model) -> Path:

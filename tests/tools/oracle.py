@@ -48,11 +48,19 @@ def losses(policy: torch.Tensor, reference: torch.Tensor, beta: float) -> torch.
     return F.softplus(-beta * margins)
 
 
-def train(folder, steps, weights=None, *, learning_rate, warmup, beta=0.1, max_grad_norm=1.0) -> list[float]:
+def train(
+    folder, steps, weights=None, *, learning_rate, warmup, beta=0.1, max_grad_norm=1.0, models=None, moving=None
+) -> list[float]:
     """Trains plain DPO with AdamW on a list of pairs for each step, with the weights of each. Returns each step's loss
-    before its update."""
-    policy, reference = load(folder), load(folder)
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=learning_rate, weight_decay=0.0)
+    before its update.
+
+    models: policy and reference, by default two of the folder's. moving: (n, alpha), TR-DPO's update of the reference
+    after every n steps.
+    """
+    policy, reference = models or (load(folder), load(folder))
+    optimizer = torch.optim.AdamW(
+        [p for p in policy.parameters() if p.requires_grad], lr=learning_rate, weight_decay=0.0
+    )
     schedule = get_scheduler("linear", optimizer, num_warmup_steps=warmup, num_training_steps=len(steps))
     curve = []
     for pairs, weight in zip(steps, weights or [[1.0] * len(pairs) for pairs in steps], strict=True):
@@ -66,6 +74,10 @@ def train(folder, steps, weights=None, *, learning_rate, warmup, beta=0.1, max_g
         schedule.step()
         optimizer.zero_grad()
         curve.append(loss.item())
+        if moving and len(curve) % moving[0] == 0:
+            with torch.no_grad():
+                for old, new in zip(reference.parameters(), policy.parameters(), strict=True):
+                    old.copy_(moving[1] * new + (1 - moving[1]) * old)
     return curve
 
 

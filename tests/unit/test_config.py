@@ -65,6 +65,15 @@ def test_what_is_written_reads_back_equal(tmp_path):
         ("--model m --columns prompt=a,,chosen=b", "write name=column"),
         ("--model m --columns promt=a", "--columns has no name promt; did you mean prompt? It takes prompt, messages"),
         ("--model m --columns prompt=a,prompt=b", "--columns names prompt twice: a and b"),
+        ("--model m --reference_update_every 5", "--reference auto has none: add --reference live"),
+        ("--model m --reference live --reference_update_every 0", "but must be more than 0"),
+        ("--model m --reference live --reference_update_alpha 1", "is for --reference_update_every: add that"),
+        (
+            "--model m --reference live --reference_update_every 5 --reference_update_alpha 1.5",
+            "but must be above 0 and at most 1",
+        ),
+        ("--model m --reference live --reference_update_every 5 --lora", "--lora trains adapters: train all weights"),
+        ("--model m --reference live --reference_update_every 5 --reference_model b", "leave out --reference_model"),
         ("--model", "expected one argument"),
     ],
 )
@@ -173,6 +182,8 @@ def test_a_given_value_has_the_type_of_its_field(name):
         flags = ["--max_length=2"]
     elif flags == ["--reference=base"]:
         flags.append("--lora")
+    elif name.startswith("reference_update"):
+        flags = ["--reference=live", "--reference_update_every=1", *flags]
     elif name == "chat_template_kwargs":
         flags = ["--chat_template_kwargs={}"]
     elif name == "lora_dropout":

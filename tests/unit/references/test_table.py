@@ -6,10 +6,13 @@ import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import launching
 import numpy as np
 import oracle
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import tiny
 import torch
@@ -20,10 +23,13 @@ from dpo_ds.data.pairs import PairSet
 from dpo_ds.engine import join
 from dpo_ds.engine.engine import Engine
 from dpo_ds.errors import RunStopped, UserError
+from dpo_ds.losses.table import losses_of
 from dpo_ds.ranks import console, world
 from dpo_ds.references import table as tables_file
+from dpo_ds.references.kinds import Precomputed, reference_of
 from dpo_ds.references.table import Table, reference_tables
 from dpo_ds.runs.prepare import Run, prepare
+from dpo_ds.runs.table_file import _digest
 from dpo_ds.score import main
 from dpo_ds.scoring import sweep
 from dpo_ds.scoring.sweep import score_answers, score_set
@@ -354,6 +360,117 @@ def test_a_run_whose_other_reference_changed_is_not_continued(place, model, tmp_
     one_weight(model / "model.safetensors")
     with pytest.raises(UserError, match=r"began with other files of --reference_model: model\.safetensors changed"):
         prepared(place, tmp_path / "cache", reference_model=model)
+
+
+# ------------------------------------------------------------------------------------------------- the table as a file
+
+
+@pytest.fixture(scope="module")
+def parquet(place, tmp_path_factory):
+    """The table of `straight`, as dpo_ds.score writes it."""
+    cache = tmp_path_factory.mktemp("parquet")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sweep, "CHUNK", CHUNK)
+        main([*argv(place, cache), f"--output={cache / 'table.parquet'}"])
+    return cache / "table.parquet"
+
+
+def with_file(place, tmp_path, file, **options) -> Run:
+    return prepared(place, tmp_path / "cache", reference_table=file, **options)
+
+
+def test_a_file_has_the_tables_values_to_the_bit(place, straight, parquet, tmp_path):
+    run = with_file(place, tmp_path, parquet)
+    assert np.array_equal(run.table.training, straight[1][0]) and np.array_equal(run.table.held_out, straight[1][1])
+    reference = reference_of(run)
+    assert isinstance(reference, Precomputed) and reference.training is run.table.training
+    assert run.starts_equal, "the file was made with the policy's own weights"
+
+
+def test_a_file_says_what_is_in_it(place, straight, parquet):
+    table = pq.read_table(parquet)
+    facts = json.loads(table.schema.metadata[b"dpo_ds"])
+    assert facts["model"] == str(place / "llama") and facts["precision"] == "fp32"
+    assert set(facts["weights"]) == {"config.json", "model.safetensors"}
+    assert table.num_rows == 2 * PAIRS and table.column_names == ["answer", "pairs", "length", "logps"]
+    train = prepared(place, straight[0]).train_pairs
+    for n, (chosen, rejected) in enumerate(train.pairs.tolist()):
+        rows = [table.slice(answer, 1).to_pylist()[0] for answer in (chosen, rejected)]
+        assert all(train.pair_id(n) in row["pairs"] for row in rows)
+        assert [row["length"] for row in rows] == train.learned_lengths[[chosen, rejected]].tolist()
+
+
+def test_a_file_of_other_weights_is_another_reference(place, model, tmp_path):
+    one_weight(model / "model.safetensors")
+    file = tmp_path / "table.parquet"
+    main([*argv(place, tmp_path / "cache", model=model), f"--output={file}"])
+    shutil.rmtree(tmp_path / "cache")
+    assert not with_file(place, tmp_path, file).starts_equal
+
+
+def test_a_file_of_tokens(place, tmp_path):
+    """LD-DPO reads a value for each token."""
+    file = tmp_path / "table.parquet"
+    main([*argv(place, tmp_path / "cache", ld_alpha=0.5), f"--output={file}"])
+    expected = tables(place, tmp_path / "cache", ld_alpha=0.5)
+    shutil.rmtree(tmp_path / "cache" / "run")
+    run = with_file(place, tmp_path, file, ld_alpha=0.5)
+    assert np.array_equal(run.table.training, expected[0]) and np.array_equal(run.table.held_out, expected[1])
+    shutil.rmtree(tmp_path / "cache" / "run")
+    with pytest.raises(UserError, match="has the values of tokens, and this run needs those of answers"):
+        with_file(place, tmp_path, file)
+
+
+def changed_values(file):
+    table = pq.read_table(file)
+    logps = [[value + 1 for value in values] for values in table["logps"].to_pylist()]
+    column = pa.array(logps, pa.list_(pa.float32()))
+    pq.write_table(table.set_column(3, "logps", column).replace_schema_metadata(table.schema.metadata), file)
+
+
+def fewer_answers(file):
+    table = pq.read_table(file)
+    table = table.slice(1)
+    facts = json.loads(table.schema.metadata[b"dpo_ds"]) | {"sha256": _digest(table)}
+    pq.write_table(table.replace_schema_metadata({"dpo_ds": json.dumps(facts)}), file)
+
+
+NOT_TAKEN = {
+    "other pairs": (None, {"max_length": 20}, "of 32 answers of the training pairs: score the same --dataset"),
+    "missing answers": (fewer_answers, {}, "has no values of 1 of 32 answers of the training pairs"),
+    "other precision": (None, {"precision": "bf16"}, "was computed in fp32, and this run is in bf16"),
+    "other values": (changed_values, {}, "does not match its own hash: copy it again"),
+    "no Parquet": (lambda file: file.write_text("x"), {}, "cannot be read as Parquet"),
+    "not there": (lambda file: file.unlink(), {}, "cannot be read as Parquet"),
+    "another table": (lambda file: pq.write_table(pa.table({"a": [1]}), file), {}, "is no table of this version"),
+}
+
+
+@pytest.mark.parametrize("name", NOT_TAKEN)
+def test_a_file_that_does_not_fit_is_refused(name, place, parquet, tmp_path):
+    change, options, words = NOT_TAKEN[name]
+    file = Path(shutil.copy(parquet, tmp_path / "table.parquet"))
+    if change:
+        change(file)
+    with pytest.raises(UserError) as refused:
+        with_file(place, tmp_path, file, **options)
+    assert words in str(refused.value) and str(refused.value).startswith(f"--reference_table {file}")
+    assert "\n" not in str(refused.value) and not (tmp_path / "cache" / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"reference": "live"}, "--reference live reads no --reference_table"),
+        ({"reference_model": "b"}, "already has the values of a reference: leave out --reference_model"),
+        ({"reference_adapter": "b"}, "already has the values of a reference: leave out --reference_adapter"),
+    ],
+)
+def test_a_file_and_another_reference(options, words, place, tmp_path):
+    with pytest.raises(UserError, match=words):
+        parse_options(argv(place, tmp_path, reference_table="a", **options))
+    with pytest.raises(UserError, match="has no effect on --loss simpo"):
+        losses_of(parse_options(argv(place, tmp_path, reference_table="a", loss="simpo")))
 
 
 # -------------------------------------------------------------------------------------------------------------- damage
