@@ -367,12 +367,13 @@ def _read_table(path: Path, folder: Path) -> Kept:
     try:
         with _open(path, "") as file:
             table = csv.reader(file, delimiter=separator, strict=True)
-            names = [name.strip() for name in next(table, [])]
+            # pandas leaves the heading of its row numbers blank, and calls it so when it reads it back.
+            names = [name.strip() or f"Unnamed: {n}" for n, name in enumerate(next(table, []))]
             if not names:
                 raise UserError(f"{path} cannot be read as csv: it is empty")
             double = next((name for name in names if names.count(name) > 1), None)
             if double is not None:
-                raise UserError(f"{path} cannot be read as csv: its heading has {double or 'a blank name'} twice")
+                raise UserError(f"{path} cannot be read as csv: its heading has {double} twice")
             schema = pa.schema([(name, pa.string()) for name in names])
             batches = _batches(_cells(path, table, len(names)), lambda row: sum(map(len, row)))
             written = (pa.record_batch([*map(list, zip(*batch, strict=True))], schema) for batch in batches)

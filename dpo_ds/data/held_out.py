@@ -5,7 +5,8 @@ Two prompts are variants of each other if they have one of these keys in common,
     of the token ids
     of the messages' texts
     of the question, if one of the two was found as what the answers have in common. The answers decide where such a
-    prompt ends, so less of it is compared: its last user's turn, or of a text its whole lines and sentences
+    prompt ends, so less of it is compared: its last user's turn, or of a text its whole lines and sentences. If more
+    than MOST_VARIANTS different prompts end alike, that is not what they ask
 
 Texts are compared without regard to case, blanks and Unicode's normal forms.
 
@@ -25,6 +26,7 @@ from dpo_ds.data.comparison import Comparison, Message
 # prompt has to be compared with that: its last user's turn, and the whole lines and sentences of it.
 KEYS = 5
 FOUND = 2  # the place of the third
+MOST_VARIANTS = 20  # of different texts that may ask one question
 
 
 def prompt_hash(text: str) -> bytes:
@@ -95,6 +97,9 @@ def _by_question(keys: np.ndarray, found: np.ndarray) -> tuple[np.ndarray, np.nd
     prompts = np.concatenate([found, np.tile(np.arange(len(keys)), given)])
     number = _numbers(asked)
     also = np.isin(number, number[: len(found)])  # no two prompts of which neither was found
+    # What so many different prompts end with ("Go on.") is not what they ask.
+    texts = np.unique(np.stack([number, _numbers(keys[:, 1])[prompts]]), axis=1)[0]
+    also &= (np.bincount(texts) <= MOST_VARIANTS)[number]
     return prompts[also], number[also]
 
 

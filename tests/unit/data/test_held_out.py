@@ -143,3 +143,14 @@ def test_a_family_is_held_out_whole():
     chosen = held(prompts)
     assert {prompt.lower() for prompt in chosen} & {p.lower() for p in set(prompts) - chosen} == set()
     assert 20 <= len(chosen) <= 21
+
+
+def test_a_turn_that_many_prompts_end_with_is_not_what_they_ask():
+    """Trajectories that fork after a common "Go on." are about what was asked before."""
+    forked = [Answer(said("a", "b")), Answer(said("c"))]
+    many = [
+        replace(comparison(f"{n} b Go on.", True, said(f"Fix router {n}", "b", "Go on.")), answers=forked)
+        for n in range(40)
+    ]
+    assert len(set(families(keys(*many)))) == 40
+    assert len(set(families(keys(*many[:5])))) == 1, "few of them may be one conversation"
