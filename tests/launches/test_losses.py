@@ -111,9 +111,11 @@ def test_full_runs_have_the_oracles_curve(case, place, launched):
     schedule = Schedule.of(train.pair_groups, BATCH, 1, STEPS, seed=42)
     steps = [np.sort(schedule.step(number)) for number in range(STEPS)]
     expected = oracle.train_with(options, place / "llama", train, steps, learning_rate=RATE, warmup=round(0.1 * STEPS))
+    # DPOP has a kink where policy and reference are equal, as they are at the start: rounding decides on which side.
+    allowed = 1e-3 if case == "dpop" else 1e-5
     for run in ("1-stage0", "2-stage3"):
         curve = launching.curve(place / f"{case}-{run}")
-        np.testing.assert_allclose(curve, expected, rtol=1e-5, atol=1e-5, err_msg=run)
+        np.testing.assert_allclose(curve, expected, rtol=allowed, atol=allowed, err_msg=run)
     norms = [launching.curve(place / f"{case}-{run}", "grad_norm") for run in ("1-stage0", "2-stage3")]
     np.testing.assert_allclose(*norms, rtol=2e-3)
 
@@ -122,7 +124,7 @@ def test_full_runs_have_the_oracles_curve(case, place, launched):
 def test_lora_runs_agree(case, place, launched):
     curves = [launching.curve(place / f"{case}-{run}") for run in ("1-stage3-lora", "2-stage0-lora")]
     assert len(curves[0]) == STEPS
-    np.testing.assert_allclose(*curves, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(*curves, rtol=1e-3 if case == "dpop" else 1e-5, atol=1e-5)
     evaluated = [launching.curve(place / f"{case}-{run}", "eval/loss") for run in ("1-stage3-lora", "2-stage0-lora")]
     np.testing.assert_allclose(*evaluated, rtol=1e-4, atol=1e-5)
 
