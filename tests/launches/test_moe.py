@@ -51,7 +51,8 @@ def test_the_loss_on_packed_rows_is_the_plain_one(folder, checkpointing):
     scorer.train()
     if checkpointing:
         scorer.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    logps, losses = scorer(pack(groups))
+    scored = scorer(pack(groups))
+    logps, losses = scored.answers, scored.balance
     torch.testing.assert_close(losses, expected, atol=1e-5, rtol=0)
     (losses.sum() + 0 * logps.sum()).backward()
     ours = dict(scorer.model.named_parameters())
@@ -65,7 +66,7 @@ def test_evaluation_and_other_models_have_none_of_it(folder):
     scorer = packed_model(folder)
     scorer.balance = True
     scorer.eval()
-    assert isinstance(scorer(pack(random_groups())), torch.Tensor)
+    assert scorer(pack(random_groups())).balance is None
     options = parse_options(["--model", "gpt2", "--router_aux_loss_coef", "0.1"])
     with pytest.raises(UserError, match="gpt2 is no mixture of experts"):
         decide(options, known_model("gpt2"), False)

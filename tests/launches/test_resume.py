@@ -66,7 +66,7 @@ def test_what_may_not_go_on_is_refused(place):
     cases = [
         (
             argv(place, straight.name, 0, "--beta=0.2", "--seed=7"),
-            "holds another run (beta is 0.1 there and 0.2 here; seed is",
+            "holds another run (beta is not given there and 0.2 here; seed is",
         ),
         (argv(place, straight.name, 0, "--lora", "--lora_dropout=0.1", "--resume=never"), "name another folder"),
         (argv(place, "elsewhere", 0, f"--resume={place}"), "is no checkpoint"),

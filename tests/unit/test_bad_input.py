@@ -196,7 +196,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_pairs(place, tmp_
     )  # fmt: skip
     assert done.returncode == 1, done.stdout[-3000:]
     (line,) = [line for line in done.stdout.splitlines() if "dpo_ds: error:" in line]
-    assert "the loss is" in line and "look at its pairs" in line and "Traceback" not in done.stdout
+    assert "lower --learning_rate" in line and "look at the pairs in" in line and "Traceback" not in done.stdout
+    assert "python -m dpo_ds.replay" in done.stdout, "each step's pairs are written down"
 
 
 @pytest.mark.launch
