@@ -48,7 +48,7 @@ class Dealt:
 
 @dataclass(frozen=True)
 class Sums:
-    """Weighted sums over a step's pairs, on the device: of this rank's, and once `over_ranks`, of all."""
+    """Weighted sums over this rank's pairs of a step, on the device."""
 
     metrics: torch.Tensor  # [k] in the order of Learner.metrics
     equal_loss: torch.Tensor  # [] the loss that the pairs would have with the policy equal to the reference

@@ -60,16 +60,12 @@ class Adapter:
 FILES = (CONFIG, WEIGHTS)
 
 
+@functools.cache
 def find_adapter(option: str, name: str, model: str, trust_remote_code: bool) -> Adapter:
     """The adapter that `option` names, downloaded if it is on the hub. `model` is its base.
 
     Raises UserError if it cannot be used on that model.
     """
-    return _find(option, name, model, trust_remote_code)
-
-
-@functools.cache
-def _find(option: str, name: str, model: str, trust_remote_code: bool) -> Adapter:
     given = f"{option} {name}"
     folder = _fetch(given, name)
     try:

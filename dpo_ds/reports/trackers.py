@@ -128,7 +128,31 @@ class TensorBoard(Tracker):
         self.writer.close()
 
 
-class WandB(Tracker):
+class RowTracker(Tracker):
+    """A tracker that takes a step's metrics in one call: the evaluation's stand beside the training's."""
+
+    def __init__(self, folder: Path, options: Options):
+        super().__init__(folder, options)
+        self.row: dict[str, float] = {}  # what `settle` sends
+        self.step = 0
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        if step != self.step:
+            self.settle()
+        self.step = step
+        self.row |= values
+
+    def settle(self) -> None:
+        if self.row:
+            self.log(self.row)
+            self.row = {}
+
+    def log(self, row: dict[str, float]) -> None:
+        """Sends the metrics of `self.step`."""
+        raise NotImplementedError
+
+
+class WandB(RowTracker):
     """W&B takes a step once, in order: steps that run again keep their first values."""
 
     name = "wandb"
@@ -153,24 +177,13 @@ class WandB(Tracker):
         )
         self.run.define_metric("train/global_step")
         self.run.define_metric("*", step_metric="train/global_step", step_sync=True)
-        self.row: dict[str, float] = {}
-        self.step = 0
         last = self.run.step - 1 if self.run.resumed else NEVER
         if unsynced is not None:
             last = max(last, unsynced)
         return {False: last, True: last}
 
-    def write(self, step: int, values: dict[str, float]) -> None:
-        if step != self.step:
-            self.settle()
-        self.step = step
-        self.row |= values
-
-    def settle(self) -> None:
-        """W&B has one row for a step: the evaluation's metrics stand beside the training's."""
-        if self.row:
-            self.run.log({**self.row, "train/global_step": self.step}, step=self.step, commit=True)
-            self.row = {}
+    def log(self, row: dict[str, float]) -> None:
+        self.run.log({**row, "train/global_step": self.step}, step=self.step, commit=True)
 
     def end(self, finished: bool) -> None:
         self.settle()
@@ -238,7 +251,7 @@ class MLflow(Tracker):
         self.waiting, self.sent = [], time.monotonic()
 
 
-class Trackio(Tracker):
+class Trackio(RowTracker):
     """Trackio adds a row for every call: steps that run again keep their first values."""
 
     name = "trackio"
@@ -253,21 +266,11 @@ class Trackio(Tracker):
         self.run = trackio.init(
             known["project"], name=known["run"], config=self.facts, resume="allow", private=True, embed=False
         )
-        self.row: dict[str, float] = {}
-        self.step = 0
         last = self.run._next_step - 1
         return {False: last, True: last}
 
-    def write(self, step: int, values: dict[str, float]) -> None:
-        if step != self.step:
-            self.settle()
-        self.step = step
-        self.row |= values
-
-    def settle(self) -> None:
-        if self.row:
-            self.run.log(self.row, step=self.step)
-            self.row = {}
+    def log(self, row: dict[str, float]) -> None:
+        self.run.log(row, step=self.step)
 
     def end(self, finished: bool) -> None:
         self.settle()
