@@ -16,7 +16,7 @@ from dpo_ds.data.steps import MicroBatch, deal
 from dpo_ds.engine.engine import Engine
 from dpo_ds.losses.compared import Compared, Facts, Running
 from dpo_ds.losses.lengths import length_desensitised
-from dpo_ds.losses.metrics import names_of, preference_metrics
+from dpo_ds.losses.metrics import length_correlation, names_of, preference_metrics
 from dpo_ds.losses.objective import Judged, Objective
 from dpo_ds.ranks import collectives, world
 from dpo_ds.references.kinds import Reference
@@ -220,7 +220,10 @@ class Learner:
         x = self._with_logps(facts_of(pairs, everything, torch.device("cpu")), sides[0], sides[1], mean_length)
         rows = self._metrics(x, self.objective.judge(x)).double()
         means = ((x.weights[:, None] * rows).sum(0) / weight).tolist()
-        return dict(zip(self.pair_metrics, means, strict=True))
+        margins = rows[:, self.pair_metrics.index("rewards/margins")]
+        return dict(zip(self.pair_metrics, means, strict=True)) | {
+            "length_correlation": length_correlation(margins, x.lengths)
+        }
 
     def _held_out_pairs(self, logps: torch.Tensor) -> torch.Tensor:
         pairs = self.run.eval_pairs

@@ -31,7 +31,7 @@ def main(argv: list[str]) -> None:
     from dpo_ds.runs.prepare import prepare
     from dpo_ds.runs.table_file import write_table
 
-    run = prepare(options, join.join())
+    run = prepare(options, join.join(), claim=False)
     tables = reference_tables(run, everything=True)
     if own.output is not None and world.from_environment().speaks:
         sets = list(zip((run.train_pairs, run.eval_pairs), tables, strict=True))

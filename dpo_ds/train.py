@@ -57,12 +57,15 @@ def train(run: "Run", watchers: "Sequence[Watcher]" = (), save: bool = True) -> 
 
     `watchers` are added to the run's own. Without `save`, no checkpoint is written (for benchmarks).
     """
+    from dpo_ds.doctor.curve import CurveReader
+    from dpo_ds.doctor.pairs import examine
     from dpo_ds.engine.build import policy_engine
     from dpo_ds.export import export_engine, rehearse
     from dpo_ds.files import write_whole
     from dpo_ds.references.kinds import reference_of
     from dpo_ds.reports.evaluation import write_logps
     from dpo_ds.reports.progress import watchers_of
+    from dpo_ds.reports.record import finite
     from dpo_ds.trainer import Trainer
 
     if run.finished:
@@ -70,14 +73,17 @@ def train(run: "Run", watchers: "Sequence[Watcher]" = (), save: bool = True) -> 
         return {}
     speaks = world.from_environment().speaks
     console.say(describe(run))
+    curve = CurveReader(run.options)
     with contextlib.closing(reference_of(run)) as reference:
+        findings = examine(run, reference.known()) if speaks else []
         with console.working("loading the policy"):
             policy = policy_engine(
                 run.weights, run.ds_config, run.options, run.attention, run.schedule.steps, run.adapter
             )
         rehearse(run, policy)
         reference.attach(policy)
-        outcome = Trainer(run, policy, reference, [*watchers_of(run.folder, run.options), *watchers], save).train()
+        watching = [*watchers_of(run.folder, run.options, [curve]), *watchers]
+        outcome = Trainer(run, policy, reference, watching, save).train()
         if len(run.eval_pairs) and speaks:
             write_logps(run.folder / "evaluation.jsonl", run.eval_pairs, outcome.policy_logps, outcome.reference_logps)
         if run.options.export == "merged":
@@ -85,7 +91,9 @@ def train(run: "Run", watchers: "Sequence[Watcher]" = (), save: bool = True) -> 
         policy.close()
     if speaks:
         generate(run)
-        write_whole(run.folder / "summary.json", json.dumps(outcome.metrics, indent=1))
+        found = [finding.as_json() for finding in (*findings, *curve.findings)]
+        summary = {**finite(outcome.metrics), "clipped_share": curve.clipped, "findings": found}
+        write_whole(run.folder / "summary.json", json.dumps(summary, indent=1))
     collectives.wait_for_all()
     return outcome.metrics
 

@@ -85,16 +85,20 @@ class Trainer:
             getattr(watcher, what)(*facts)
 
     def after_step(self, steps_done: int) -> dict:
-        """Saves a checkpoint and evaluates, where due. Returns the evaluation's metrics, or an empty dict."""
+        """Evaluates and saves a checkpoint, where due. Returns the evaluation's metrics, or an empty dict.
+
+        A checkpoint comes last: a run that resumes from it has the evaluation of its step in the record.
+        """
         self.reference_moved |= self.reference.follow(steps_done)
         ended = steps_done == self.run.schedule.steps
+        due = ended or (self.options.eval_every and steps_done % self.options.eval_every == 0)
+        found = self.evaluate(steps_done) if due else {}
         if self.save and (ended or (self.options.save_every and steps_done % self.options.save_every == 0)):
             with console.working(f"saving the checkpoint of step {steps_done}"):
                 checkpoint.save(
                     self.policy, self.reference, self.run.folder, steps_done, self.options, self.learner.running
                 )
-        due = ended or (self.options.eval_every and steps_done % self.options.eval_every == 0)
-        return self.evaluate(steps_done) if due else {}
+        return found
 
     def step(self, number: int, upcoming: Iterator[Dealt]) -> dict:
         """One optimizer step over all its pairs, on all ranks. Returns its metrics."""

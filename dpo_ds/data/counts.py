@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from dpo_ds.data.encoded import EQUAL_NOW
 from dpo_ds.data.rows.ranking import COUNTED_OTHERWISE
 from dpo_ds.errors import UserError
 
@@ -37,6 +38,11 @@ class Report:
     @property
     def used(self) -> int:
         return self.rows - sum(count for count, _ in self.left_out.values())
+
+    @property
+    def equal_once_cut(self) -> int:
+        """The pairs whose answers truncation made equal; rows of which nothing is left count as one."""
+        return self.dropped_pairs + self.left_out.get(EQUAL_NOW, (0, []))[0]
 
     def add(self, facts: dict[str, Any]) -> None:
         """Counts a row, encoded as data/cache.py's _FEATURES describes."""

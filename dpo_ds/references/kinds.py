@@ -28,6 +28,9 @@ class Reference(Protocol):
     def logps(self, micro_batch: MicroBatch, batch: PackedBatch) -> torch.Tensor:
         """Those of a micro-batch of training pairs, [A] or [N], on the policy's device."""
 
+    def known(self) -> np.ndarray | None:
+        """Those of the training answers, float32, as far as they are known before the first step; NaN where not."""
+
     def held_out_logps(self) -> np.ndarray:
         """Those of all held-out answers, float32. Under ZeRO-3 the policy must have run `backward` once."""
 
@@ -46,6 +49,9 @@ class Reference(Protocol):
 
 class Fixed:
     """A reference that stays as it is."""
+
+    def known(self) -> np.ndarray | None:
+        return None
 
     def follow(self, steps_done: int) -> bool:
         return False
@@ -79,6 +85,9 @@ class Precomputed(Fixed):
 
     def attach(self, policy: Engine) -> None:
         self.device = policy.device
+
+    def known(self) -> np.ndarray | None:
+        return self.training
 
     def logps(self, micro_batch: MicroBatch, batch: PackedBatch) -> torch.Tensor:
         return move(torch.from_numpy(self.training[self.places.of(micro_batch.answers)]), self.device)

@@ -85,12 +85,25 @@ def reference_tables(run: Run, everything: bool = False) -> list[np.ndarray]:
     Scores the answers that no earlier run has scored. Of the training answers these are the ones in the schedule (the
     others stay NaN), or all of them with `everything`. On return, the engine is closed and its memory free.
     """
-    visited = np.ones(len(run.train_pairs), dtype=bool) if everything else run.schedule.visited()
-    needed = np.isin(np.arange(len(run.train_pairs.answers)), run.train_pairs.pairs[visited])
-    sets = [
-        ("reference: training pairs", run.train_pairs, needed),
-        ("reference: held-out pairs", run.eval_pairs, np.ones(len(run.eval_pairs.answers), dtype=bool)),
-    ]
+    pairs = np.arange(len(run.train_pairs)) if everything else np.flatnonzero(run.schedule.visited())
+    everyone = np.ones(len(run.eval_pairs.answers), dtype=bool)
+    return _tables(run, [_training(run, pairs), ("reference: held-out pairs", run.eval_pairs, everyone)])
+
+
+def sample_table(run: Run, pairs: np.ndarray) -> np.ndarray:
+    """The same for these training pairs alone, and for what earlier runs have scored: float32 [n], NaN elsewhere."""
+    return _tables(run, [_training(run, pairs)])[0]
+
+
+Needed = tuple[str, PairSet, np.ndarray]  # a title; a set; bool [A], the answers that are needed
+
+
+def _training(run: Run, pairs: np.ndarray) -> Needed:
+    needed = np.isin(np.arange(len(run.train_pairs.answers)), run.train_pairs.pairs[pairs])
+    return "reference: training pairs", run.train_pairs, needed
+
+
+def _tables(run: Run, sets: list[Needed]) -> list[np.ndarray]:
     engine: list[Engine] = []  # built when the first pair must be scored
 
     def score(batch: PackedBatch) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from tqdm import tqdm
@@ -9,7 +10,7 @@ from tqdm import tqdm
 from dpo_ds.config import Options
 from dpo_ds.ranks import console, world
 from dpo_ds.reports.curves import Curves
-from dpo_ds.reports.record import Recorder
+from dpo_ds.reports.record import Reader, Recorder
 from dpo_ds.reports.trackers import readers_of
 from dpo_ds.reports.watcher import Watcher
 
@@ -55,8 +56,9 @@ class Progress(Watcher):
         self.bar.close()
 
 
-def watchers_of(folder: Path, options: Options) -> list[Watcher]:
-    """The watchers of every run, on rank 0 alone: its record with what reads it, and progress."""
+def watchers_of(folder: Path, options: Options, readers: Sequence[Reader] = ()) -> list[Watcher]:
+    """The watchers of every run, on rank 0 alone: its record with what reads it (`readers` as well), and progress."""
     if not world.from_environment().speaks:
         return []
-    return [Recorder(folder, [Curves(folder, options.max_grad_norm), *readers_of(folder, options)]), Progress()]
+    own = [Curves(folder, options.max_grad_norm), *readers_of(folder, options)]
+    return [Recorder(folder, [*own, *readers]), Progress()]

@@ -22,6 +22,11 @@ def is_evaluation(line: dict) -> bool:
     return any(name.startswith(HELD_OUT) for name in line)
 
 
+def finite(metrics: dict) -> dict:
+    """The metrics with None in place of NaN and infinity, because JSON has neither."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in metrics.items()}
+
+
 class Reader:
     """What reads the record as it grows. Base class whose hooks do nothing."""
 
@@ -48,8 +53,8 @@ class Record:
         self.path = folder / "metrics.jsonl"
 
     def append(self, metrics: dict) -> dict:
-        """Writes a line and returns it. NaN and infinity become null, because JSON has neither."""
-        line = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in metrics.items()}
+        """Writes a line and returns it."""
+        line = finite(metrics)
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(line, allow_nan=False) + "\n")
         return line

@@ -32,7 +32,7 @@ from dpo_ds.ranks import console
 from dpo_ds.ranks.collectives import on_rank_0, one_after_another
 from dpo_ds.ranks.world import World
 from dpo_ds.runs import folders
-from dpo_ds.runs.data import load_pairs
+from dpo_ds.runs.data import read_pairs
 from dpo_ds.runs.table_file import TableFile
 from dpo_ds.scoring.twin import choose_kernel, require_exact
 
@@ -72,6 +72,7 @@ class Run:
     ds_config: dict
     train_pairs: PairSet
     eval_pairs: PairSet  # may be empty
+    dropped_pairs: int  # of training, because truncation made their answers equal
     schedule: Schedule
     attention: str  # the kernel
     adapter: Adapter | None  # that the policy starts from
@@ -96,10 +97,11 @@ class Run:
         return self.options.reference != "none" and self.options.reference_model is None and start == of_reference
 
 
-def prepare(options: Options, here: World, plan: Plan | None = None) -> Run:
+def prepare(options: Options, here: World, plan: Plan | None = None, claim: bool = True) -> Run:
     """Prepares the run. Raises UserError, on every rank, for whatever cannot work.
 
-    `here` is what join.join() returned. `plan` is rank 0's plan, if it has been made already.
+    `here` is what join.join() returned. `plan` is rank 0's plan, if it has been made already. Without `claim`, the
+    run's folder is not touched: for commands that need a run's pairs and models, but do not train.
     """
     # The plan comes before any download. It is made for rank 0's machine.
     planned = on_rank_0(lambda: (plan or for_run(options)).options)
@@ -119,9 +121,11 @@ def prepare(options: Options, here: World, plan: Plan | None = None) -> Run:
         one_after_another(lambda: require_nvme(used))
     other = _other_reference(planned, tokenizer, here) if planned.reference_model is not None else None
     adapter, of_reference = one_after_another(lambda: _adapters(planned))
-    folders.check_folder(folder, planned)  # before any work goes into data
+    if claim:
+        folders.check_folder(folder, planned)  # before any work goes into data
     date = on_rank_0(lambda: folders.started(folder) or datetime.date.today().isoformat())
-    train_pairs, eval_pairs = one_after_another(lambda: load_pairs(planned, tokenizer, here, date))
+    loaded = one_after_another(lambda: read_pairs(planned, tokenizer, here, date))
+    train_pairs, eval_pairs = loaded.train, loaded.held_out
     longest = max(int(pairs.packed_lengths.max()) for pairs in (train_pairs, eval_pairs) if len(pairs))
     if planned.micro_batch_tokens < longest:
         raise UserError(too_small(planned.micro_batch_tokens, longest))
@@ -162,9 +166,11 @@ def prepare(options: Options, here: World, plan: Plan | None = None) -> Run:
         reference = replace(reference, hashes=of_weights, adapter=of_reference)
     if digest is not None:
         files["--reference_table"] = {Path(str(decided.reference_table)).name: digest}
-    identity = folders.identity(decided, train_pairs.digest, eval_pairs.digest, date, files)
-    # This comes last because it writes to the folder: a run that cannot start leaves nothing behind.
-    found = folders.open_folder(folder, decided, identity, here.size)
+    found = folders.Found(resume_from=None, finished=False)
+    if claim:
+        identity = folders.identity(decided, train_pairs.digest, eval_pairs.digest, date, files)
+        # This comes last because it writes to the folder: a run that cannot start leaves nothing behind.
+        found = folders.open_folder(folder, decided, identity, here.size)
     return Run(
         options=decided,
         model=model,
@@ -173,6 +179,7 @@ def prepare(options: Options, here: World, plan: Plan | None = None) -> Run:
         ds_config=ds_config,
         train_pairs=train_pairs,
         eval_pairs=eval_pairs,
+        dropped_pairs=sum(report.equal_once_cut for _, report in loaded.train_reports),
         schedule=schedule,
         attention=kernel,
         adapter=adapter,
