@@ -30,7 +30,7 @@ PACKAGE = ROOT / "dpo_ds"
 BEGIN, END = "<!-- python docs/make.py writes what follows -->", "<!-- as far as here -->"
 
 # Top down: a file imports from its own wing and from those below it.
-WINGS = ["references", "runs", "plan", "engine", "reports", "scoring", "models", "data", "ranks", "losses"]
+WINGS = ["doctor", "references", "runs", "plan", "engine", "reports", "scoring", "models", "data", "ranks", "losses"]
 COMMANDS = [
     "train",
     "trainer",

@@ -91,8 +91,8 @@ class CurveReader(Reader):
             "loss_stands",
             f"the loss is {now:.4f}, and was {first:.4f} at the start",
             moved,
-            f"the policy hardly moves: raise --learning_rate (now {self.options.learning_rate:g}); adapters need about ten times that of all "
-            "weights",
+            f"the policy hardly moves: raise --learning_rate (now {self.options.learning_rate:g}); adapters need about "
+            "ten times that of all weights",
             least=MOVED,
             step=step,
         )
@@ -122,8 +122,8 @@ class CurveReader(Reader):
             "chosen_falls",
             f"held-out chosen answers have {chosen[-1]:.2f} nats a token, and had {chosen[0]:.2f} before training",
             fall,
-            "they get less likely, and margins grow because rejected answers fall faster: --sft_weight 0.2, --loss dpop or a lower "
-            "--learning_rate hold chosen ones up",
+            "they get less likely, and margins grow because rejected answers fall faster: --sft_weight 0.2, --loss "
+            "dpop or a lower --learning_rate hold chosen ones up",
             most=FALL,
             step=step,
         )
@@ -181,7 +181,7 @@ class CurveReader(Reader):
 
     def _length(self, step: int) -> Check | None:
         values = self.series["eval/length_correlation"]
-        if len(values) < 2:
+        if len(values) < 2 or np.isnan(values[-1]):  # too few held-out pairs
             return None
         return Check(
             "rewards_by_length",

@@ -105,12 +105,19 @@ def test_the_model_leans_to_the_unkind_side_but_little(pairs, tokenizer):
 
 
 def test_dpo_turns_it_kind_and_it_goes_on_writing_sentences(tokenizer, tmp_path):
-    launching.run(
-        1, "-m", "dpo_ds.train", "--model", "tiny-gpt2", "--dataset", "sample", "--output_dir", tmp_path / "run",
-        "--cache_dir", tmp_path / "cache",
-    )  # fmt: skip
+    flags = [
+        "--model", "tiny-gpt2", "--dataset", "sample", "--output_dir", tmp_path / "run", "--cache_dir",
+        tmp_path / "cache",
+    ]  # fmt: skip
+    launching.run(1, "-m", "dpo_ds.train", *flags)
     accuracies = launching.curve(tmp_path / "run", "eval/rewards/accuracies")
     assert accuracies[0] == 0.5 and accuracies[-1] >= 0.85
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["findings"] == [] and 0 < summary["clipped_share"] < 0.5
+    checks = launching.run(1, "-m", "dpo_ds.doctor", *flags, "--output", tmp_path / "checks.json").stdout
+    kinds = {check["kind"]: check["healthy"] for check in json.loads((tmp_path / "checks.json").read_text())}
+    assert {"length_decides", "improbable_answers", "chosen_falls", "rewards_by_length"} <= set(kinds)
+    assert all(kinds.values()) and f"findings: 0 of {len(kinds)} checks" in checks
     assert "**Before**" in (tmp_path / "run" / "generations.md").read_text()
 
     new = preferences(99, 40, len)

@@ -99,6 +99,16 @@ def test_a_micro_batch_on_cpu_is_as_long_as_the_longest_pair_needs(run):
     assert options.micro_batch_tokens == tokens_on_cpu(longest)
 
 
+def test_the_doctor_says_that_the_model_does_not_know_the_language(run):
+    """Its weights are random: it guesses among 50,257 tokens."""
+    folder, printed = run
+    findings = {finding["kind"]: finding for finding in json.loads((folder / "summary.json").read_text())["findings"]}
+    assert findings["improbable_answers"]["value"] == pytest.approx(-math.log(50257), abs=0.2)
+    for finding in findings.values():
+        assert printed.count(finding["figure"]) == 1
+    assert "length_decides" not in findings and "cut_answers" not in findings
+
+
 def test_every_row_is_accounted_for(run):
     _, printed = run
     assert "2303 of 2312 rows are used" in printed

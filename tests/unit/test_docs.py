@@ -26,8 +26,9 @@ PAGES = sorted(
     + [ROOT / folder / "README.md" for folder in ("ds_configs", "launch/recipes", "benchmarks")]
 )
 LAUNCHERS = {"python", "deepspeed", "torchrun", "accelerate", "bash"}
-TAKE_OPTIONS = {"dpo_ds.train", "dpo_ds.score", "dpo_ds.plan", "launch/train_dpo.py"}
-OTHER_FLAGS = {"config", "help", "all", "json", "html", "plots", "row", "rows", "module"}  # commands', DeepSpeed's
+TAKE_OPTIONS = {"dpo_ds.train", "dpo_ds.score", "dpo_ds.doctor", "dpo_ds.plan", "launch/train_dpo.py"}
+# Of commands, and of DeepSpeed.
+OTHER_FLAGS = {"config", "help", "all", "json", "html", "output", "plots", "row", "rows", "module"}
 FLAGS = {field.name for field in dataclasses.fields(Options)} | OTHER_FLAGS
 
 
@@ -100,7 +101,7 @@ def test_commands_exist(page, command, monkeypatch):
         parse(rest)
     elif target in TAKE_OPTIONS:
         rest = [word for word in rest if word not in ("--all", "--json", "--help")]
-        if "--output" in rest:  # of dpo_ds.score alone
+        if "--output" in rest:  # of dpo_ds.score and dpo_ds.doctor
             at = rest.index("--output")
             del rest[at : at + 2]
         parse_options(rest if {"--config", "--model", "--model_name"} & {*rest} else ["--model", "gpt2", *rest])
