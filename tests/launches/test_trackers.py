@@ -55,7 +55,7 @@ def folder(request, tmp_path_factory):
         launching.kill_after(1, command, folder, STOP, **env)
         said = launching.run(1, *command, **env).stdout
     else:
-        scenarios = [{"argv": words, "stop_after": STOP}, {"argv": words}]
+        scenarios = [{"argv": words, "stop_after": STOP}, {"argv": words, "curves": True}]
         said = launching.run_scenarios(1, scenarios, place / "scenarios.json", **env)
     (folder / "said.txt").write_text(said)
     return folder

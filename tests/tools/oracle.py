@@ -2,6 +2,7 @@
 
 import torch
 import torch.nn.functional as F
+from peft import PeftModel
 from transformers import AutoModelForCausalLM, get_scheduler
 
 from dpo_ds.losses import formulas
@@ -82,12 +83,18 @@ def train(
 
 
 def train_with(options, folder, pairs, steps, *, learning_rate, warmup, max_grad_norm=1.0) -> list[float]:
-    """Like `train`, with the losses that a run's options name, each applied to a whole step at once.
+    """Like `train`, with the losses that a run's options name, each applied to a whole step at once. With --adapter,
+    its weights alone are trained.
 
     pairs: a PairSet; steps: for each step, the places of its pairs. Every answer is scored once for each of its pairs.
     """
     policy, reference = load(folder), load(folder)
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=learning_rate, weight_decay=0.0)
+    if options.adapter is not None:
+        policy, reference = (
+            PeftModel.from_pretrained(model, options.adapter, is_trainable=True) for model in (policy, reference)
+        )
+    learned = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(learned, lr=learning_rate, weight_decay=0.0)
     schedule = get_scheduler("linear", optimizer, num_warmup_steps=warmup, num_training_steps=len(steps))
     terms, running, curve = losses_of(options), Running(), []
     for step in steps:
@@ -116,7 +123,7 @@ def train_with(options, folder, pairs, steps, *, learning_rate, warmup, max_grad
         loss.backward()
         momentum = next((term.settings.beta_momentum for term in terms if term.name == "beta_dpo"), 0.0)
         running = formulas.after(x, momentum)
-        torch.nn.utils.clip_grad_norm_(policy.parameters(), max_grad_norm)
+        torch.nn.utils.clip_grad_norm_(learned, max_grad_norm)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()

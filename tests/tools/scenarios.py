@@ -1,6 +1,7 @@
 """Several runs of the main job in one launch, one after the other: python scenarios.py FILE (under any launcher).
 
 FILE is a JSON list of {"argv": [...]}. Each is prepared and trained as `python -m dpo_ds.train` does. It may also have
+    "curves": true                        draws curves.png, which takes longer than a few small steps
     "shard_bytes": n                      the export writes shards of n bytes
     "stop_after": n                       the run ends after step n, as if killed; the next run of its folder resumes it
     "nan_gradient_at": n                  the gradients of step n are NaN, but its loss is finite
@@ -27,6 +28,7 @@ from dpo_ds.config import parse_options
 from dpo_ds.engine import join
 from dpo_ds.losses.objective import Objective
 from dpo_ds.ranks import console
+from dpo_ds.reports.curves import Curves
 from dpo_ds.reports.watcher import Watcher
 from dpo_ds.train import train
 
@@ -77,6 +79,7 @@ class SpoilGradients(Watcher):
 
 
 PLAIN_JUDGE = Objective.judge
+PLAIN_DRAW = Curves.draw
 
 
 def spoilt(self, *args):
@@ -128,6 +131,7 @@ def main() -> None:
     calls.count()
     for scenario in json.loads(Path(sys.argv[-1]).read_text()):
         counts.clear()
+        Curves.draw = PLAIN_DRAW if "curves" in scenario else lambda self: None
         export.SHARD_BYTES = scenario.get("shard_bytes", SHARD_BYTES)
         routed.clear()
         run = prepare(parse_options(scenario["argv"]), here)
