@@ -217,8 +217,8 @@ class _Reader:
         for name, split in splits:
             with _named(f"{flag(role)} {name}"):
                 require_form(split.columns, self.reading)
-        rows = [split.rows for _, split in splits]
-        folder, reports = tokenize_pairs(rows, self.encoder, self.reading, self.options.group_prompts, cache)
+        read = [split for _, split in splits]
+        folder, reports = tokenize_pairs(read, self.encoder, self.reading, self.options.group_prompts, cache)
         for (name, _), report in zip(splits, reports, strict=True):
             with _named(f"{flag(role)} {name}"):
                 report.check(self.options.max_left_out)

@@ -20,7 +20,7 @@ from dpo_ds.data.rows.parts import (
     text_parts,
     without_answer,
 )
-from dpo_ds.data.rows.prompts import CHATS, QUESTIONS
+from dpo_ds.data.rows.prompts import CHATS, QUESTIONS, no_prompt
 from dpo_ds.data.rows.rendered import rendered_dialogues, rendered_prompt, require_bare, require_own
 from dpo_ds.data.rows.row import Prompt, Reading, Row, plain
 
@@ -148,9 +148,8 @@ def _open_turn(text: str, texts: list[str]) -> tuple[str, list[str]]:
 
 def _common_words(row: Row, texts: list[str]) -> Parts:
     """The prompt is what the answers have in common, in whole words. Only if no column might be it."""
-    for name in ("prompt", *CHATS, *QUESTIONS):
-        if row.has(name) and row.called(name) not in row.used:
-            raise LeftOut(f"the field {row.called(name)} is missing")
+    if (reason := no_prompt(row)) is not None:
+        raise LeftOut(reason)
     mapped = {column: name for name, column in row.columns.items()}
     known = {row.called(name) for name in (*SYSTEMS, "tools", "chat_template_kwargs")}
     for column, value in row.fields.items():

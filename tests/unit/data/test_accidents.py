@@ -22,7 +22,7 @@ from dpo_ds.data.rows.parts import REPEATED, TAIL
 from dpo_ds.data.rows.preferences import EMPTY
 from dpo_ds.data.rows.rendered import NOT_OPEN
 from dpo_ds.data.rows.texts import FRAMED, RENDERED
-from dpo_ds.data.sources import fields, load_sources
+from dpo_ds.data.sources import Split, fields, load_sources
 from dpo_ds.errors import UserError
 
 QWEN = "Qwen/Qwen2-7B-Instruct"
@@ -52,7 +52,8 @@ def tokenised(tmp_path):
     def run(*rows, model=QWEN):
         encoder = Encoder(templates.tokenizer(model), Tokenizing(400))
         source = datasets.Dataset.from_dict({RAW: [json.dumps(row) for row in rows]})
-        folder, (report,) = tokenize_pairs([source], encoder, reading(model), True, tmp_path / "cache", 1)
+        split = Split("train", source, [*dict.fromkeys(name for row in rows for name in row)])
+        folder, (report,) = tokenize_pairs([split], encoder, reading(model), True, tmp_path / "cache", 1)
         return PairSet.open(folder), report.lines()
 
     return run
@@ -129,9 +130,28 @@ def test_a_system_message_is_no_prompt():
     assert left_out(row) == NO_PROMPT
 
 
-@pytest.mark.parametrize("prompt", ["", " \n", [user("")]])
-def test_an_empty_prompt_is_counted(prompt):
-    assert read({"prompt": prompt, **PAIR}).changed == [EMPTY_PROMPT]
+@pytest.mark.parametrize(
+    ("prompt", "kind"),
+    [("", "the field prompt is empty"), (" \n", "the field prompt is empty"), (None, "the field prompt is missing"),
+     ([user("")], EMPTY_PROMPT)],
+)  # fmt: skip
+@pytest.mark.parametrize("answers", [PAIR, {name: [answer(text)] for name, text in PAIR.items()}])
+def test_a_row_without_a_prompt_is_left_out(prompt, kind, answers):
+    assert left_out({"prompt": prompt, **answers}) == kind
+
+
+START = {"chosen": "Say hello. Hello!", "rejected": "Say hello. No."}
+WHOLE = {"chosen": [user("Say hello."), answer("Hello!")], "rejected": [user("Say hello."), answer("No.")]}
+
+
+@pytest.mark.parametrize("model", [QWEN, "gpt2"])
+@pytest.mark.parametrize("none", [{}, {"prompt": None}, {"prompt": ""}])
+def test_no_prompt_is_found_in_the_answers_if_other_rows_have_a_column_for_it(tokenised, model, none):
+    pairs, lines = tokenised({"prompt": "Hi.", **PAIR}, {**none, **START}, {**none, **WHOLE}, model=model)
+    assert pairs.rows.tolist() == [0, 2]
+    assert "1 left out: the field prompt is " + ("empty" if none.get("prompt") == "" else "missing") in lines[1]
+    pairs, lines = tokenised(START, model=model)
+    assert pairs.rows.tolist() == [0]
 
 
 def test_two_versions_of_a_question_are_not_two_questions():

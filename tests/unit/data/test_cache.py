@@ -17,6 +17,7 @@ from dpo_ds.data.held_out import prompt_hash
 from dpo_ds.data.pairs import PairSet
 from dpo_ds.data.rows.forms import read_row
 from dpo_ds.data.rows.row import Reading
+from dpo_ds.data.sources import Split
 from dpo_ds.errors import UserError
 
 COUNT = 40
@@ -41,7 +42,8 @@ def made(folder, *sources, tok=None, max_length=64, join=True, num_proc=None, re
     """The set and its reports."""
     sources = sources or (plain_rows(),)
     encoder = Encoder(tok or tokenizer(), Tokenizing(max_length, **options))
-    folder, reports = tokenize_pairs(sources, encoder, reading or Reading(), join, folder, num_proc)
+    splits = [Split("train", rows, rows.column_names) for rows in sources]
+    folder, reports = tokenize_pairs(splits, encoder, reading or Reading(), join, folder, num_proc)
     return PairSet.open(folder), reports
 
 

@@ -1415,7 +1415,7 @@ LEFT_OUT = {
     "null prompt": ("the field prompt is missing", {"prompt": None, "chosen": "a", "rejected": "b"}),
     "null question": ("the field question is missing", {"question": None, "chosen": "I am a", "rejected": "I am b"}),
     "an empty question": (
-        "the field question is missing",
+        "the field question is empty",
         {"question": " ", "chosen": "I am a", "rejected": "I am b"},
     ),
     "nothing that we know": ("the columns of the row fit no form: it has a, b", {"b": 1, "a": 2}),
