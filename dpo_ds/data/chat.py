@@ -13,11 +13,12 @@ from dpo_ds.data.comparison import Comparison, LeftOut, Message
 from dpo_ds.data.template import REASONING, ChatTemplate, Span, missing, parsed, said, shows, shows_tools
 from dpo_ds.data.transcript import NO_ASSISTANT, TRAILING, Transcript, all_open, continues
 
-# Kinds in the report. The first three change a row, the others leave it out.
+# Kinds in the report, of rows that are changed and of rows that are left out.
 FOLDED = "the template takes no system role: its message went into the first user's"
 REWRITTEN = "the template writes the answer in place of the end of its generation prompt: the boundary was moved back"
 SHORTENED = "the chat template drops part of an earlier answer"
 DROPPED = "the chat template drops part of the answer"
+BLANKS = "the chat template drops blanks of an answer, such as the indent of its first line"
 UNSTABLE = "the chat template rewrites the turns before an answer when the dialogue goes on"
 
 
@@ -158,7 +159,7 @@ class _Writer:
                 self.transcript.note(f"the chat template ignores {key} of a message")
 
     def _learnable(self, messages: list[Message]) -> list[Message]:
-        """An answer's messages as far as the assistant's last one, the assistant's texts without blanks around them."""
+        """An answer's messages as far as the assistant's last one, without ends of turns in the assistant's texts."""
         last = max((n for n, message in enumerate(messages) if message["role"] == "assistant"), default=None)
         if last is None:
             raise LeftOut(NO_ASSISTANT)
@@ -169,9 +170,9 @@ class _Writer:
         first, *others = messages[: last + 1]
         if self.begun:
             first = {**first, "content": self.begun + said(first)}
-        return [self._trimmed(message) for message in (first, *others)]
+        return [self._unended(message) for message in (first, *others)]
 
-    def _trimmed(self, message: Message) -> Message:
+    def _unended(self, message: Message) -> Message:
         if message["role"] != "assistant" or not isinstance(message.get("content"), str):
             return message
         return {**message, "content": self.template.stripped(message["content"], self.row)}
@@ -190,6 +191,9 @@ class _Writer:
         else:
             # Mistral's template writes the system message before the last user message only if no answer follows.
             gone = "content"
+        written = whole[len(self.closed) :]
+        if content not in written and content.strip() in written:
+            self.transcript.note(BLANKS)
         if gone not in (None, "content"):
             raise LeftOut(f"the chat template ignores {gone} of an answer")
         if gone:

@@ -193,10 +193,10 @@ class ChatTemplate:
         return Markers(specials, frame.opening, frame.closing, frame.end)
 
     def stripped(self, text: str, row: Comparison) -> str:
-        """An answer without blanks around it, and without the end that a template has already written."""
-        text = text.strip()
+        """An answer without the end that a template has already written, and without the blanks before that."""
         for end in (self.frame(row).end.strip(), str(self.tokenizer.eos_token)):
-            text = text.removesuffix(end).rstrip() if end else text
+            ended = text.rstrip()
+            text = ended.removesuffix(end).rstrip() if end and ended.endswith(end) else text
         return text
 
     def ended(self, text: str, row: Comparison) -> str:

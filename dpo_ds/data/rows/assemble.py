@@ -4,6 +4,7 @@ from typing import Any
 
 from dpo_ds.data.comparison import Comparison, LeftOut, without_unused_answers
 from dpo_ds.data.rows.chats import as_chat, from_chats
+from dpo_ds.data.rows.dialogues import in_hh_style_too
 from dpo_ds.data.rows.messages import a_kind, decoded, parsed, read_tools, without_nulls
 from dpo_ds.data.rows.preferences import EQUAL, preferences
 from dpo_ds.data.rows.prompts import is_blank
@@ -23,6 +24,8 @@ def assemble(row: Row, prompt: Prompt | None, answers: Answers, reading: Reading
     if any(row.get(name) for name in MEDIA):
         raise LeftOut(NOT_TEXT)
     sides = [(where, decoded(value)) for where, value in answers.sides]
+    if reading.markers is not None:  # plain text is learned as it is
+        prompt, sides = in_hh_style_too(row, prompt, sides)
     texts = [value for _, value in sides if isinstance(value, str)]
     if len(texts) == len(sides):
         if len(texts) == 2 and texts[0] == texts[1]:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from dpo_ds.data.comparison import Answer, LeftOut, Preference
+from dpo_ds.data.comparison import Answer, LeftOut, Message, Preference
 from dpo_ds.data.rows.messages import has_more_than_text, shown
 from dpo_ds.data.rows.ranking import BELOW_MARGIN, MOST, NO_MARGIN_KNOWN, TIED, by_value, number
 from dpo_ds.data.rows.row import Answers, Reading, Row
@@ -105,4 +105,9 @@ def _says(text: str, ends: Sequence[str]) -> bool:
 
 
 def _equal(one: Answer, other: Answer) -> bool:
-    return one.messages == other.messages and one.text == other.text
+    """Whether two answers say the same, but for blanks around messages."""
+    return _stripped(one.messages) == _stripped(other.messages) and one.text == other.text
+
+
+def _stripped(messages: list[Message]) -> list[Message]:
+    return [{**message, "content": (message["content"] or "").strip()} for message in messages]

@@ -6,7 +6,15 @@ from collections.abc import Sequence
 from typing import Any
 
 from dpo_ds.data.comparison import Answer, LeftOut, Message
-from dpo_ds.data.dialogue import ROLES, as_dialogue, helpsteer_messages, last_answer, parse_dialogue, prompt_messages
+from dpo_ds.data.dialogue import (
+    ROLES,
+    as_dialogue,
+    helpsteer_messages,
+    last_answer,
+    parse_dialogue,
+    prompt_messages,
+    without_separator,
+)
 from dpo_ds.data.rows.chats import NO_PROMPT, from_chats
 from dpo_ds.data.rows.dialogues import from_dialogues
 from dpo_ds.data.rows.messages import is_chat, is_message
@@ -114,6 +122,8 @@ def _said(row: Row, messages: list[Message], texts: Sequence[str], prompt: Promp
         last = messages[-1]
         if last["role"] == "user":
             texts = _once(row, last["content"], last["content"], list(texts), False)
+    if messages[-1]["role"] != "assistant":
+        texts = [without_separator(text) for text in texts]
     return chat_parts(row, messages, [[message] for message in _as_messages(texts)])
 
 

@@ -16,6 +16,7 @@ from dpo_ds.data.rows import assemble, parts, preferences, ranking
 from dpo_ds.data.rows.answers import DISAGREE, FROM_ZERO, LIST_AS_TEXT, ONE_ANSWER, RANKS_OR_ORDER
 from dpo_ds.data.rows.assemble import NOT_UNICODE
 from dpo_ds.data.rows.chats import BEGINNING, DIFFER, NO_PROMPT, OTHER_PROMPT
+from dpo_ds.data.rows.dialogues import OTHER_NAMES
 from dpo_ds.data.rows.forms import BESIDE, FORMS, WITHOUT_PROMPT, Reading, read_row, require_form
 from dpo_ds.data.rows.parts import ANSWERED, BEGUN, REPEATED
 from dpo_ds.data.rows.preferences import EMPTY, EQUAL
@@ -114,7 +115,7 @@ def test_texts(case, markers):
 
 
 CHATS = {
-    "prompt as messages, answers as texts": {"prompt": CHAT, "chosen": "Hello. ", "rejected": " Go away."},
+    "prompt as messages, answers as texts": {"prompt": CHAT, "chosen": "Hello.", "rejected": " Go away."},
     "prompt and answers as messages": {"prompt": CHAT, "chosen": [answer("Hello.")], "rejected": [answer("Go away.")]},
     "answers as single messages": {"prompt": CHAT, "chosen": answer("Hello."), "rejected": answer("Go away.")},
     "one answer as text, one as a message": {"prompt": CHAT, "chosen": "Hello.", "rejected": [answer("Go away.")]},
@@ -202,6 +203,65 @@ def test_chats(form):
     found = read(CHATS[form])
     assert found.messages == CHAT and pair(found)[1:] == ("Hello.", "Go away.")
     assert plain(found) == (AS_TEXT, " Hello.", " Go away.") and not found.implicit
+
+
+@pytest.mark.parametrize("prompt", ["Write code.", [user("Write code.")], "\n\nHuman: Write code.\n\nAssistant:"])
+def test_an_answer_keeps_the_indent_of_its_first_line(prompt):
+    assert pair(read({"prompt": prompt, "chosen": "    return 1", "rejected": " No."}))[1:] == ("    return 1", "No.")
+    given = {"prompt": [user("p")], "chosen": [answer("\treturn 1\n")], "rejected": [answer(" No.")]}
+    assert pair(read(given))[1:] == ("\treturn 1\n", " No.")
+
+
+TURNS_OF = [
+    ("User", "Assistant"),
+    ("USER", "ASSISTANT"),
+    ("### Human", "### Assistant"),
+    ("Human", "AI"),
+    ("User", "Bot"),
+    ("H", "A"),
+]
+
+
+@pytest.mark.parametrize(("asker", "name"), TURNS_OF)
+@pytest.mark.parametrize("between", ["\n", "\n\n"])
+def test_a_dialogue_whose_turns_have_other_names_is_read_as_hh(asker, name, between):
+    start = f"{asker}: Hi{between}{name}: Hello.{between}{asker}: Sing"
+    names = [name.removeprefix("### ") for name in (asker, name)]
+    kind = OTHER_NAMES.format(*(name.capitalize() if len(name) != 2 else name for name in names))
+    for row in (
+        {"prompt": f"{start}{between}{name}:", "chosen": " La.", "rejected": " No."},
+        {"prompt": start, "chosen": "La.", "rejected": "No."},
+        {"prompt": start, "chosen": f"{name}: La.", "rejected": f"{name}: No."},
+        {"chosen": f"{start}{between}{name}: La.", "rejected": f"{start}{between}{name}: No."},
+        {"prompt": "Hi", "chosen": f"{start}{between}{name}: La.", "rejected": f"{start}{between}{name}: No."},
+    ):
+        found = read(row)
+        assert pair(found) == (TURNS, "La.", "No.") and kind in found.changed, row
+        assert OTHER_NAMES.split("{")[0] not in str(read(row, None).changed)  # plain text is learned as it is
+
+
+@pytest.mark.parametrize(
+    "prose",
+    [
+        "H: hydrogen\nHe: helium",
+        "Here is a list.\nA: apples",
+        "User: root",
+        "User: a\nUser: b\nAssistant: c",
+        "A: yes\nH: no",
+        "Assistant: Hi\nUser: Hello",
+        "Fix this.\nUser: Hi\nAssistant: Hello",
+        "USER: Hi ASSISTANT: Hello",
+        "h: 3\na: 4",
+    ],
+)
+def test_other_text_is_no_dialogue(prose):
+    assert pair(read({"prompt": prose, "chosen": "x", "rejected": "y"})) == ([user(prose)], "x", "y")
+
+
+def test_an_answer_that_is_a_dialogue_is_one_answer():
+    said = ["User: Tea?\nAssistant: Yes.", "User: Tea?\nAssistant: No."]
+    row = {"prompt": "Write a dialogue.", "chosen": said[0], "rejected": said[1]}
+    assert pair(read(row)) == ([user("Write a dialogue.")], *said)
 
 
 def test_a_prompt_as_text_with_answers_as_messages():
@@ -511,7 +571,7 @@ MORE = {
             "rejected": [answer("5")],
         },
         [user("2+2?")],
-        {**answer("<think>\nadd\n</think>"), "tool_calls": WEATHER},
+        {**answer("<think>\nadd\n</think>\n\n"), "tool_calls": WEATHER},
         answer("5"),
         {},
     ),
