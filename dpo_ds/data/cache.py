@@ -107,10 +107,21 @@ _FEATURES = datasets.Features(
         "gaps": datasets.List(datasets.Value("int32")),  # of the prompt: place, tokens, place, tokens
         "cut_answers": datasets.List(datasets.Value("int32")),
         "dropped_pairs": datasets.Value("int32"),
+        "spare_answers": datasets.Value("int32"),
     }
 )
 # Of these, what the report counts.
-COUNTED = ["row", "left_out", "changed", "unused", "cut_prompt", "cut_answers", "weights", "dropped_pairs"]
+COUNTED = [
+    "row",
+    "left_out",
+    "changed",
+    "unused",
+    "cut_prompt",
+    "cut_answers",
+    "weights",
+    "dropped_pairs",
+    "spare_answers",
+]
 
 
 def _encode_batch(
@@ -135,7 +146,8 @@ def _encode_batch(
         facts: dict[str, Any] = {"row": row, "left_out": left_out}
         if not left_out:
             comparison, tokens = next(encoded)
-            facts |= {"left_out": _printable(tokens.left_out), "unused": [*map(_printable, comparison.unused)]}
+            unused = dict.fromkeys([*comparison.unused, *tokens.unused])
+            facts |= {"left_out": _printable(tokens.left_out), "unused": [*map(_printable, unused)]}
             if not tokens.left_out:
                 text = comparison.text if comparison.text is not None else as_text(comparison.messages)
                 facts |= _flat(tokens) | {
@@ -143,6 +155,7 @@ def _encode_batch(
                     "prompt_keys": prompt_keys(comparison, text, tokens.prompt),
                     "changed": [*map(_printable, dict.fromkeys([*comparison.changed, *tokens.changed]))],
                     "dropped_pairs": len(comparison.pairs) - len(tokens.pairs),
+                    "spare_answers": comparison.spare_answers,
                 }
         for name, feature in _FEATURES.items():
             empty: list | int | bytes = [] if isinstance(feature, datasets.List) else 0

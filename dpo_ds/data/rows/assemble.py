@@ -52,6 +52,7 @@ def assemble(row: Row, prompt: Prompt | None, answers: Answers, reading: Reading
         template_kwargs=_template_kwargs(row),
         rendered=parts.rendered,
         implicit=parts.implicit,
+        spare_answers=row.notes.spare_answers,
         changed=[*row.notes.changed],
         unused=[*row.notes.unused, *_unused(row)],
     )

@@ -1,5 +1,6 @@
 """Mistakes that real data hold: no row of these is trained as something else, and none ends in a traceback."""
 
+import copy
 import json
 from dataclasses import replace
 
@@ -11,7 +12,7 @@ from layouts import answer, system, user
 
 from dpo_ds.data.cache import tokenize_pairs
 from dpo_ds.data.comparison import Comparison, LeftOut
-from dpo_ds.data.encoder import SPECIAL, Encoder, Tokenizing
+from dpo_ds.data.encoder import FOREIGN, SPECIAL, SPECIAL_PROMPT, Encoder, Tokenizing
 from dpo_ds.data.files import RAW
 from dpo_ds.data.held_out import shared
 from dpo_ds.data.pairs import PairSet
@@ -20,7 +21,7 @@ from dpo_ds.data.rows.chats import NO_PROMPT, OTHER_PROMPT
 from dpo_ds.data.rows.forms import Reading, read_row
 from dpo_ds.data.rows.parts import REPEATED, TAIL
 from dpo_ds.data.rows.preferences import EMPTY
-from dpo_ds.data.rows.rendered import NOT_OPEN
+from dpo_ds.data.rows.rendered import MARKS, NOT_OPEN
 from dpo_ds.data.rows.texts import FRAMED, RENDERED
 from dpo_ds.data.sources import Split, fields, load_sources
 from dpo_ds.errors import UserError
@@ -82,12 +83,13 @@ def test_a_prompt_may_hold_a_tools_answer(tokenised):
     call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "w", "arguments": {}}}]}
     messages = [user("Weather?"), call, {"role": "tool", "content": "sunny"}]
     pairs, lines = tokenised({"messages": messages, **PAIR}, model="Qwen/Qwen3-8B")
-    assert len(pairs) == 1 and lines == ["1 of 1 rows are used"]
+    assert len(pairs) == 1 and lines == ["1 of 1 row is used"]
 
 
 def test_names_that_are_not_utf8_are_reported(tokenised):
     _, lines = tokenised({**GOOD, "cat\udce9gory": "x"}, {"messages": [{"role": "\udce9", "content": "x"}], **PAIR})
-    assert lines[0] == "1 of 2 rows are used" and "role \\udce9" in lines[1] and "column cat\\udce9gory" in lines[2]
+    assert lines[0] == "1 of 2 rows is used (row numbers count from 0)"
+    assert 'role "\\udce9"' in lines[1] and "column cat\\udce9gory" in lines[2]
 
 
 # ----------------------------------------------------------------------------------------------- nothing else is meant
@@ -196,9 +198,46 @@ def test_rendered_answers_beside_a_plain_prompt_are_refused(model):
 def test_what_only_a_template_reads_is_counted_without_one(tokenised):
     row = {"prompt": [{**user("Hi"), "name": "Bo"}], **PAIR, "chat_template_kwargs": {"enable_thinking": False}}
     text = "\n".join(tokenised(row, model="gpt2")[1])
-    assert "plain text ignores name of a message" in text and "does not read enable_thinking" in text
+    assert "not used: message key name (1 row)" in text and "does not read enable_thinking" in text
     rendered = {"prompt": "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n", **PAIR, "tools": [{"name": "f"}]}
     assert "rendered already ignores tools" in "\n".join(tokenised(rendered)[1])
+
+
+NAMED = {"prompt": [{**user("Hi"), "name": "Bo"}], "chosen": [{**answer("Hello!"), "ref": 3}], "rejected": "No."}
+
+
+@pytest.mark.parametrize("model", [QWEN, "gpt2", "Qwen/Qwen3-8B", "meta-llama/Meta-Llama-3-8B-Instruct"])
+def test_a_key_that_the_model_does_not_see_is_unused(tokenised, model):
+    """Qwen3's template writes the names of tools; it does not write a message's."""
+    _, lines = tokenised(NAMED, model=model)
+    assert lines[-1] == "not used: message key ref (1 row), message key name (1 row)"
+
+
+def test_a_key_that_the_template_writes_is_used():
+    tok = copy.deepcopy(templates.tokenizer(QWEN))
+    tok.chat_template = tok.chat_template.replace("{{ m.content }}", "{{ m.get('name', '') }}{{ m.content }}")
+    (encoded,) = Encoder(tok, Tokenizing(400)).encode([read(NAMED)])
+    assert "Bo" in tok.decode(encoded.prompt) and not encoded.unused
+
+
+@pytest.mark.parametrize(("model", "token"), [(QWEN, "<|im_end|>"), ("gpt2", "<|endoftext|>")])
+def test_a_special_token_within_a_prompt_is_counted(tokenised, model, token):
+    _, lines = tokenised({**GOOD, "prompt": f"What is {token} for?"}, GOOD, model=model)
+    assert lines[1:] == [f"1 changed: {SPECIAL_PROMPT} (row 0)"]
+
+
+@pytest.mark.parametrize("mark", ["<|im_start|>", "<|start_header_id|>", "[INST]"])
+def test_marks_of_another_models_template_are_counted(tokenised, mark):
+    row = {"prompt": f"{mark}user\nSay hello.", **PAIR}
+    _, lines = tokenised(row, {**GOOD, "chosen": f"a {mark}"}, GOOD, model="gpt2")
+    assert lines[1:] == [f"2 changed: {FOREIGN.format(mark)} (rows 0, 1)"]
+
+
+@pytest.mark.parametrize("model", [name for name in templates.SHAPES if templates.tokenizer(name).chat_template])
+def test_a_models_own_marks_are_not_foreign(model):
+    encoder = Encoder(templates.tokenizer(model), Tokenizing(400))
+    own = [mark for mark in MARKS if mark in encoder.template.written()]
+    assert not {*own} & {*encoder._foreign}
 
 
 @pytest.mark.parametrize(("model", "end"), [(QWEN, "<|im_end|>"), ("gpt2", "<|endoftext|>")])

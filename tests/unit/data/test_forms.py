@@ -1520,11 +1520,11 @@ LEFT_OUT = {
         {"prompt": [{"role": "user", "content": 3}], "chosen": "a", "rejected": "b"},
     ),
     "an unknown role": (
-        "message 2 of prompt has the role critic; roles are system, user, assistant, tool",
+        'message 2 of prompt has the role "critic"; roles are system, user, assistant, tool',
         {"prompt": [user("x"), {"role": "critic", "content": "x"}], "chosen": "a", "rejected": "b"},
     ),
     "a role far down": (
-        "a message after the ninth of prompt has the role critic; roles are system, user, assistant, tool",
+        'a message after the ninth of prompt has the role "critic"; roles are system, user, assistant, tool',
         {"prompt": [user("x")] * 12 + [{"role": "critic", "content": "x"}], "chosen": "a", "rejected": "b"},
     ),
     "a role that is a story": (
@@ -1536,7 +1536,7 @@ LEFT_OUT = {
         {"prompt": [user("a"), {"content": "x"}], "chosen": "a", "rejected": "b"},
     ),
     "an image": (
-        "message 1 of prompt holds a part of type image; only text can be trained on",
+        'message 1 of prompt holds a part of type "image"; only text can be trained on',
         {
             "prompt": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "x"}]}],
             "chosen": "a",
@@ -1647,7 +1647,7 @@ LEFT_OUT = {
         {"prompt": "p", "responses": ["a", "b", "c"], "scores": [1, 2]},
     ),
     "scores that are text": (
-        "an entry of scores is good, which is text; it must be a number",
+        'an entry of scores is "good", which is text; it must be a number',
         {"prompt": "p", "responses": ["a", "b"], "scores": ["good", "bad"]},
     ),
     "a score that is NaN": (
@@ -1676,7 +1676,7 @@ LEFT_OUT = {
         "no column says which of response_a and response_b is better; if one does: --columns preference=COLUMN",
         TWO,
     ),
-    "a tie": (f"winner is tie (bothbad): {ranking.ALL_TIED}", {**TWO, "winner": "tie (bothbad)"}),
+    "a tie": (f'winner is "tie (bothbad)": {ranking.ALL_TIED}', {**TWO, "winner": "tie (bothbad)"}),
     "a strength of 0": (f"preference_strength is 0: {ranking.ALL_TIED}", {**TWO, "preference_strength": 0}),
     "an index of letters": ("preference is 1, but the answers are response_a and response_b", {**TWO, "preference": 1}),
     "an index from 0 of names from 1": (
@@ -1688,11 +1688,11 @@ LEFT_OUT = {
         {"prompt": "p", "response_0": "x", "response_1": "y", "preference": "2"},
     ),
     "a verdict that denies": (
-        "winner is not a, but the answers are response_a and response_b",
+        'winner is "not a", but the answers are response_a and response_b',
         {**TWO, "winner": "not a"},
     ),
     "a verdict that denies a name": (
-        "winner is not_response_b, but the answers are response_a and response_b",
+        'winner is "not_response_b", but the answers are response_a and response_b',
         {**TWO, "winner": "not_response_b"},
     ),
     "a probability": ("preference is 0.7, but the answers are response_a and response_b", {**TWO, "preference": 0.7}),
@@ -1710,7 +1710,7 @@ LEFT_OUT = {
     ),
     "a weight of 0": ("weight is 0; it must be above 0", {"prompt": "p", "chosen": "a", "rejected": "b", "weight": 0}),
     "a weight that is text": (
-        "weight is much, which is text; it must be a number",
+        'weight is "much", which is text; it must be a number',
         {"prompt": "p", "chosen": "a", "rejected": "b", "weight": "much"},
     ),
     "a margin that is infinite": (
