@@ -12,6 +12,7 @@ from typing import Any, Literal
 from dpo_ds.data.comparison import Comparison, LeftOut
 from dpo_ds.data.rows.answers import (
     PAIRS,
+    RANKED,
     SEVERAL,
     TWO,
     chosen_and_rejected,
@@ -23,7 +24,7 @@ from dpo_ds.data.rows.assemble import assemble
 from dpo_ds.data.rows.messages import a_kind
 from dpo_ds.data.rows.prompts import CHATS, QUESTIONS, messages_column, prompt_column, question
 from dpo_ds.data.rows.row import Reading, Row
-from dpo_ds.errors import UserError
+from dpo_ds.errors import UserError, one_line
 
 NO_FORM = "the columns of the row fit no form"
 
@@ -104,7 +105,8 @@ FORMS = [
         "`safer_response_id`, `choice`, `chosen`",
         TWO,
         "the verdict is a column's name or its ending (`a`, `0`, `2`, `model_b`), and counts as the names do; "
-        "`preference_strength` and `overall_preference` are below 0 if the first is better; a tie is left out",
+        "`preference_strength` and `overall_preference` are below 0 if the first is better; a tie is left out, "
+        "and so is a row in which two verdicts, or a verdict and scores, disagree",
         "PKU-SafeRLHF, HelpSteer2 and 3, Chatbot Arena, AlpacaFarm",
         {"prompt": "Say hello.", "response_0": "No.", "response_1": "Hello!", "better_response_id": 1},
         two_answers,
@@ -146,6 +148,15 @@ FORMS = [
         "`overall_score`, `rating`, `reward` or `pm_score` (`--columns scores=KEY` for another); or its `rank`",
         "UltraFeedback, Nectar, Stack Exchange preferences, NeMo",
         {"prompt": HH + " ", "answers": [{"answer": "Hello!", "rank": 1}, {"answer": "No.", "rank": 2}]},
+        several_answers,
+    ),
+    Form(
+        "answers",
+        "`ranked_responses`, `ranked_answers` or `ranked_completions`",
+        tuple((name,) for name in RANKED),
+        "a list from the best answer to the worst, which the report says",
+        "sets of one's own",
+        {"prompt": "Say hello.", "ranked_responses": ["Hello!", "No."]},
         several_answers,
     ),
     Form(
@@ -294,7 +305,7 @@ def _no_answers(row: Row) -> str:
 
 
 def _listed(names: Sequence[str], most: int = 12) -> str:
-    return ", ".join([*names[:most], *(["…"] if len(names) > most else [])]) or "none"
+    return ", ".join([*(one_line(name, 40) for name in names[:most]), *(["…"] if len(names) > most else [])]) or "none"
 
 
 def require_form(columns: Sequence[str], reading: Reading) -> None:

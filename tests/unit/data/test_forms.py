@@ -13,7 +13,15 @@ from dpo_ds import config
 from dpo_ds.data.comparison import Answer, Comparison, LeftOut, Markers, Preference
 from dpo_ds.data.dialogue import as_text
 from dpo_ds.data.rows import assemble, parts, preferences, ranking
-from dpo_ds.data.rows.answers import DISAGREE, FROM_ZERO, LIST_AS_TEXT, ONE_ANSWER, RANKS_OR_ORDER
+from dpo_ds.data.rows.answers import (
+    BEST_FIRST,
+    DISAGREE,
+    FROM_ZERO,
+    LIST_AS_TEXT,
+    ONE_ANSWER,
+    OTHER_QUESTION,
+    RANKS_OR_ORDER,
+)
 from dpo_ds.data.rows.assemble import NOT_UNICODE
 from dpo_ds.data.rows.chats import BEGINNING, DIFFER, NO_PROMPT, OTHER_PROMPT
 from dpo_ds.data.rows.dialogues import OTHER_NAMES
@@ -301,7 +309,9 @@ def test_public_layouts(name, n):
     made = layouts.LAYOUTS[name](n)
     found = read(made.row)
     assert pair(found) == (made.messages, made.chosen, made.rejected)
-    assert len(found.pairs) == 1 and len(found.answers) == 2 and not found.changed and not found.implicit
+    assert len(found.pairs) == 1 and len(found.answers) == 2 and not found.implicit
+    safe = [OTHER_QUESTION.format("better_response_id", "safer_response_id")] if name == "PKU-SafeRLHF" else []
+    assert found.changed == safe
     require_form([*made.row], Reading())
 
 
@@ -1422,6 +1432,7 @@ MAPPED = {
     "responses": SCORED,
     "scores": SCORED,
     "ranks": {"prompt": "p", "responses": ["a", "b"], "ranks": [2, 1]},
+    "ranked_responses": {"prompt": "p", "ranked_responses": ["a", "b"]},
     "score_chosen": {**GOOD, "score_chosen": 3, "score_rejected": 1},
     "score_rejected": {**GOOD, "score_chosen": 3, "score_rejected": 1},
     "weight": {**GOOD, "weight": 2},
@@ -1469,6 +1480,7 @@ def test_a_set_that_fits_no_form(case):
 # ---------------------------------------------------------------------------------------------- rows that are left out
 
 TWO = {"prompt": "p", "response_a": "x", "response_b": "y"}
+ACCEPTED = "write response_a or a, response_b or b, or tie"
 LEFT_OUT = {
     "no rejected": ("the field rejected is missing", {"prompt": "p", "chosen": "a"}),
     "null response": ("the field chosen is missing", {"prompt": "p", "chosen": None, "rejected": "b"}),
@@ -1678,7 +1690,10 @@ LEFT_OUT = {
     ),
     "a tie": (f'winner is "tie (bothbad)": {ranking.ALL_TIED}', {**TWO, "winner": "tie (bothbad)"}),
     "a strength of 0": (f"preference_strength is 0: {ranking.ALL_TIED}", {**TWO, "preference_strength": 0}),
-    "an index of letters": ("preference is 1, but the answers are response_a and response_b", {**TWO, "preference": 1}),
+    "an index of letters": (
+        f"preference is 1, which may count the answers from 0 or from 1: {ACCEPTED}",
+        {**TWO, "preference": 1},
+    ),
     "an index from 0 of names from 1": (
         ranking.COUNTED_OTHERWISE,
         {"prompt": "p", "response_1": "x", "response_2": "y", "preference": 0},
@@ -1688,16 +1703,19 @@ LEFT_OUT = {
         {"prompt": "p", "response_0": "x", "response_1": "y", "preference": "2"},
     ),
     "a verdict that denies": (
-        'winner is "not a", but the answers are response_a and response_b',
+        f'winner is "not a", but the answers are response_a and response_b: {ACCEPTED}',
         {**TWO, "winner": "not a"},
     ),
     "a verdict that denies a name": (
-        'winner is "not_response_b", but the answers are response_a and response_b',
+        f'winner is "not_response_b", but the answers are response_a and response_b: {ACCEPTED}',
         {**TWO, "winner": "not_response_b"},
     ),
-    "a probability": ("preference is 0.7, but the answers are response_a and response_b", {**TWO, "preference": 0.7}),
+    "a probability": (
+        f"preference is 0.7, but the answers are response_a and response_b: {ACCEPTED}",
+        {**TWO, "preference": 0.7},
+    ),
     "a verdict of NaN": (
-        "preference is not a number, but the answers are response_a and response_b",
+        f"preference is not a number, but the answers are response_a and response_b: {ACCEPTED}",
         {**TWO, "preference": float("nan")},
     ),
     "a verdict against the scores": (
@@ -1736,6 +1754,57 @@ def test_above_margin_leaves_out_what_is_below_or_not_known():
     assert left_out({**row, "margin": 1}, pairs="above_margin", min_margin=2) == ranking.BELOW_MARGIN
     assert left_out(SCORED, pairs="above_margin", min_margin=9) == ranking.BELOW_MARGIN
     assert len(read({**row, "margin": 2}, pairs="above_margin", min_margin=2).pairs) == 1
+
+
+@pytest.mark.parametrize(
+    ("verdicts", "names"),
+    [
+        ({"preference": "a", "winner": "b"}, "preference and winner"),
+        ({"preference": "a", "winner": "tie"}, "preference and winner"),
+        ({"winner": "model_a", "choice": "response_b"}, "winner and choice"),
+        ({"preference_strength": 2, "preference": "a"}, "preference_strength and preference"),
+        (
+            {"winner_model_a": 1, "winner_model_b": 0, "better_response_id": "b"},
+            "winner_model_a and better_response_id",
+        ),
+        ({"winner": "a", "score_a": 1, "score_b": 2}, "the verdict and the scores"),
+        ({"winner": "a", "rating_a": 1, "rating_b": 2}, "the verdict and the scores"),
+        ({"score_a": 2, "score_b": 1, "reward_a": 1, "reward_b": 2}, "two kinds of scores"),
+    ],
+)
+def test_verdicts_that_disagree_leave_a_row_out(verdicts, names):
+    assert left_out({**TWO, **verdicts}) == f"{DISAGREE}: {names}"
+
+
+def test_a_second_column_counts_only_if_it_is_a_verdict():
+    assert pair(read({**TWO, "winner": "a", "choice": "A", "chosen": "yes"}))[1] == TWO["response_a"]
+    assert read({**TWO, "winner": "a", "choice": "A", "chosen": "yes"}).unused == ["column chosen"]
+    told = read({**TWO, "winner": "b", "choice": "a"}, columns={"preference": "choice"})
+    assert pair(told)[1] == TWO["response_a"] and told.unused == ["column winner"]
+
+
+def test_which_answer_is_safer_is_another_question():
+    row = {"prompt": "p", "response_0": "x", "response_1": "y", "better_response_id": 0, "safer_response_id": 1}
+    found = read(row)
+    assert pair(found)[1] == "x" and found.changed == [OTHER_QUESTION.format("better_response_id", "safer_response_id")]
+
+
+@pytest.mark.parametrize("winner", [0, 1, "1"])
+def test_a_verdict_that_may_count_from_0_or_1_names_what_is_accepted(winner):
+    row = {"prompt": "p", "answer_a": "x", "answer_b": "y", "winner": winner}
+    accepted = "write answer_a or a, answer_b or b, or tie"
+    said = f'"{winner}"' if isinstance(winner, str) else winner
+    assert left_out(row) == f"winner is {said}, which may count the answers from 0 or from 1: {accepted}"
+
+
+def test_ranked_answers_are_a_list_from_the_best():
+    row = {"prompt": "p", "ranked_responses": ["x", "y", "z"]}
+    found = read(row, pairs="adjacent")
+    assert [(pair(found, n)[1:]) for n in range(2)] == [("x", "y"), ("y", "z")]
+    assert found.changed == [BEST_FIRST]
+    assert pair(read({**row, "scores": [3, 2, 1]}))[1:] == ("x", "z")
+    assert left_out({**row, "scores": [1, 2, 3]}).startswith(f"{DISAGREE}: the order of ranked_responses")
+    require_form([*row], Reading())
 
 
 def test_a_prompt_that_the_dialogues_do_not_say_is_counted():
