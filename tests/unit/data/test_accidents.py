@@ -255,7 +255,7 @@ def test_a_special_token_within_an_answer_is_counted_and_at_its_end_taken_off(to
 def test_arrays_that_follow_each_other_are_refused(tmp_path, indent):
     file = tmp_path / "two.json"
     file.write_text(json.dumps([GOOD], indent=indent) + json.dumps([GOOD], indent=indent))
-    with pytest.raises(UserError, match="more follows the array, which ends after row 0"):
+    with pytest.raises(UserError, match=r"more follows the array, which ends after row 0 \(counted from 0\)"):
         load_sources(str(file), tmp_path)
 
 
@@ -281,7 +281,7 @@ def test_objects_with_rows_under_two_keys_are_not_read_in_part(tmp_path):
 def test_a_row_of_too_many_brackets_is_named(tmp_path):
     file = tmp_path / "deep.jsonl"
     file.write_text(json.dumps(GOOD) + '\n{"x": ' + "[" * 5000 + "]" * 5000 + "}\n")
-    with pytest.raises(UserError, match="row 1 has too many brackets"):
+    with pytest.raises(UserError, match="line 2 has too many brackets"):
         load_sources(str(file), tmp_path)
 
 
