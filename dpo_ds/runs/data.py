@@ -83,6 +83,8 @@ def read_pairs(options: Options, tokenizer: PreTrainedTokenizerBase, here: World
     if training.weights is not None:
         shares = [(name, weight) for (name, _), weight in zip(training.reports, training.weights, strict=True)]
         train = mixed(train, shares, options.seed, note)
+    if not len(train):
+        raise UserError("no training pair is left: the lines above say why")
     if evaluation is None or held_out is None:
         wanted = held_out_wanted(len(train), options.eval_pairs)
         train, held_out = hold_out(train, options.eval_pairs)
@@ -132,7 +134,7 @@ def far_from(wanted: int, held_out: int) -> str | None:
     if wanted / 2 <= held_out <= wanted * 2:
         return None
     return (
-        f"{counted(held_out, 'pair')} held out where about {wanted} were wanted: all pairs of a prompt and its variants "
+        f"{counted(held_out, 'pair')} held out where about {wanted} were wanted: pairs of a prompt and its variants "
         "stay on one side; name an --eval_dataset to choose them yourself"
     )
 
