@@ -90,8 +90,8 @@ class Summary:
         if self.learned < tokens:
             lines.append(f"{self.learned:,} of the answers' {tokens:,} tokens are learned: those of the assistant")
         lines.append(
-            f"{self.packed:,} tokens go through the model: each prompt and each answer once. With a prompt of its own for "
-            f"every answer of a pair they are {self.apart:,}, so {self.saved:.0%} are saved"
+            f"{self.packed:,} tokens go through the model: each prompt and each answer once. With a prompt of its own "
+            f"for every answer of a pair they are {self.apart:,}, so {self.saved:.0%} are saved"
         )
         for name, spread, count, use in (
             ("margins", self.margins, self.margins_known, "; --loss odpo and --pairs above_margin read them"),
