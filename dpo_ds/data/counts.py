@@ -25,7 +25,7 @@ class Report:
     rows: int
     pairs: int = 0
     left_out: Kinds = field(default_factory=dict)
-    changed: Kinds = field(default_factory=dict)
+    changed: Kinds = field(default_factory=dict)  # how rows were read, and what is to be known of them
     unused: Kinds = field(default_factory=dict)  # columns and message keys that nothing reads
     # Of "prompts" and "answers": the rows in which one was cut, how many were, and by how many tokens in all.
     cut: Kinds = field(default_factory=dict)
@@ -78,7 +78,7 @@ class Report:
         numbers = " (row numbers count from 0)" if self.left_out or self.changed or self.cut else ""
         be = "is" if self.used == 1 else "are"
         lines = [f"{self.used} of {self.rows} row{'' if self.rows == 1 else 's'} {be} used{pairs}{numbers}"]
-        for verb, kinds in (("left out", self.left_out), ("changed", self.changed)):
+        for verb, kinds in (("left out", self.left_out), ("noted", self.changed)):
             lines += [f"{count} {verb}: {kind}{which}" for kind, count, which in self.listed(kinds)]
         for what, (count, rows) in self.cut.items():
             lines.append(f"{counted(count, 'row')} with {what} cut: {self.cut_by(what)} ({named(count, rows)})")
@@ -102,7 +102,9 @@ class Report:
         found = self.found.get(kind, [])
         if len(found) == 1:
             return kind.replace("…", found[0], 1)
-        return f"{kind} (…: {', '.join(found[:EXAMPLES])}{', …' if len(found) > EXAMPLES else ''})" if found else kind
+        return (
+            f"{kind} (such as {', '.join(found[:EXAMPLES])}{', …' if len(found) > EXAMPLES else ''})" if found else kind
+        )
 
     def of_several(self) -> list[tuple[str, str, int]]:
         """What became of single pairs and answers of rows that are used, and how many they are."""

@@ -6,9 +6,11 @@ the one goes with every form of the other. What cannot be read raises LeftOut, w
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from difflib import SequenceMatcher
 from functools import lru_cache
 from typing import Any, Literal
 
+from dpo_ds.config import COLUMNS
 from dpo_ds.data.comparison import Comparison, LeftOut
 from dpo_ds.data.rows.answers import (
     PAIRS,
@@ -27,6 +29,7 @@ from dpo_ds.data.rows.row import Reading, Row
 from dpo_ds.errors import UserError, one_line
 
 NO_FORM = "the columns of the row fit no form"
+ALIKE = 0.6  # from 0 to 1, as difflib compares texts: names that are likely the same, but for their spelling
 
 
 @dataclass(frozen=True)
@@ -319,18 +322,29 @@ def require_form(columns: Sequence[str], reading: Reading) -> None:
     row = Row(dict.fromkeys(columns), reading.columns)
     if _fitting(row, "answers", {*row.names}):
         return
-    names, form = min(
-        ((names, form) for form in FORMS if form.half == "answers" for names in form.needs),
-        key=lambda pair: len({*pair[0]} - {*row.names}) / len(pair[0]),
-    )
-    missing = [name for name in names if name not in row.names]
+    names, missing = _nearest([*row.names])
     named = ",".join(f"{name}=COLUMN" for name in missing)
     raise UserError(
         f"it has the columns {_listed(columns)}, which fit no form of a preference set; the nearest form has "
-        f"{names_of(form)}: say which column is {' and which is '.join(missing)} with --columns {named}"
+        f"{' and '.join(names)}: say which column is {' and which is '.join(missing)} with --columns {named}"
     )
 
 
-def names_of(form: Form) -> str:
-    """A form's columns as a message shows them: the first set."""
-    return " and ".join(form.needs[0])
+def _nearest(columns: Sequence[str]) -> tuple[tuple[str, ...], list[str]]:
+    """The columns of the form of answers that lacks the least, and those missing ones: --columns takes all of these.
+
+    Of forms that lack as much, the one whose missing names are most like columns that are there; else the first.
+    """
+
+    def distance(names: tuple[str, ...]) -> tuple[float, float]:
+        missing = [name for name in names if name not in columns]
+        likeness = [
+            max((SequenceMatcher(None, name, column).ratio() for column in columns), default=0) for name in missing
+        ]
+        like = sum(likeness) / len(likeness)
+        return len(missing) / len(names), -like if like > ALIKE else 0.0
+
+    nameable = [names for form in FORMS if form.half == "answers" for names in form.needs
+                if {*names} <= {*columns, *COLUMNS}]  # fmt: skip
+    nearest = min(nameable, key=distance)
+    return nearest, [name for name in nearest if name not in columns]

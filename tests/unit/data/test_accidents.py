@@ -223,14 +223,14 @@ def test_a_key_that_the_template_writes_is_used():
 @pytest.mark.parametrize(("model", "token"), [(QWEN, "<|im_end|>"), ("gpt2", "<|endoftext|>")])
 def test_a_special_token_within_a_prompt_is_counted(tokenised, model, token):
     _, lines = tokenised({**GOOD, "prompt": f"What is {token} for?"}, GOOD, model=model)
-    assert lines[1:] == [f"1 changed: {SPECIAL_PROMPT} (row 0)"]
+    assert lines[1:] == [f"1 noted: {SPECIAL_PROMPT} (row 0)"]
 
 
 @pytest.mark.parametrize("mark", ["<|im_start|>", "<|start_header_id|>", "[INST]"])
 def test_marks_of_another_models_template_are_counted(tokenised, mark):
     row = {"prompt": f"{mark}user\nSay hello.", **PAIR}
     _, lines = tokenised(row, {**GOOD, "chosen": f"a {mark}"}, GOOD, model="gpt2")
-    assert lines[1:] == [f"2 changed: {FOREIGN.format(mark)} (rows 0, 1)"]
+    assert lines[1:] == [f"2 noted: {FOREIGN.format(mark)} (rows 0, 1)"]
 
 
 @pytest.mark.parametrize("model", [name for name in templates.SHAPES if templates.tokenizer(name).chat_template])
@@ -243,7 +243,7 @@ def test_a_models_own_marks_are_not_foreign(model):
 @pytest.mark.parametrize(("model", "end"), [(QWEN, "<|im_end|>"), ("gpt2", "<|endoftext|>")])
 def test_a_special_token_within_an_answer_is_counted_and_at_its_end_taken_off(tokenised, model, end):
     pairs, lines = tokenised({**GOOD, "chosen": f"Hello!{end}\n"}, {**GOOD, "rejected": f"No.{end} Yes."}, model=model)
-    assert len(pairs) == 2 and lines[1:] == [f"1 changed: {SPECIAL} (row 1)"]
+    assert len(pairs) == 2 and lines[1:] == [f"1 noted: {SPECIAL} (row 1)"]
     _, lines = tokenised(GOOD, {**GOOD, "rejected": f" {end}"}, model=model)
     assert lines[1:] == [f"1 left out: {EMPTY} (row 1)"]
 

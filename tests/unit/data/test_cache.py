@@ -358,9 +358,9 @@ def counting(*left_out, rows=None, **facts) -> Report:
     ("reason", "kind"),
     [
         (lambda n: f'scores is "word {n}", which is text; it must be a number',
-         'scores is …, which is text; it must be a number (…: "word 0", "word 1", "word 2", …)'),
+         'scores is …, which is text; it must be a number (such as "word 0", "word 1", "word 2", …)'),
         (lambda n: f"preference is 0.{n}1, but the answers are a and b",
-         "preference is …, but the answers are a and b (…: 0.01, 0.11, 0.21, …)"),
+         "preference is …, but the answers are a and b (such as 0.01, 0.11, 0.21, …)"),
     ],
 )  # fmt: skip
 def test_reasons_that_differ_in_what_was_found_are_one(reason, kind):
@@ -408,4 +408,4 @@ def test_pairs_whose_scores_are_equal_are_trained_and_counted(tmp_path):
             for n in range(2, 5)]  # fmt: skip
     pairs, (report,) = made(tmp_path, rows_of(rows))
     assert pairs.margins.tolist() == [0, 1, 2]
-    assert report.lines()[1:] == [f"1 changed: {NO_DIFFERENCE} (row 0)"]
+    assert report.lines()[1:] == [f"1 noted: {NO_DIFFERENCE} (row 0)"]

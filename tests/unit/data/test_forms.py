@@ -1460,6 +1460,13 @@ SETS = {
         {},
         "nearest form has chosen and rejected: say which column is rejected with --columns rejected=COLUMN",
     ),
+    "answers under a name that is much like one": (
+        ["prompt", "ranked_outputs"],
+        {},
+        "the nearest form has ranked_responses: say which column is ranked_responses with --columns "
+        "ranked_responses=COLUMN",
+    ),
+    "no columns": ([], {}, "it has the columns none, which fit no form"),
     "a map to nothing": (
         ["q", "chosen", "rejected"],
         {"prompt": "Q"},
