@@ -29,7 +29,7 @@ from dpo_ds.data.rows.row import Reading, Row
 from dpo_ds.errors import UserError, one_line
 
 NO_FORM = "the columns of the row fit no form"
-ALIKE = 0.6  # from 0 to 1, as difflib compares texts: names that are likely the same, but for their spelling
+ALIKE = 0.5  # from 0 to 1, as difflib compares texts: names that are likely the same, but for their spelling
 
 
 @dataclass(frozen=True)
