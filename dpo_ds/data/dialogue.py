@@ -10,6 +10,7 @@ ROLES = {"user": "Human", "assistant": "Assistant", "system": "System"}
 TURN = re.compile(r"\n\n(Human|Assistant|System):")
 # Other names of the user's turns and the assistant's.
 NAMES = (("User", "Assistant"), ("Human", "Assistant"), ("Human", "AI"), ("User", "AI"), ("User", "Bot"), ("H", "A"))
+NAMED = re.compile(r"\s*(?:#{2,3} )?(User|Human|H|System):", re.IGNORECASE)  # begins such a dialogue
 STRIPPED = re.compile(r"\s*(Human|System):")
 EXTRA_ID = re.compile(r"\n?<extra_id_1>(User|Assistant|System)\n")  # between the turns of HelpSteer2's prompts
 
@@ -53,7 +54,9 @@ def in_hh_style(text: str) -> tuple[str, str, str] | None:
     None if the text is no such dialogue. It is one only if it begins with a turn, and if the turns of both names
     alternate at the beginnings of lines: other text may have one line that begins with "A:".
     """
-    for user, assistant in NAMES if as_dialogue(text) is None else ():
+    if not NAMED.match(text) or as_dialogue(text) is not None:
+        return None
+    for user, assistant in NAMES:
         turns = list(_named(user, assistant).finditer(text))
         names = [turn[1].lower() for turn in turns]
         talk = names[1:] if names[:1] == ["system"] else names
