@@ -363,7 +363,7 @@ ADAPTERS_OWN = ("lora_r", "lora_alpha", "lora_targets")
 COLUMNS = (
     *("prompt", "messages", "question", "instruction", "input", "system", "history", "tools", "chat_template_kwargs"),
     *("chosen", "rejected", "response_a", "response_b", "preference", "responses", "scores", "ranks"),
-    *("score_chosen", "score_rejected", "weight", "margin"),
+    *("ranked_responses", "score_chosen", "score_rejected", "weight", "margin"),
 )
 
 # What --report_to may name.

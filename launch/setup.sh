@@ -1,4 +1,5 @@
-# Sourced by quickstart.sh and test.sh: makes .venv in the checkout and installs this package into it, once.
+# Sourced by quickstart.sh and test.sh: makes .venv in the checkout and installs this package into it, once. Run as root,
+# it also installs the system's package libaio-dev with apt-get, where that is missing. Nothing else outside changes.
 # Says plainly which step failed.
 
 set -euo pipefail
@@ -24,11 +25,13 @@ if [ ! -e "$STAMP" ]; then
     python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt -e '.[test]'
     # Offload to NVMe alone needs libaio: where it cannot be had, everything else works.
     STEP="installing libaio-dev with apt-get"
+    if [ ! -e /usr/include/libaio.h ] && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+        echo "dpo_ds: installing the system's package libaio-dev with apt-get, for offload to NVMe"
+        apt() { DEBIAN_FRONTEND=noninteractive timeout 60 apt-get "$@" </dev/null >/dev/null 2>&1; }
+        apt install --yes libaio-dev || { apt update && apt install --yes libaio-dev; } || true
+    fi
     if [ ! -e /usr/include/libaio.h ]; then
-        libaio() { DEBIAN_FRONTEND=noninteractive timeout 60 apt-get "$@" </dev/null >/dev/null 2>&1; }
-        { [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null && {
-            libaio install --yes libaio-dev || { libaio update && libaio install --yes libaio-dev; }
-        }; } || echo "dpo_ds: no libaio-dev, and no way to install it here: offload to NVMe will be refused" >&2
+        echo "dpo_ds: libaio-dev is missing and could not be installed: offload to NVMe will be refused" >&2
     fi
     touch "$STAMP"
 fi

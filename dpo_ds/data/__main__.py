@@ -41,7 +41,9 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, Options]:
     )
     parser.add_argument("--rows", type=int, metavar="N", help="Prompts to show with their answers (default: 3).")
     parser.add_argument("--row", type=int, metavar="N", help="Show this row, as the report counts them: from 0.")
-    parser.add_argument("--html", nargs="?", const="", metavar="FILE", help="Write the page (.html) as well.")
+    parser.add_argument(
+        "--html", nargs="?", const="", metavar="FILE", help="Write the page as well (default: into runs/)."
+    )
     parser.add_argument("--plots", metavar="FOLDER", help="Write the histograms of lengths as PNG files.")
     own, rest = parser.parse_known_args(argv)
     if own.rows is not None and own.row is not None:
@@ -51,7 +53,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, Options]:
             raise UserError(f"--{name} is {getattr(own, name)}, but must be 0 or more")
     options = parse_options(rest, "data", positional="dataset")
     if own.html == "":
-        own.html = f"{Path(options.model).name}-{Path(options.dataset).name.split('.')[0]}.html"
+        own.html = f"runs/{Path(options.model).name}-{Path(options.dataset).name.split('.')[0]}.html"
     if own.html is not None and not own.html.endswith((".html", ".htm")):  # DATASET may stand behind a bare --html
         raise UserError(f"--html {own.html}: name a file that ends in .html, and put DATASET before --html")
     return own, options
@@ -73,6 +75,7 @@ def show(own: argparse.Namespace, options: Options) -> None:
     """Reads the pairs as a run does, and shows them."""
     import transformers
 
+    from dpo_ds.data.counts import counted
     from dpo_ds.data.view import Summary
     from dpo_ds.models.files import load_tokenizer
     from dpo_ds.models.find import find_model
@@ -85,10 +88,8 @@ def show(own: argparse.Namespace, options: Options) -> None:
     options = options.replace(max_length=model.max_length(options.max_length))
     tokenizer = load_tokenizer(model)
     loaded = read_pairs(options, tokenizer, world.from_environment(), datetime.date.today().isoformat())
-    if not len(loaded.train):
-        raise UserError("no training pair is left: the lines above say why")
     summary, groups = Summary.of(loaded.train), shown_groups(own, loaded, tokenizer)
-    held_out = f"{len(loaded.held_out):,} held-out pairs: {len(loaded.held_out.prompts):,} prompts"
+    held_out = f"{counted(len(loaded.held_out), 'held-out pair')}: {counted(len(loaded.held_out.prompts), 'prompt')}"
     listing = Listing()
     listing.summary(summary, held_out)
     listing.groups(groups)

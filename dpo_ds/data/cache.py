@@ -23,20 +23,21 @@ from dpo_ds.data.held_out import KEYS, prompt_hash, prompt_keys
 from dpo_ds.data.pairs import read_manifest
 from dpo_ds.data.rows.forms import read_row
 from dpo_ds.data.rows.row import Reading
-from dpo_ds.data.sources import fields
+from dpo_ds.data.sources import Split, fields
 from dpo_ds.errors import files_of
 from dpo_ds.files import scratch_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-FORMAT = 7  # raise it when the cached files change, or the code that decides their content
+
+FORMAT = 8  # raise it when the cached files change, or the code that decides their content
 SMALL = 20_000  # rows; for fewer, starting processes costs more than it saves
 BATCH = 1000  # rows that are in memory at a time
 
 
 def tokenize_pairs(
-    sources: Sequence[datasets.Dataset],
+    sources: Sequence[Split],
     encoder: Encoder,
     reading: Reading,
     join: bool,
@@ -45,10 +46,10 @@ def tokenize_pairs(
 ) -> tuple[Path, list[Report]]:
     """Returns the cache folder of the sources' PairSet, and each source's report. Tokenises what is not there.
 
-    sources: the rows of each data set; join: rows of one prompt become one group.
+    join: rows of one prompt become one group.
     """
     options = [asdict(encoder.options), asdict(reading), join]
-    folder = cache_folder / _key(sources, encoder.tokenizer, options)[:32]
+    folder = cache_folder / _key([split.rows for split in sources], encoder.tokenizer, options)[:32]
     if not folder.is_dir():
         with files_of("--cache_dir", cache_folder), scratch_folder(cache_folder, folder.name) as partial:
             _Writer(partial, join).write(sources, reading, encoder, num_proc)
@@ -106,20 +107,37 @@ _FEATURES = datasets.Features(
         "gaps": datasets.List(datasets.Value("int32")),  # of the prompt: place, tokens, place, tokens
         "cut_answers": datasets.List(datasets.Value("int32")),
         "dropped_pairs": datasets.Value("int32"),
+        "spare_answers": datasets.Value("int32"),
     }
 )
 # Of these, what the report counts.
-COUNTED = ["row", "left_out", "changed", "unused", "cut_prompt", "cut_answers", "weights", "dropped_pairs"]
+COUNTED = [
+    "row",
+    "left_out",
+    "changed",
+    "unused",
+    "cut_prompt",
+    "cut_answers",
+    "weights",
+    "dropped_pairs",
+    "spare_answers",
+]
 
 
-def _encode_batch(batch: dict[str, list], indices: list[int], reading: Reading, encoder: Encoder) -> dict[str, list]:
-    """Reads and encodes a batch of rows. A row that is left out stays in place, without tokens."""
+def _encode_batch(
+    batch: dict[str, list], indices: list[int], reading: Reading, encoder: Encoder, columns: Sequence[str]
+) -> dict[str, list]:
+    """Reads and encodes a batch of rows. A row that is left out stays in place, without tokens.
+
+    columns: of the whole set. A row of JSON that lacks one has null there, as it would have in a table.
+    """
+    absent = dict.fromkeys(columns)
     out: dict[str, list] = {name: [] for name in _FEATURES}
     comparisons, reasons = [], []
     for n in range(len(indices)):
-        row_fields = fields({key: column[n] for key, column in batch.items()})
+        found = fields({key: column[n] for key, column in batch.items()})
         try:
-            comparisons.append(read_row(row_fields, reading))
+            comparisons.append(read_row(absent | found if isinstance(found, dict) else found, reading))
             reasons.append("")
         except LeftOut as reason:
             reasons.append(_printable(str(reason)))
@@ -127,15 +145,17 @@ def _encode_batch(batch: dict[str, list], indices: list[int], reading: Reading, 
     for row, left_out in zip(indices, reasons, strict=True):
         facts: dict[str, Any] = {"row": row, "left_out": left_out}
         if not left_out:
-            comparison, found = next(encoded)
-            facts |= {"left_out": _printable(found.left_out), "unused": [*map(_printable, comparison.unused)]}
-            if not found.left_out:
+            comparison, tokens = next(encoded)
+            unused = dict.fromkeys([*comparison.unused, *tokens.unused])
+            facts |= {"left_out": _printable(tokens.left_out), "unused": [*map(_printable, unused)]}
+            if not tokens.left_out:
                 text = comparison.text if comparison.text is not None else as_text(comparison.messages)
-                facts |= _flat(found) | {
+                facts |= _flat(tokens) | {
                     "prompt_hash": prompt_hash(text),
-                    "prompt_keys": prompt_keys(comparison, text, found.prompt),
-                    "changed": [*map(_printable, dict.fromkeys([*comparison.changed, *found.changed]))],
-                    "dropped_pairs": len(comparison.pairs) - len(found.pairs),
+                    "prompt_keys": prompt_keys(comparison, text, tokens.prompt),
+                    "changed": [*map(_printable, dict.fromkeys([*comparison.changed, *tokens.changed]))],
+                    "dropped_pairs": len(comparison.pairs) - len(tokens.pairs),
+                    "spare_answers": comparison.spare_answers,
                 }
         for name, feature in _FEATURES.items():
             empty: list | int | bytes = [] if isinstance(feature, datasets.List) else 0
@@ -200,14 +220,12 @@ class _Writer:
     total: int = 0  # tokens so far
     partly: bool = False  # whether a token of an answer is not learned
 
-    def write(
-        self, sources: Sequence[datasets.Dataset], reading: Reading, encoder: Encoder, num_proc: int | None
-    ) -> None:
+    def write(self, sources: Sequence[Split], reading: Reading, encoder: Encoder, num_proc: int | None) -> None:
         reports = []
         with open(self.folder / "tokens.int32", "wb") as tokens, open(self.folder / "scored.uint8", "wb") as scored:
-            for number, rows in enumerate(sources):
-                report = Report(len(rows))
-                for batch in _encoded(rows, reading, encoder, num_proc, f"{self.folder.name[:32]}-{number}"):
+            for number, split in enumerate(sources):
+                report = Report(len(split.rows))
+                for batch in _encoded(split, reading, encoder, num_proc, f"{self.folder.name[:32]}-{number}"):
                     for facts in batch.select(COUNTED).to_pylist():
                         report.add(facts)
                     self._add(batch, number, tokens, scored)
@@ -301,17 +319,16 @@ class _Writer:
         }
 
 
-def _encoded(
-    rows: datasets.Dataset, reading: Reading, encoder: Encoder, num_proc: int | None, name: str
-) -> Iterator[pa.Table]:
+def _encoded(split: Split, reading: Reading, encoder: Encoder, num_proc: int | None, name: str) -> Iterator[pa.Table]:
     """Yields the encoded rows, in batches."""
     if num_proc is None:
         num_proc = min(8, len(os.sched_getaffinity(0)))
+    rows = split.rows
     encoded = rows.map(
         _encode_batch,
         batched=True,
         with_indices=True,
-        fn_kwargs={"encoder": encoder, "reading": reading},
+        fn_kwargs={"encoder": encoder, "reading": reading, "columns": split.columns},
         remove_columns=rows.column_names,
         features=_FEATURES,
         load_from_cache_file=False,

@@ -4,6 +4,7 @@ What a template drops of an answer is written from the answer's own text, or the
 prompt is counted; the row is left out where a turn of the dialogue is gone.
 """
 
+import contextlib
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -11,14 +12,17 @@ from typing import Any
 
 from dpo_ds.data.comparison import Comparison, LeftOut, Message
 from dpo_ds.data.template import REASONING, ChatTemplate, Span, missing, parsed, said, shows, shows_tools
-from dpo_ds.data.transcript import NO_ASSISTANT, TRAILING, Transcript, all_open, continues
+from dpo_ds.data.transcript import NO_ASSISTANT, TRAILING, Transcript, all_open, continues, unused_key
 
-# Kinds in the report. The first three change a row, the others leave it out.
+# Kinds in the report, of rows that are changed and of rows that are left out.
 FOLDED = "the template takes no system role: its message went into the first user's"
 REWRITTEN = "the template writes the answer in place of the end of its generation prompt: the boundary was moved back"
 SHORTENED = "the chat template drops part of an earlier answer"
 DROPPED = "the chat template drops part of the answer"
+BLANKS = "the chat template drops blanks of an answer, such as the indent of its first line"
 UNSTABLE = "the chat template rewrites the turns before an answer when the dialogue goes on"
+
+WRITTEN = ("role", "content", "tool_calls", *REASONING)  # keys of a message that are looked for in what was rendered
 
 
 def write_chat(row: Comparison, template: ChatTemplate) -> Transcript:
@@ -134,7 +138,7 @@ class _Writer:
                 raise LeftOut(f"the chat template drops a message of the prompt (role {role})")
             else:
                 raise LeftOut(f"the chat template ignores {key} of the prompt")
-            self._note_unread(message)
+        self._note_unused(self.context, self.opened, self.context, open_turn=True)
         calls = any(message.get("tool_calls") for message in self.context)
         if calls and self._same_without(messages=[_without_calls(message) for message in self.context]):
             raise LeftOut("the chat template ignores tool_calls of the prompt")
@@ -152,26 +156,31 @@ class _Writer:
         except LeftOut:
             return False
 
-    def _note_unread(self, message: Message) -> None:
-        for key in message:
-            if key not in ("role", "content", "tool_calls", *REASONING) and not self.template.reads(key):
-                self.transcript.note(f"the chat template ignores {key} of a message")
+    def _note_unused(self, messages: list[Message], rendered: str, own: list[Message], open_turn: bool = False) -> None:
+        """Notes the keys of the `own` messages without which the template writes all the same.
+
+        A tool has a name, too: that the word stands in a template does not say that it reads a message's.
+        """
+        keys = {key: None for message in own for key in message if key not in WRITTEN}
+        for key in keys:
+            without = [{name: value for name, value in message.items() if name != key} for message in messages]
+            with contextlib.suppress(LeftOut):  # it needs the key
+                if self.template.render(without, self.row, open_turn) == rendered:
+                    self.transcript.unused[unused_key(key)] = None
 
     def _learnable(self, messages: list[Message]) -> list[Message]:
-        """An answer's messages as far as the assistant's last one, the assistant's texts without blanks around them."""
+        """An answer's messages as far as the assistant's last one, without ends of turns in the assistant's texts."""
         last = max((n for n, message in enumerate(messages) if message["role"] == "assistant"), default=None)
         if last is None:
             raise LeftOut(NO_ASSISTANT)
         if last + 1 < len(messages):
             self.transcript.note(TRAILING)
-        for message in messages[: last + 1]:
-            self._note_unread(message)
         first, *others = messages[: last + 1]
         if self.begun:
             first = {**first, "content": self.begun + said(first)}
-        return [self._trimmed(message) for message in (first, *others)]
+        return [self._unended(message) for message in (first, *others)]
 
-    def _trimmed(self, message: Message) -> Message:
+    def _unended(self, message: Message) -> Message:
         if message["role"] != "assistant" or not isinstance(message.get("content"), str):
             return message
         return {**message, "content": self.template.stripped(message["content"], self.row)}
@@ -181,7 +190,9 @@ class _Writer:
     def _single(self, message: Message) -> str:
         """The prompt and the answer after it."""
         content = said(message)
-        whole = self.template.ended(self.template.render([*self.context, message], self.row), self.row)
+        rendered = self.template.render([*self.context, message], self.row)
+        self._note_unused([*self.context, message], rendered, [message])
+        whole = self.template.ended(rendered, self.row)
         if whole == f"{self.prompt}{self.frame.lead}{content}{self.frame.end}":
             others = {key: value for key, value in message.items() if key not in ("role", "content")}
             gone = missing(others, whole[len(self.closed) :]) if others else None
@@ -190,6 +201,9 @@ class _Writer:
         else:
             # Mistral's template writes the system message before the last user message only if no answer follows.
             gone = "content"
+        written = whole[len(self.closed) :]
+        if content not in written and content.strip() in written:
+            self.transcript.note(BLANKS)
         if gone not in (None, "content"):
             raise LeftOut(f"the chat template ignores {gone} of an answer")
         if gone:
@@ -232,6 +246,7 @@ class _Writer:
         """The prompt and the dialogue after it, and where the assistant speaks in it."""
         conversation = [*self.context, *messages]
         rendered = self.template.render(conversation, self.row)
+        self._note_unused(conversation, rendered, messages)
         whole = self.template.ended(rendered, self.row)
         if not whole.startswith(self.closed):
             raise LeftOut(UNSTABLE)

@@ -41,6 +41,7 @@ class Comparison:
     template_kwargs: dict[str, Any] = field(default_factory=dict)  # further variables of the chat template
     rendered: bool = False  # the texts hold a chat template's own tokens: they are tokenised as they are
     implicit: bool = False  # the prompt was found as what the answers have in common
+    spare_answers: int = 0  # of several, that --pairs has in no pair
     changed: list[str] = field(default_factory=list)  # kinds for the report: what was changed to read the row
     unused: list[str] = field(default_factory=list)  # for the report: columns and message keys that were not used
 

@@ -22,9 +22,13 @@ class Encoded:
     pairs: list[Preference] = field(default_factory=list)  # those that still differ; numbers of `answers`
     left_out: str = ""  # kind for the report; "": the row is used
     changed: list[str] = field(default_factory=list)  # kinds for the report
+    unused: list[str] = field(default_factory=list)  # for the report: keys of messages that are not shown to the model
     cut_prompt: int = 0  # tokens
     cut_answers: list[int] = field(default_factory=list)  # tokens
     gaps: list[Gap] = field(default_factory=list)  # where in `prompt` its cut tokens stood: two places at most
+
+
+REPORTED = ("changed", "unused", "cut_prompt", "cut_answers")  # also of a row that is left out
 
 
 def with_pairs_that_differ(cut: Encoded) -> Encoded:
@@ -38,7 +42,13 @@ def with_pairs_that_differ(cut: Encoded) -> Encoded:
         return cut
     if not kept:
         kind = (EQUAL_NOW if any(cut.cut_answers) else EQUAL_TOKENS) if both else NO_ROOM
-        return Encoded(left_out=kind, changed=cut.changed, cut_prompt=cut.cut_prompt, cut_answers=cut.cut_answers)
+        return Encoded(
+            left_out=kind,
+            changed=cut.changed,
+            unused=cut.unused,
+            cut_prompt=cut.cut_prompt,
+            cut_answers=cut.cut_answers,
+        )
     used, pairs = renumbered(kept)
     return replace(
         cut,

@@ -12,6 +12,7 @@ from dpo_ds.data import truncate
 from dpo_ds.data.chat import REWRITTEN, write_chat
 from dpo_ds.data.comparison import Comparison, LeftOut, Markers, without_unused_answers
 from dpo_ds.data.encoded import Encoded, Gap, with_pairs_that_differ
+from dpo_ds.data.rows.rendered import MARKS
 from dpo_ds.data.template import ChatTemplate, Span, said
 from dpo_ds.data.transcript import Transcript, write_plain, write_rendered
 from dpo_ds.errors import UserError
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 # Kinds in the report.
 MOVED = "the answer's first tokens merge with the prompt's: the boundary was moved back"
 SPECIAL = "an answer's text holds a special token of the tokenizer: the model learns it as such"
+SPECIAL_PROMPT = "a prompt's text holds a special token of the tokenizer: the model reads it as such"
+FOREIGN = "a text holds marks of a chat template that this tokenizer does not have: {}"
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,9 @@ class Encoder:
         self.ends = tuple(token for token in {str(tokenizer.eos_token): None, end: None} if token)
         added = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
         self._specials = frozenset(token for token in [*added, *tokenizer.all_special_tokens] if token.strip())
+        known = {*self._specials, *map(str, tokenizer.added_tokens_decoder.values())}
+        written = self.template.written() if self.template else ""
+        self._foreign = [mark for mark in MARKS if mark not in known and mark not in written]
         self._signs = frozenset(token[0] for token in self._specials)  # mostly "<" alone
 
     def _begins_with_bos(self) -> bool:
@@ -103,16 +109,32 @@ class Encoder:
             return reason
         if any(self._holds_special(said(message)) for answer in comparison.answers for message in answer.messages):
             written.note(SPECIAL)
+        if any(self._special_within(text) for text in self._asked(comparison)):
+            written.note(SPECIAL_PROMPT)
+        if marks := self._foreign_marks(comparison):
+            written.note(FOREIGN.format(", ".join(marks)))
         return written
+
+    def _asked(self, comparison: Comparison) -> list[str]:
+        """The prompt's texts. In plain text BOS may begin it: it is there once."""
+        texts = [said(message) for message in comparison.messages]
+        return texts if self.template else [text.removeprefix(str(self.tokenizer.bos_token)) for text in texts]
+
+    def _foreign_marks(self, comparison: Comparison) -> list[str]:
+        """What the chat template of another family has written into the texts."""
+        answered = [message for answer in comparison.answers for message in answer.messages]
+        texts = [said(message) for message in (*comparison.messages, *answered)]
+        return [mark for mark in self._foreign if any(mark in text for text in texts)]
 
     def _holds_special(self, text: str) -> bool:
         """Whether there is a special token in a text, but for those that end it: they are taken off."""
-        if not any(sign in text for sign in self._signs):
-            return False
         text = text.rstrip()
         while end := next((end for end in self.ends if text.endswith(end)), None):
             text = text.removesuffix(end).rstrip()
-        return any(token in text for token in self._specials)
+        return self._special_within(text)
+
+    def _special_within(self, text: str) -> bool:
+        return any(sign in text for sign in self._signs) and any(token in text for token in self._specials)
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
         """Token ids as the tokenizer gives them. A template has already written special tokens."""
@@ -142,7 +164,9 @@ class Encoder:
             bos = self.tokenizer.bos_token_id
             prompt = [self.tokenizer.eos_token_id if bos is None else bos]
         masks = [None if mask is None or all(mask) else mask for mask in masks]
-        return Encoded(prompt, answers, masks, comparison.pairs, "", changed, 0, [0] * len(answers))
+        return Encoded(
+            prompt, answers, masks, comparison.pairs, "", changed, [*transcript.unused], 0, [0] * len(answers)
+        )
 
     def _ended(
         self, tokens: list[int], comparison: Comparison, is_answer: bool, mask: list[bool] | None = None

@@ -8,7 +8,6 @@ stay text: an answer may be "4" or "NA".
 import csv
 import dataclasses
 import gzip
-import itertools
 import json
 import sys
 import tempfile
@@ -191,7 +190,7 @@ def _json_splits(path: Path, file: IO[str]) -> Iterator[tuple[str, Iterable[tupl
     if not first:
         yield "train", []
     elif second and _loads(first) is not None:
-        yield "train", _lines(path, itertools.chain([first, second], file))
+        yield "train", _lines(path, file)
     elif array:
         yield "train", ((value, None) for value in _elements(path, _Text(file, first + second)))
     elif not second:
@@ -199,7 +198,7 @@ def _json_splits(path: Path, file: IO[str]) -> Iterator[tuple[str, Iterable[tupl
     elif first.strip().startswith("{") and path.name.removesuffix(".gz").endswith(".json"):
         yield from _object(path, first + second + file.read())
     else:
-        yield "train", _lines(path, itertools.chain([first, second], file))
+        yield "train", _lines(path, file)
 
 
 def loads(text: str) -> Any:
@@ -238,23 +237,30 @@ def _loads(text: str) -> Any:
         return None
 
 
-def _lines(path: Path, lines: Iterable[str]) -> Iterator[tuple[Any, str]]:
-    for number, line in enumerate(line for line in lines if line.strip()):
+def _lines(path: Path, file: IO[str]) -> Iterator[tuple[Any, str]]:
+    file.seek(0)
+    for number, line in enumerate(file, 1):
+        if not line.strip():
+            continue
         try:
             yield json.loads(line), line.strip()
         except RecursionError:
-            raise _too_deep(path, number) from None
+            raise _too_deep(path, f"line {number}") from None
         except ValueError as error:
-            raise _not_json(path, number, error) from None
+            raise _not_json(path, f"line {number}", error) from None
 
 
-def _not_json(path: Path, number: int, error: ValueError) -> UserError:
+def _element(number: int) -> str:
+    return f"row {number} (counted from 0)"
+
+
+def _not_json(path: Path, which: str, error: ValueError) -> UserError:
     message = error.msg if isinstance(error, json.JSONDecodeError) else one_line(error)
-    return UserError(f"{path}: row {number} is not JSON ({message}); correct or remove it")
+    return UserError(f"{path}: {which} is not JSON ({message}); correct or remove it")
 
 
-def _too_deep(path: Path, number: int) -> UserError:
-    return UserError(f"{path}: row {number} has too many brackets within each other; correct or remove it")
+def _too_deep(path: Path, which: str) -> UserError:
+    return UserError(f"{path}: {which} has too many brackets within each other; correct or remove it")
 
 
 class _Text:
@@ -297,10 +303,10 @@ def _elements(path: Path, text: _Text) -> Iterator[Any]:
             if end == len(text.text) and not text.ended:  # a number may go on
                 raise ValueError("cut")
         except RecursionError:
-            raise _too_deep(path, number) from None
+            raise _too_deep(path, _element(number)) from None
         except ValueError as error:
             if text.ended:
-                raise _not_json(path, number, error) from None
+                raise _not_json(path, _element(number), error) from None
             text.more()
             continue
         text.at = end
@@ -308,7 +314,9 @@ def _elements(path: Path, text: _Text) -> Iterator[Any]:
         yield _with_columns(value, twice)
     text.at += 1
     if text.skip(blanks):
-        raise UserError(f"{path}: more follows the array, which ends after row {number - 1}: write one array, or lines")
+        raise UserError(
+            f"{path}: more follows the array, which ends after {_element(number - 1)}: write one array, or lines"
+        )
 
 
 def _object(path: Path, text: str) -> Iterator[tuple[str, Iterable[tuple[Any, str | None]]]]:
@@ -317,9 +325,10 @@ def _object(path: Path, text: str) -> Iterator[tuple[str, Iterable[tuple[Any, st
     try:
         value = decoder.decode(text)
     except RecursionError:
-        raise _too_deep(path, 0) from None
+        raise _too_deep(path, "the object") from None
     except ValueError as error:
-        raise _not_json(path, 0, error) from None
+        line = error.lineno if isinstance(error, json.JSONDecodeError) else 1
+        raise _not_json(path, f"line {line}", error) from None
     if twice:  # half of the rows may stand under it
         raise UserError(f"{path} has the key {next(iter(twice))} twice in an object: remove one of them")
     if not isinstance(value, dict):
@@ -361,12 +370,11 @@ def _from_columns(value: dict) -> list[dict]:
 
 
 def _read_table(path: Path, folder: Path) -> Kept:
-    """A table of text, separated by commas or, by the file's name, by tabs."""
-    separator = "\t" if ".tsv" in path.suffixes else ","
+    """A table of text."""
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
     try:
         with _open(path, "") as file:
-            table = csv.reader(file, delimiter=separator, strict=True)
+            table = csv.reader(file, delimiter=_separator(path, file), strict=True)
             # pandas leaves the heading of its row numbers blank, and calls it so when it reads it back.
             names = [name.strip() or f"Unnamed: {n}" for n, name in enumerate(next(table, []))]
             if not names:
@@ -382,17 +390,31 @@ def _read_table(path: Path, folder: Path) -> Kept:
         raise UserError(f"{path} cannot be read as csv: {one_line(error)}") from None
 
 
-def _cells(path: Path, table: Iterable[list[str]], columns: int) -> Iterator[Sequence[str]]:
+def _separator(path: Path, file: IO[str]) -> str:
+    """A comma or, by the file's name, a tab; another sign if the heading is one name with that, and several with this.
+
+    A comma is also a decimal point, so spreadsheets write semicolons in many countries.
+    """
+    own = "\t" if ".tsv" in path.suffixes else ","
+    heading = file.readline()
+    file.seek(0)
+    names = {sign: len(next(csv.reader([heading], delimiter=sign), [])) for sign in (own, ";", "\t", ",", "|")}
+    return own if names[own] > 1 else max(names, key=lambda sign: names[sign])
+
+
+def _cells(path: Path, table: Any, columns: int) -> Iterator[Sequence[str]]:
+    """table: a csv.reader, whose line_num is the number of the line that it has read last."""
     filled = (row for row in table if row)
-    for number in itertools.count():
+    while True:
         try:
             row = next(filled, None)
         except csv.Error as error:
-            raise UserError(f"{path}: row {number} cannot be read as csv: {error}; correct it") from None
+            raise UserError(f"{path}: line {table.line_num} cannot be read as csv: {error}; correct it") from None
         if row is None:
             return
         if len(row) != columns:
-            raise UserError(f"{path}: row {number} has {len(row)} cells, but the heading has {columns}; correct it")
+            cells = "1 cell" if len(row) == 1 else f"{len(row)} cells"
+            raise UserError(f"{path}: line {table.line_num} has {cells}, but the heading has {columns}; correct it")
         if not all(map(_is_text, row)):
-            raise UserError(f"{path} cannot be read as csv: row {number} is not UTF-8; save the file as UTF-8")
+            raise UserError(f"{path} cannot be read as csv: line {table.line_num} is not UTF-8; save it as UTF-8")
         yield row

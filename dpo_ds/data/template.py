@@ -73,7 +73,7 @@ class ChatTemplate:
         return DATE.sub(lambda call: json.dumps(day.strftime(call[2])), text)
 
     def reads(self, name: str) -> bool:
-        """Whether the name of a variable or of a message's key stands in the template."""
+        """Whether the name of a variable stands in the template."""
         if name not in self._read:
             word = re.compile(rf"\b{re.escape(name)}\b")
             self._read[name] = any(word.search(source) for source in self._sources.values())
@@ -178,7 +178,8 @@ class ChatTemplate:
             return ""
         return further[len(closed) : further.rfind(answered[-1]["content"])] if further.startswith(closed) else ""
 
-    def markers(self) -> Markers:
+    def written(self) -> str:
+        """Dialogues as the template writes them, one after another."""
         row = Comparison([], [], [])
         dialogue = [{"role": role, "content": "text"} for role in ("system", "user", "assistant", "user", "assistant")]
         written = ""
@@ -188,15 +189,19 @@ class ChatTemplate:
                     written += self.render(messages, row, open_turn)
                 except LeftOut:
                     continue  # it takes no system role, or less
+        return written
+
+    def markers(self) -> Markers:
+        written = self.written()
         specials = frozenset(token for token in self.special_tokens if token in written)
-        frame = self.frame(row)
+        frame = self.frame(Comparison([], [], []))
         return Markers(specials, frame.opening, frame.closing, frame.end)
 
     def stripped(self, text: str, row: Comparison) -> str:
-        """An answer without blanks around it, and without the end that a template has already written."""
-        text = text.strip()
+        """An answer without the end that a template has already written, and without the blanks before that."""
         for end in (self.frame(row).end.strip(), str(self.tokenizer.eos_token)):
-            text = text.removesuffix(end).rstrip() if end else text
+            ended = text.rstrip()
+            text = ended.removesuffix(end).rstrip() if end and ended.endswith(end) else text
         return text
 
     def ended(self, text: str, row: Comparison) -> str:

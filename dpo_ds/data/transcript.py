@@ -22,6 +22,7 @@ class Transcript:
     wholes: list[str] = field(default_factory=list)  # per answer: the prompt and the answer
     spans: list[list[Span] | None] = field(default_factory=list)  # in each whole; None: all that follows the prompt
     changed: list[str] = field(default_factory=list)  # kinds for the report
+    unused: dict[str, None] = field(default_factory=dict)  # for the report: keys of messages that are not written
 
     def note(self, kind: str) -> None:
         if kind not in self.changed:
@@ -108,7 +109,12 @@ def _note_unread(row: Comparison, transcript: Transcript, what: str) -> None:
     messages = [*row.messages, *(message for answer in row.answers for message in answer.messages)]
     for key in {key: None for message in messages for key in message}:
         if key not in ("role", "content", "tool_calls", *REASONING):
-            transcript.note(f"{what} ignores {key} of a message")
+            transcript.unused[unused_key(key)] = None
+
+
+def unused_key(key: str) -> str:
+    """A message's key as the report names it."""
+    return f"message key {key}"
 
 
 def _check_plain(messages: list[Message], whose: str) -> None:

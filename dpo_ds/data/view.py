@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from dpo_ds.data.counts import named
+from dpo_ds.data.counts import counted, named
 from dpo_ds.data.pairs import PairSet
 
 if TYPE_CHECKING:
@@ -85,20 +85,21 @@ class Summary:
     def lines(self) -> list[str]:
         """What is to be said besides the lengths."""
         tokens = int(self.lengths["answer"].sum())
-        lines = [f"{self.pairs:,} training pairs: {self.prompts:,} prompts, {self.answers:,} answers"]
+        counts = [counted(self.prompts, "prompt"), counted(self.answers, "answer")]
+        lines = [f"{counted(self.pairs, 'training pair')}: {', '.join(counts)}"]
         if self.learned < tokens:
             lines.append(f"{self.learned:,} of the answers' {tokens:,} tokens are learned: those of the assistant")
         lines.append(
-            f"{self.packed:,} tokens, because each prompt and each answer is computed once; {self.apart:,} if each "
-            f"answer of each pair had a prompt of its own: {self.saved:.0%} are saved"
+            f"{self.packed:,} tokens go through the model: each prompt and each answer once. With a prompt of its own "
+            f"for every answer of a pair they are {self.apart:,}, so {self.saved:.0%} are saved"
         )
-        for name, spread, count in (
-            ("margins", self.margins, self.margins_known),
-            ("weights", self.weights, self.pairs),
+        for name, spread, count, use in (
+            ("margins", self.margins, self.margins_known, "; --loss odpo and --pairs above_margin read them"),
+            ("weights", self.weights, self.pairs, ""),
         ):
             if spread is not None:
-                of = "" if count == self.pairs else f" (known for {count:,} of {self.pairs:,} pairs)"
-                lines.append(f"{name}{of}: from {spread.least:g} to {spread.longest:g}, median {spread.median:g}")
+                of = "" if count == self.pairs else f" (known for {count:,} of {counted(self.pairs, 'pair')})"
+                lines.append(f"{name}{of}: from {spread.least:g} to {spread.longest:g}, median {spread.median:g}{use}")
         return lines
 
     def table(self) -> list[tuple[str, np.ndarray]]:

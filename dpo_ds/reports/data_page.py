@@ -104,22 +104,16 @@ def _rows(reports: list[tuple[str, Report]]) -> str:
     kinds: list[tuple[str | int, ...]] = []
     for name, report in reports:
         where = f" of {name}" if len(reports) > 1 else ""
-        for verb, found in (("left out", report.left_out), ("changed", report.changed), ("not used", report.unused)):
-            kinds += [(verb, kind, count, f"{named(count, rows)}{where}") for kind, (count, rows) in found.items()]
+        for verb, found in (("left out", report.left_out), ("noted", report.changed), ("not used", report.unused)):
+            kinds += [
+                (verb, kind, count, f"{which.strip(' ()')}{where}") for kind, count, which in report.listed(found)
+            ]
         for what, (count, rows) in report.cut.items():
             kinds.append(("cut", report.cut_by(what), count, f"{named(count, rows)}{where}"))
-        if report.dropped_pairs:
-            kinds.append(
-                (
-                    "dropped",
-                    "pairs whose answers are the same tokens, or nothing to learn, once cut",
-                    report.dropped_pairs,
-                    where.strip(),
-                )
-            )
+        kinds += [(f"{noun}s", what, count, where.strip()) for noun, what, count in report.of_several()]
     table = _table(["source", "rows", "used", "left out", "pairs"], counts, range(1, 5))
     return table + (
-        _table(["", "what", "count", "which"], kinds, [2]) if kinds else "<p>No row was changed or cut.</p>"
+        _table(["", "what", "count", "which"], kinds, [2]) if kinds else "<p>Every row is used as it is.</p>"
     )
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from dpo_ds.config import Options, read_columns, template_variables
-from dpo_ds.data.counts import Report
+from dpo_ds.data.counts import Report, counted
 from dpo_ds.data.encoder import Encoder, Tokenizing, end_token
 from dpo_ds.data.held_out import families, held_out, shared
 from dpo_ds.data.pairs import PairSet
@@ -25,7 +25,7 @@ from dpo_ds.ranks.world import World
 if TYPE_CHECKING:
     from dpo_ds.data.sources import Split
 
-MOST_HELD_OUT = 500  # pairs, unless --eval_pairs says otherwise
+HELD_OUT, MOST_HELD_OUT = 0.05, 500  # of the pairs, and how many at most, unless --eval_pairs says otherwise
 
 Reports = list[tuple[str, Report]]  # of each source, with its name; places are the numbers in PairSet.sources
 
@@ -83,8 +83,13 @@ def read_pairs(options: Options, tokenizer: PreTrainedTokenizerBase, here: World
     if training.weights is not None:
         shares = [(name, weight) for (name, _), weight in zip(training.reports, training.weights, strict=True)]
         train = mixed(train, shares, options.seed, note)
+    if not len(train):
+        raise UserError("no training pair is left: the lines above say why")
     if evaluation is None or held_out is None:
+        wanted = held_out_wanted(len(train), options.eval_pairs)
         train, held_out = hold_out(train, options.eval_pairs)
+        if (said := far_from(wanted, len(held_out))) is not None:
+            note(said)
         return Loaded(train, held_out, training.reports, training.reports, notes)
     return Loaded(train, held_out, training.reports, evaluation.reports, notes)
 
@@ -117,6 +122,23 @@ def mixed(pairs: PairSet, shares: list[tuple[str, float]], seed: int, note: Call
     return pairs.subset(np.sort(np.concatenate(chosen)))
 
 
+def held_out_wanted(pairs: int, eval_pairs: int | None) -> int:
+    """About how many of the training pairs are to be held out."""
+    return eval_pairs if eval_pairs is not None else min(MOST_HELD_OUT, max(1, round(HELD_OUT * pairs)))
+
+
+def far_from(wanted: int, held_out: int) -> str | None:
+    """What is to be said if half as many pairs are held out as wanted, or twice as many; None if that is not so."""
+    if wanted and not held_out:
+        return "no pair is held out, because all prompts are variants of one: name an --eval_dataset to measure on"
+    if wanted / 2 <= held_out <= wanted * 2:
+        return None
+    return (
+        f"{counted(held_out, 'pair')} held out where about {wanted} were wanted: pairs of a prompt and its variants "
+        "stay on one side; name an --eval_dataset to choose them yourself"
+    )
+
+
 def hold_out(train: PairSet, eval_pairs: int | None) -> tuple[PairSet, PairSet]:
     """Holds out some of the training pairs."""
     if eval_pairs == 0 or len(train) < 2:
@@ -126,7 +148,7 @@ def hold_out(train: PairSet, eval_pairs: int | None) -> tuple[PairSet, PairSet]:
             f"--eval_pairs {eval_pairs} would hold out more than half of the {len(train)} pairs: lower it, or name an "
             "--eval_dataset"
         )
-    fraction, most = (0.05, MOST_HELD_OUT) if eval_pairs is None else (1.0, eval_pairs)
+    fraction, most = (HELD_OUT, MOST_HELD_OUT) if eval_pairs is None else (1.0, eval_pairs)
     sizes = np.bincount(train.pair_groups, minlength=len(train.prompts))
     groups = held_out(train.prompt_hashes, families(train.prompt_keys), sizes, fraction, most)
     mask = groups[train.pair_groups]
@@ -151,7 +173,8 @@ def _without_shared(train: PairSet, evaluation: PairSet, whose: str, note: Calla
         remedy = "name different data, or --eval_pairs 0"
         raise UserError(f"every prompt of --dataset is also in {whose}: {remedy}")
     if both.any():
-        note(f"{both.sum()} training pairs are left out: their prompts are among the held-out ones")
+        verb = "is" if both.sum() == 1 else "are"
+        note(f"{counted(int(both.sum()), 'training pair')} {verb} left out: held-out pairs have the same prompts")
     return train.subset(np.flatnonzero(~both))
 
 
@@ -217,8 +240,8 @@ class _Reader:
         for name, split in splits:
             with _named(f"{flag(role)} {name}"):
                 require_form(split.columns, self.reading)
-        rows = [split.rows for _, split in splits]
-        folder, reports = tokenize_pairs(rows, self.encoder, self.reading, self.options.group_prompts, cache)
+        read = [split for _, split in splits]
+        folder, reports = tokenize_pairs(read, self.encoder, self.reading, self.options.group_prompts, cache)
         for (name, _), report in zip(splits, reports, strict=True):
             with _named(f"{flag(role)} {name}"):
                 report.check(self.options.max_left_out)

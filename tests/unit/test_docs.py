@@ -124,6 +124,13 @@ def test_readme_is_short():
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 120
 
 
+def test_the_readme_says_what_the_set_up_installs_for_the_whole_system():
+    script = (ROOT / "launch" / "setup.sh").read_text(encoding="utf-8")
+    installed = set(re.findall(r"install --yes ([\w-]+)", script))
+    quickstart = (ROOT / "README.md").read_text(encoding="utf-8").partition("bash launch/quickstart.sh")[0]
+    assert installed == {"libaio-dev"} and "apt" in quickstart and all(name in quickstart for name in installed)
+
+
 @pytest.mark.usefixtures("documented_torch")
 @pytest.mark.parametrize("page", ["README.md", "docs/planning.md"])
 def test_the_plan_is_what_the_command_prints(page):

@@ -9,13 +9,18 @@ from typing import Any
 
 from dpo_ds.data.comparison import LeftOut, Message, Preference
 from dpo_ds.data.rows.messages import a_kind, decoded, is_chat, is_message, parsed, read_messages, unzipped
-from dpo_ds.data.rows.ranking import by_strength, by_verdict, number, numbers
+from dpo_ds.data.rows.ranking import ALL_TIED, by_strength, by_verdict, number, numbers
 from dpo_ds.data.rows.row import Answers, Row
 
 ONE_ANSWER = "there is one answer; a comparison needs two"
 DISAGREE = "two columns disagree on which answer is better"
 LIST_AS_TEXT = "the rejected text is a list in brackets: the chosen answer is paired with each of its texts"
-RANKS_OR_ORDER = "{0} may hold each answer's rank, or the answers' order from the best; if ranks: --columns ranks={0}"
+RANKS_OR_ORDER = (
+    "{0} has two meanings: the rank of each answer, or the answers' numbers from the best to the worst; for ranks give "
+    "--columns ranks={0}; for numbers, write each answer's rank instead"
+)
+BEST_FIRST = "the list of answers is taken as ordered from the best to the worst"
+OTHER_QUESTION = "{1} prefers the other answer than {0}, which is used; for the other: --columns preference={1}"
 FROM_ZERO = "the ranks begin with 0: that is taken as the best"
 
 PAIRS = (
@@ -37,6 +42,7 @@ TWO = tuple(
 )
 SEVERAL = ("responses", "answers", "completions", "candidates", "generations", "candidates_completions",
            "all_generated_responses")  # fmt: skip
+RANKED = ("ranked_responses", "ranked_answers", "ranked_completions")  # their order is the ranking
 
 
 def chosen_and_rejected(row: Row, names: tuple[str, ...]) -> Answers:
@@ -165,7 +171,10 @@ def several_answers(row: Row, names: tuple[str, ...]) -> Answers:
         sides.append((f"an entry of {where}", entry))
     scores = _values(row, found, where, "scores", SCORE_COLUMNS, SCORE_KEYS, used)
     ranks = _values(row, found, where, "ranks", RANK_COLUMNS, RANK_KEYS, used)
-    if scores is None and ranks is None:
+    by_place = [-float(n) for n in range(len(found))] if names[0] in RANKED else None
+    if by_place is not None:
+        row.notes.changed[BEST_FIRST] = None
+    if scores is None and ranks is None and by_place is None:
         raise LeftOut(f"{where} has neither scores nor ranks beside it")
     keys = dict.fromkeys(key for entry in found if isinstance(entry, dict) and not is_message(entry) for key in entry)
     for key in keys:  # in their order: the report is the same in every process
@@ -174,7 +183,10 @@ def several_answers(row: Row, names: tuple[str, ...]) -> Answers:
     by_rank = None if ranks is None else [-rank for rank in ranks]
     if scores is not None and by_rank is not None and _disagree(scores, by_rank):
         raise LeftOut(f"{DISAGREE}: the scores and the ranks of {where}")
-    return Answers(sides, values=by_rank if scores is None else scores)
+    values = next(values for values in (scores, by_rank, by_place) if values is not None)
+    if by_place is not None and _disagree(values, by_place):
+        raise LeftOut(f"{DISAGREE}: the order of {where} and the scores or ranks beside it")
+    return Answers(sides, values=values)
 
 
 def _values(row: Row, found: list, where: str, name: str, columns: Sequence[str], keys: Sequence[str], used: set):
@@ -230,13 +242,7 @@ def two_answers(row: Row, names: tuple[str, ...]) -> Answers:
         raise LeftOut(
             f"there is {row.called(further)} beside {' and '.join(called)}; give answers as a list: responses"
         )
-    found = _verdict(row, names)
-    ends = [name[-1] for name in names]
-    scores = None
-    for score in SCORES_OF_TWO:
-        columns = [f"{score}_{end}" for end in ends]
-        if scores is None and all(row.get(column) is not None for column in columns):
-            scores = [number(row.take(column), row.called(column)) for column in columns]
+    found, scores = _verdict(row, names), _scores_of_two(row, names)
     if found is None and scores is not None:
         return Answers(sides, values=scores)
     if found is None:
@@ -253,26 +259,59 @@ def two_answers(row: Row, names: tuple[str, ...]) -> Answers:
     return Answers(sides, [found])
 
 
+def _scores_of_two(row: Row, names: tuple[str, ...]) -> list[float] | None:
+    """The scores of two answers; None without any."""
+    found: list[list[float]] = []
+    for score in SCORES_OF_TWO:
+        columns = [f"{score}_{name[-1]}" for name in names]
+        if all(row.get(column) is not None for column in columns):
+            found.append([number(row.take(column), row.called(column)) for column in columns])
+    if any(_disagree(found[0], scores) for scores in found[1:]):
+        raise LeftOut(f"{DISAGREE}: two kinds of scores")
+    return found[0] if found else None
+
+
 def _verdict(row: Row, names: tuple[str, ...]) -> Preference | None:
-    called = [row.called(name) for name in names]
-    if "preference" not in row.columns:
-        if names[0] == "human_ref_a" and row.get("labels") is not None:  # SHP: 1 says that A is the better
-            label = number(row.take("labels"), row.called("labels"))
-            if label not in (0, 1):
-                raise LeftOut(f"labels is {label:g}; it must be 1 (human_ref_A is better) or 0")
-            return Preference(0, 1) if label == 1 else Preference(1, 0)
-        for name in STRENGTHS:
-            if row.get(name) is not None:
-                return by_strength(row.take(name), row.called(name))
-        if row.get("winner_model_a") is not None and row.get("winner_model_b") is not None:
-            a, b, _ = (number(row.take(f"winner_{of}") or 0, f"winner_{of}") for of in ("model_a", "model_b", "tie"))
-            return by_verdict("model_a" if a > b else "model_b" if b > a else "tie", "the winner", names)
-    verdict = row.first(VERDICTS)
-    if verdict is None:
+    """What the columns of verdicts say, if they agree. None without any."""
+    if "preference" in row.columns:  # the user has said which counts
+        return _read_verdict(row, "preference", names) if row.get("preference") is not None else None
+    there = [name for name in ("labels", *STRENGTHS, "winner_model_a", *VERDICTS)
+             if row.get(name) is not None and (name != "labels" or names[0] == "human_ref_a")]  # fmt: skip
+    if not there:
         return None
-    if row.called(verdict) in STRENGTHS:
-        return by_strength(row.take(verdict), row.called(verdict))
-    return by_verdict(row.take(verdict), row.called(verdict), names, called)
+    first, *others = there
+    found = _read_verdict(row, first, names)
+    for other in others:
+        used = {*row.used}
+        try:
+            chosen = _read_verdict(row, other, names).chosen
+        except LeftOut as reason:
+            row.used = used
+            if not str(reason).endswith(ALL_TIED):  # it is no verdict
+                continue
+            chosen = None
+        if chosen != found.chosen:
+            columns = row.called(first), row.called(other)
+            if other != "safer_response_id":  # that is another question
+                raise LeftOut(f"{DISAGREE}: {columns[0]} and {columns[1]}")
+            row.notes.changed[OTHER_QUESTION.format(*columns)] = None
+    return found
+
+
+def _read_verdict(row: Row, name: str, names: tuple[str, ...]) -> Preference:
+    """What one column says. Raises LeftOut for a tie, and for what is no verdict."""
+    where = row.called(name)
+    if name == "labels":  # SHP: 1 says that A is the better
+        label = number(row.take(name), where)
+        if label not in (0, 1):
+            raise LeftOut(f"labels is {label:g}; it must be 1 (human_ref_A is better) or 0")
+        return Preference(0, 1) if label == 1 else Preference(1, 0)
+    if name == "winner_model_a":
+        a, b, _ = (number(row.take(f"winner_{of}") or 0, f"winner_{of}") for of in ("model_a", "model_b", "tie"))
+        return by_verdict("model_a" if a > b else "model_b" if b > a else "tie", "the winner", names)
+    if where in STRENGTHS:
+        return by_strength(row.take(name), where)
+    return by_verdict(row.take(name), where, names, [row.called(answer) for answer in names])
 
 
 def _turns_as_messages(row: Row, n: int, names: tuple[str, ...]) -> Any:

@@ -4,16 +4,17 @@ from typing import Any
 
 from dpo_ds.data.comparison import Comparison, LeftOut, without_unused_answers
 from dpo_ds.data.rows.chats import as_chat, from_chats
+from dpo_ds.data.rows.dialogues import in_hh_style_too
 from dpo_ds.data.rows.messages import a_kind, decoded, parsed, read_tools, without_nulls
 from dpo_ds.data.rows.preferences import EQUAL, preferences
+from dpo_ds.data.rows.prompts import is_blank
 from dpo_ds.data.rows.row import Answers, Prompt, Reading, Row
 from dpo_ds.data.rows.texts import from_texts, is_rendered
 
 # Kinds in the report that leave a row out.
 NOT_TEXT = "the row has images, sound or video; only text can be trained on"
 NOT_UNICODE = "a text is not valid Unicode"
-# A kind that changes a row.
-EMPTY_PROMPT = "the prompt is empty: the answers are learned without a question"
+EMPTY_PROMPT = "the messages of the prompt are empty"
 
 MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 
@@ -23,6 +24,8 @@ def assemble(row: Row, prompt: Prompt | None, answers: Answers, reading: Reading
     if any(row.get(name) for name in MEDIA):
         raise LeftOut(NOT_TEXT)
     sides = [(where, decoded(value)) for where, value in answers.sides]
+    if reading.markers is not None:  # plain text is learned as it is
+        prompt, sides = in_hh_style_too(row, prompt, sides)
     texts = [value for _, value in sides if isinstance(value, str)]
     if len(texts) == len(sides):
         if len(texts) == 2 and texts[0] == texts[1]:
@@ -35,7 +38,7 @@ def assemble(row: Row, prompt: Prompt | None, answers: Answers, reading: Reading
         else:
             parts = from_chats(row, prompt, chats)
     if not any((message["content"] or "").strip() for message in parts.messages if message["role"] != "system"):
-        row.notes.changed[EMPTY_PROMPT] = None
+        raise LeftOut(EMPTY_PROMPT)
     pairs = preferences(row, parts.answers, answers, reading)
     tools = read_tools(row.take("tools"), row.called("tools")) if row.get("tools") is not None else None
     if tools is None and prompt is not None and prompt.tools:
@@ -49,6 +52,7 @@ def assemble(row: Row, prompt: Prompt | None, answers: Answers, reading: Reading
         template_kwargs=_template_kwargs(row),
         rendered=parts.rendered,
         implicit=parts.implicit,
+        spare_answers=row.notes.spare_answers,
         changed=[*row.notes.changed],
         unused=[*row.notes.unused, *_unused(row)],
     )
@@ -58,7 +62,7 @@ def assemble(row: Row, prompt: Prompt | None, answers: Answers, reading: Reading
 
 
 def _unused(row: Row) -> list[str]:
-    return [f"column {name}" for name, value in row.fields.items() if name not in row.used and value is not None]
+    return [f"column {name}" for name, value in row.fields.items() if name not in row.used and not is_blank(value)]
 
 
 def _template_kwargs(row: Row) -> dict[str, Any]:

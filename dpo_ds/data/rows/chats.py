@@ -8,6 +8,7 @@ from dpo_ds.data.dialogue import as_dialogue, helpsteer_messages, parse_dialogue
 from dpo_ds.data.rows.messages import a_kind, is_part, read_content, read_messages
 from dpo_ds.data.rows.parts import TWO_ASSISTANTS, Parts, before_prompt, chat_parts, without_answer
 from dpo_ds.data.rows.preferences import EMPTY, EQUAL
+from dpo_ds.data.rows.prompts import no_prompt
 from dpo_ds.data.rows.row import Prompt, Row
 
 # Kinds in the report that leave a row out.
@@ -51,7 +52,7 @@ def from_chats(row: Row, prompt: Prompt | None, chats: list[list[Message]]) -> P
         alone = shared == 0 and all(len(chat) == 1 for chat in chats)
         raise LeftOut(f"an answer has the role {wrong}; it must be the assistant's" if alone else DIFFER)
     if not given:  # a system message alone is no question
-        raise LeftOut(NO_PROMPT)
+        raise LeftOut(no_prompt(row) or NO_PROMPT)
     if common and messages[-1]["role"] == "assistant" and messages[-1] == common[-1]:
         raise LeftOut(TWO_ASSISTANTS)
     parts = chat_parts(row, messages, rest)

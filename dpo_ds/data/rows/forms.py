@@ -6,12 +6,15 @@ the one goes with every form of the other. What cannot be read raises LeftOut, w
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from difflib import SequenceMatcher
 from functools import lru_cache
 from typing import Any, Literal
 
+from dpo_ds.config import COLUMNS
 from dpo_ds.data.comparison import Comparison, LeftOut
 from dpo_ds.data.rows.answers import (
     PAIRS,
+    RANKED,
     SEVERAL,
     TWO,
     chosen_and_rejected,
@@ -23,9 +26,10 @@ from dpo_ds.data.rows.assemble import assemble
 from dpo_ds.data.rows.messages import a_kind
 from dpo_ds.data.rows.prompts import CHATS, QUESTIONS, messages_column, prompt_column, question
 from dpo_ds.data.rows.row import Reading, Row
-from dpo_ds.errors import UserError
+from dpo_ds.errors import UserError, one_line
 
 NO_FORM = "the columns of the row fit no form"
+ALIKE = 0.5  # from 0 to 1, as difflib compares texts: names that are likely the same, but for their spelling
 
 
 @dataclass(frozen=True)
@@ -104,7 +108,8 @@ FORMS = [
         "`safer_response_id`, `choice`, `chosen`",
         TWO,
         "the verdict is a column's name or its ending (`a`, `0`, `2`, `model_b`), and counts as the names do; "
-        "`preference_strength` and `overall_preference` are below 0 if the first is better; a tie is left out",
+        "`preference_strength` and `overall_preference` are below 0 if the first is better; a tie is left out, "
+        "and so is a row in which two verdicts, or a verdict and scores, disagree",
         "PKU-SafeRLHF, HelpSteer2 and 3, Chatbot Arena, AlpacaFarm",
         {"prompt": "Say hello.", "response_0": "No.", "response_1": "Hello!", "better_response_id": 1},
         two_answers,
@@ -146,6 +151,15 @@ FORMS = [
         "`overall_score`, `rating`, `reward` or `pm_score` (`--columns scores=KEY` for another); or its `rank`",
         "UltraFeedback, Nectar, Stack Exchange preferences, NeMo",
         {"prompt": HH + " ", "answers": [{"answer": "Hello!", "rank": 1}, {"answer": "No.", "rank": 2}]},
+        several_answers,
+    ),
+    Form(
+        "answers",
+        "`ranked_responses`, `ranked_answers` or `ranked_completions`",
+        tuple((name,) for name in RANKED),
+        "a list from the best answer to the worst, which the report says",
+        "sets of one's own",
+        {"prompt": "Say hello.", "ranked_responses": ["Hello!", "No."]},
         several_answers,
     ),
     Form(
@@ -294,7 +308,7 @@ def _no_answers(row: Row) -> str:
 
 
 def _listed(names: Sequence[str], most: int = 12) -> str:
-    return ", ".join([*names[:most], *(["…"] if len(names) > most else [])]) or "none"
+    return ", ".join([*(one_line(name, 40) for name in names[:most]), *(["…"] if len(names) > most else [])]) or "none"
 
 
 def require_form(columns: Sequence[str], reading: Reading) -> None:
@@ -308,18 +322,29 @@ def require_form(columns: Sequence[str], reading: Reading) -> None:
     row = Row(dict.fromkeys(columns), reading.columns)
     if _fitting(row, "answers", {*row.names}):
         return
-    names, form = min(
-        ((names, form) for form in FORMS if form.half == "answers" for names in form.needs),
-        key=lambda pair: len({*pair[0]} - {*row.names}) / len(pair[0]),
-    )
-    missing = [name for name in names if name not in row.names]
+    names, missing = _nearest([*row.names])
     named = ",".join(f"{name}=COLUMN" for name in missing)
     raise UserError(
         f"it has the columns {_listed(columns)}, which fit no form of a preference set; the nearest form has "
-        f"{names_of(form)}: say which column is {' and which is '.join(missing)} with --columns {named}"
+        f"{' and '.join(names)}: say which column is {' and which is '.join(missing)} with --columns {named}"
     )
 
 
-def names_of(form: Form) -> str:
-    """A form's columns as a message shows them: the first set."""
-    return " and ".join(form.needs[0])
+def _nearest(columns: Sequence[str]) -> tuple[tuple[str, ...], list[str]]:
+    """The columns of the form of answers that lacks the least, and those missing ones: --columns takes all of these.
+
+    Of forms that lack as much, the one whose missing names are most like columns that are there; else the first.
+    """
+
+    def distance(names: tuple[str, ...]) -> tuple[float, float]:
+        missing = [name for name in names if name not in columns]
+        likeness = [
+            max((SequenceMatcher(None, name, column).ratio() for column in columns), default=0) for name in missing
+        ]
+        like = sum(likeness) / len(likeness)
+        return len(missing) / len(names), -like if like > ALIKE else 0.0
+
+    nameable = [names for form in FORMS if form.half == "answers" for names in form.needs
+                if {*names} <= {*columns, *COLUMNS}]  # fmt: skip
+    nearest = min(nameable, key=distance)
+    return nearest, [name for name in nearest if name not in columns]

@@ -40,6 +40,7 @@ class Notes:
 
     changed: dict[str, None] = field(default_factory=dict)
     unused: dict[str, None] = field(default_factory=dict)
+    spare_answers: int = 0  # of several, that no pair has
 
 
 def is_message(value: Any) -> bool:
@@ -268,8 +269,10 @@ def a_kind(value: Any) -> str:
 
 
 def shown(value: Any, most: int = 24) -> str:
-    """A value that was found, if it is short. A long one would make a kind of its own for every row."""
-    if isinstance(value, (bool, int, float, str)):
-        text = " ".join(str(value).split())
-        return text if 0 < len(text) <= most else ("an empty text" if not text else "a long text")
+    """A value that was found, if it is short; a text in quotes."""
+    if isinstance(value, str):
+        text = " ".join(value.split())
+        return f'"{text}"' if 0 < len(text) <= most else ("an empty text" if not text else "a long text")
+    if isinstance(value, (bool, int, float)):
+        return str(value) if len(str(value)) <= most else "a long number"
     return a_kind(value)

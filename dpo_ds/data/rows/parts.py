@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from dpo_ds.data.comparison import Answer, LeftOut, Message
-from dpo_ds.data.dialogue import ROLES, as_text
+from dpo_ds.data.dialogue import ROLES, TURN, as_text, without_separator
 from dpo_ds.data.rows.messages import a_kind, has_more_than_text, read_messages
 from dpo_ds.data.rows.row import Row
 
@@ -39,8 +39,12 @@ def text_parts(row: Row, messages: list[Message], text: str, texts: Sequence[str
     begun = messages[-1]["role"] == "assistant"
     if begun:
         row.notes.changed[BEGUN] = None
-    answers = [Answer([{"role": "assistant", "content": answer if begun else answer.strip()}], answer)
-               for answer in texts]  # fmt: skip
+    dialogue = bool(TURN.match(text))
+    said = [answer if begun else without_separator(answer, lines=dialogue or implicit) for answer in texts]
+    if dialogue and not begun:  # its turns are read without the blanks between them
+        said = [words.rstrip() for words in said]
+    answers = [Answer([{"role": "assistant", "content": words}], answer)
+               for words, answer in zip(said, texts, strict=True)]  # fmt: skip
     return Parts(messages, answers, text, implicit=implicit)
 
 
@@ -59,8 +63,6 @@ def chat_parts(row: Row, messages: list[Message], chats: list[list[Message]]) ->
             chat = chat[: last + 1]
         if any(a["role"] == b["role"] == "assistant" and not a.get("tool_calls") for a, b in pairwise(chat)):
             raise LeftOut(TWO_ASSISTANTS)
-        if len(chat) == 1 and isinstance(chat[0]["content"], str) and not begun:
-            chat = [{**chat[0], "content": chat[0]["content"].strip()}]
         answers.append(Answer(chat, _answer_text(chat, begun)))
     if not all(is_plain(message) for message in messages):
         return Parts(messages, answers, None)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from dpo_ds.data.comparison import Answer, LeftOut, Preference
+from dpo_ds.data.comparison import Answer, LeftOut, Message, Preference
 from dpo_ds.data.rows.messages import has_more_than_text, shown
 from dpo_ds.data.rows.ranking import BELOW_MARGIN, MOST, NO_MARGIN_KNOWN, TIED, by_value, number
 from dpo_ds.data.rows.row import Answers, Reading, Row
@@ -16,6 +16,7 @@ EQUAL = "chosen and rejected are equal"
 EMPTY_OF_SEVERAL = "an empty answer among several is not used"
 EQUAL_OF_SEVERAL = "two answers are equal: no pair is made of them"
 SCORED_TWICE = "an answer is there several times with different scores: it is taken once, with their mean"
+NO_DIFFERENCE = "the scores of chosen and rejected are equal: the pair is trained, with a margin of 0"
 BELOW = "the chosen answer's score is below the rejected one's"
 
 
@@ -29,6 +30,8 @@ def preferences(row: Row, built: list[Answer], answers: Answers, reading: Readin
         pairs = [replace(pairs[0], margin=number(row.take("margin"), row.called("margin")))]
     if any(pair.margin is not None and pair.margin < 0 for pair in pairs):
         row.notes.changed[BELOW] = None
+    if any(pair.margin == 0 for pair in pairs):
+        row.notes.changed[NO_DIFFERENCE] = None
     return _above(pairs, reading.min_margin) if reading.pairs == "above_margin" else pairs
 
 
@@ -73,6 +76,7 @@ def _by_value(
     found, tied = by_value(means, reading.pairs, reading.min_margin)
     if tied:
         row.notes.changed[TIED] = None
+    row.notes.spare_answers = len(alike) - len({n for pair in found for n in (pair.chosen, pair.rejected)})
     return [replace(pair, chosen=alike[pair.chosen][0], rejected=alike[pair.rejected][0]) for pair in found]
 
 
@@ -105,4 +109,9 @@ def _says(text: str, ends: Sequence[str]) -> bool:
 
 
 def _equal(one: Answer, other: Answer) -> bool:
-    return one.messages == other.messages and one.text == other.text
+    """Whether two answers say the same, but for blanks around messages."""
+    return _stripped(one.messages) == _stripped(other.messages) and one.text == other.text
+
+
+def _stripped(messages: list[Message]) -> list[Message]:
+    return [{**message, "content": (message["content"] or "").strip()} for message in messages]

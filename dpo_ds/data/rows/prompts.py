@@ -15,9 +15,23 @@ QUESTIONS = ("instruction", "question", "query", "input", "problem", "user_promp
              "conversation", "dialogue", "dialog")  # fmt: skip
 
 
+def is_blank(value: Any) -> bool:
+    """Whether nothing stands in a column: null, or a text of blanks, as an empty cell of a table is."""
+    return value is None or (isinstance(value, str) and not value.strip())
+
+
+def no_prompt(row: Row) -> str | None:
+    """Why a row has no prompt though there is a column for it, perhaps in other rows of its set alone. None: there is
+    no such column."""
+    for name in ("prompt", *CHATS, *QUESTIONS):
+        if row.has(name) and row.called(name) not in row.used and is_blank(row.get(name)):
+            return f"the field {row.called(name)} is {'missing' if row.get(name) is None else 'empty'}"
+    return None
+
+
 def prompt_column(row: Row, names: tuple[str, ...]) -> Prompt | None:
     value, where = decoded(row.get(names[0])), row.called(names[0])
-    if isinstance(value, str) and not value.strip() and row.first([*CHATS, *QUESTIONS]):
+    if is_blank(value):
         return None
     row.take(names[0])
     if isinstance(value, str):
@@ -59,7 +73,7 @@ def question(row: Row, names: tuple[str, ...]) -> Prompt | None:
         could_be = [row.called(name) for name in texts]
         raise LeftOut(f"{' and '.join(could_be)} could both be the prompt; name one: --columns prompt={could_be[0]}")
     value, where = decoded(row.get(name)), row.called(name)
-    if isinstance(value, str) and not value.strip():
+    if is_blank(value):
         return None
     if name == "history" and isinstance(value, list) and (texts or row.first(["prompt", *CHATS])):
         return None  # the turns before the prompt

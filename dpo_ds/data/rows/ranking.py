@@ -105,7 +105,11 @@ def by_verdict(value: Any, where: str, names: Sequence[str], columns: Sequence[s
     if (said == "0" and {"1", "2"} <= counted) or (said == "2" and {"0", "1"} <= counted):
         raise LeftOut(COUNTED_OTHERWISE)
     what = a_kind(value) if value is None or isinstance(value, bool) or said == "nan" else shown(value)
-    raise LeftOut(f"{where} is {what}, but the answers are {columns[0]} and {columns[1]}")
+    one, other = (f"{column} or {end}" for column, end in zip(columns, _ends(columns), strict=True))
+    accepted = f"write {one}, {other}, or tie"
+    if said in ("0", "1", "2") and not {"0", "1", "2"} & counted:
+        raise LeftOut(f"{where} is {what}, which may count the answers from 0 or from 1: {accepted}")
+    raise LeftOut(f"{where} is {what}, but the answers are {columns[0]} and {columns[1]}: {accepted}")
 
 
 def _ends(names: Sequence[str]) -> list[str]:

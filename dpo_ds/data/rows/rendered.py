@@ -16,6 +16,8 @@ NO_OPENING = "a dialogue that is rendered already has no assistant's turn before
 FAMILIES = ("<|im_start|>", "<|begin_of_text|>", "<|start_header_id|>", "<start_of_turn>", "<|user|>", "<|system|>",
             "<|start|>", "<|start_of_role|>", "<|START_OF_TURN_TOKEN|>", "<｜begin▁of▁sentence｜>", "<｜User｜>",
             "[INST]", "<s>[INST]", "<bos><start_of_turn>")  # fmt: skip
+# What they write before a message, wherever it stands.
+MARKS = (*FAMILIES[:-2], "<|assistant|>", "<｜Assistant｜>")
 
 
 def rendered_prompt(prompt: str, answers: list[str], markers: Markers) -> tuple[str, list[str]] | None:
@@ -84,7 +86,7 @@ def require_own(text: str, markers: Markers) -> None:
 
 def require_bare(answer: str) -> None:
     """Raises LeftOut for an answer with the frame of a chat template around it, beside a prompt without one."""
-    for token in (*FAMILIES, "<|assistant|>", "<｜Assistant｜>"):
+    for token in (*FAMILIES, *MARKS[-2:]):
         if answer.lstrip().startswith(token):
             raise LeftOut(
                 f"an answer begins with {token}, which a chat template writes, but its prompt does not; give the "

@@ -28,9 +28,9 @@ class Row:
         self.fields, self.columns = fields, columns
         mapped = {*columns.values()}
         given = [name for name in reversed(fields) if name not in mapped]
-        # A column that is called exactly so comes before one in another case.
-        self.names = {plain(name): name for name in given} | {name: name for name in given if plain(name) == name}
-        self.names |= columns
+        # A column that holds something, then one that is called exactly so, comes before one in another case.
+        given.sort(key=lambda name: (fields[name] is not None, plain(name) == name))
+        self.names = {plain(name): name for name in given} | columns
         self.used: set[str] = set()
         self.notes = Notes()
 

@@ -6,7 +6,15 @@ from collections.abc import Sequence
 from typing import Any
 
 from dpo_ds.data.comparison import Answer, LeftOut, Message
-from dpo_ds.data.dialogue import ROLES, as_dialogue, helpsteer_messages, last_answer, parse_dialogue, prompt_messages
+from dpo_ds.data.dialogue import (
+    ROLES,
+    as_dialogue,
+    helpsteer_messages,
+    last_answer,
+    parse_dialogue,
+    prompt_messages,
+    without_separator,
+)
 from dpo_ds.data.rows.chats import NO_PROMPT, from_chats
 from dpo_ds.data.rows.dialogues import from_dialogues
 from dpo_ds.data.rows.messages import is_chat, is_message
@@ -20,7 +28,7 @@ from dpo_ds.data.rows.parts import (
     text_parts,
     without_answer,
 )
-from dpo_ds.data.rows.prompts import CHATS, QUESTIONS
+from dpo_ds.data.rows.prompts import CHATS, QUESTIONS, no_prompt
 from dpo_ds.data.rows.rendered import rendered_dialogues, rendered_prompt, require_bare, require_own
 from dpo_ds.data.rows.row import Prompt, Reading, Row, plain
 
@@ -114,6 +122,8 @@ def _said(row: Row, messages: list[Message], texts: Sequence[str], prompt: Promp
         last = messages[-1]
         if last["role"] == "user":
             texts = _once(row, last["content"], last["content"], list(texts), False)
+    if messages[-1]["role"] != "assistant":
+        texts = [without_separator(text) for text in texts]
     return chat_parts(row, messages, [[message] for message in _as_messages(texts)])
 
 
@@ -148,9 +158,8 @@ def _open_turn(text: str, texts: list[str]) -> tuple[str, list[str]]:
 
 def _common_words(row: Row, texts: list[str]) -> Parts:
     """The prompt is what the answers have in common, in whole words. Only if no column might be it."""
-    for name in ("prompt", *CHATS, *QUESTIONS):
-        if row.has(name) and row.called(name) not in row.used:
-            raise LeftOut(f"the field {row.called(name)} is missing")
+    if (reason := no_prompt(row)) is not None:
+        raise LeftOut(reason)
     mapped = {column: name for name, column in row.columns.items()}
     known = {row.called(name) for name in (*SYSTEMS, "tools", "chat_template_kwargs")}
     for column, value in row.fields.items():

@@ -1,5 +1,6 @@
 """Mistakes that real data hold: no row of these is trained as something else, and none ends in a traceback."""
 
+import copy
 import json
 from dataclasses import replace
 
@@ -11,7 +12,7 @@ from layouts import answer, system, user
 
 from dpo_ds.data.cache import tokenize_pairs
 from dpo_ds.data.comparison import Comparison, LeftOut
-from dpo_ds.data.encoder import SPECIAL, Encoder, Tokenizing
+from dpo_ds.data.encoder import FOREIGN, SPECIAL, SPECIAL_PROMPT, Encoder, Tokenizing
 from dpo_ds.data.files import RAW
 from dpo_ds.data.held_out import shared
 from dpo_ds.data.pairs import PairSet
@@ -20,9 +21,9 @@ from dpo_ds.data.rows.chats import NO_PROMPT, OTHER_PROMPT
 from dpo_ds.data.rows.forms import Reading, read_row
 from dpo_ds.data.rows.parts import REPEATED, TAIL
 from dpo_ds.data.rows.preferences import EMPTY
-from dpo_ds.data.rows.rendered import NOT_OPEN
+from dpo_ds.data.rows.rendered import MARKS, NOT_OPEN
 from dpo_ds.data.rows.texts import FRAMED, RENDERED
-from dpo_ds.data.sources import fields, load_sources
+from dpo_ds.data.sources import Split, fields, load_sources
 from dpo_ds.errors import UserError
 
 QWEN = "Qwen/Qwen2-7B-Instruct"
@@ -52,7 +53,8 @@ def tokenised(tmp_path):
     def run(*rows, model=QWEN):
         encoder = Encoder(templates.tokenizer(model), Tokenizing(400))
         source = datasets.Dataset.from_dict({RAW: [json.dumps(row) for row in rows]})
-        folder, (report,) = tokenize_pairs([source], encoder, reading(model), True, tmp_path / "cache", 1)
+        split = Split("train", source, [*dict.fromkeys(name for row in rows for name in row)])
+        folder, (report,) = tokenize_pairs([split], encoder, reading(model), True, tmp_path / "cache", 1)
         return PairSet.open(folder), report.lines()
 
     return run
@@ -81,12 +83,13 @@ def test_a_prompt_may_hold_a_tools_answer(tokenised):
     call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "w", "arguments": {}}}]}
     messages = [user("Weather?"), call, {"role": "tool", "content": "sunny"}]
     pairs, lines = tokenised({"messages": messages, **PAIR}, model="Qwen/Qwen3-8B")
-    assert len(pairs) == 1 and lines == ["1 of 1 rows are used"]
+    assert len(pairs) == 1 and lines == ["1 of 1 row is used"]
 
 
 def test_names_that_are_not_utf8_are_reported(tokenised):
     _, lines = tokenised({**GOOD, "cat\udce9gory": "x"}, {"messages": [{"role": "\udce9", "content": "x"}], **PAIR})
-    assert lines[0] == "1 of 2 rows are used" and "role \\udce9" in lines[1] and "column cat\\udce9gory" in lines[2]
+    assert lines[0] == "1 of 2 rows is used (row numbers count from 0)"
+    assert 'role "\\udce9"' in lines[1] and "column cat\\udce9gory" in lines[2]
 
 
 # ----------------------------------------------------------------------------------------------- nothing else is meant
@@ -129,9 +132,28 @@ def test_a_system_message_is_no_prompt():
     assert left_out(row) == NO_PROMPT
 
 
-@pytest.mark.parametrize("prompt", ["", " \n", [user("")]])
-def test_an_empty_prompt_is_counted(prompt):
-    assert read({"prompt": prompt, **PAIR}).changed == [EMPTY_PROMPT]
+@pytest.mark.parametrize(
+    ("prompt", "kind"),
+    [("", "the field prompt is empty"), (" \n", "the field prompt is empty"), (None, "the field prompt is missing"),
+     ([user("")], EMPTY_PROMPT)],
+)  # fmt: skip
+@pytest.mark.parametrize("answers", [PAIR, {name: [answer(text)] for name, text in PAIR.items()}])
+def test_a_row_without_a_prompt_is_left_out(prompt, kind, answers):
+    assert left_out({"prompt": prompt, **answers}) == kind
+
+
+START = {"chosen": "Say hello. Hello!", "rejected": "Say hello. No."}
+WHOLE = {"chosen": [user("Say hello."), answer("Hello!")], "rejected": [user("Say hello."), answer("No.")]}
+
+
+@pytest.mark.parametrize("model", [QWEN, "gpt2"])
+@pytest.mark.parametrize("none", [{}, {"prompt": None}, {"prompt": ""}])
+def test_no_prompt_is_found_in_the_answers_if_other_rows_have_a_column_for_it(tokenised, model, none):
+    pairs, lines = tokenised({"prompt": "Hi.", **PAIR}, {**none, **START}, {**none, **WHOLE}, model=model)
+    assert pairs.rows.tolist() == [0, 2]
+    assert "1 left out: the field prompt is " + ("empty" if none.get("prompt") == "" else "missing") in lines[1]
+    pairs, lines = tokenised(START, model=model)
+    assert pairs.rows.tolist() == [0]
 
 
 def test_two_versions_of_a_question_are_not_two_questions():
@@ -176,15 +198,52 @@ def test_rendered_answers_beside_a_plain_prompt_are_refused(model):
 def test_what_only_a_template_reads_is_counted_without_one(tokenised):
     row = {"prompt": [{**user("Hi"), "name": "Bo"}], **PAIR, "chat_template_kwargs": {"enable_thinking": False}}
     text = "\n".join(tokenised(row, model="gpt2")[1])
-    assert "plain text ignores name of a message" in text and "does not read enable_thinking" in text
+    assert "not used: message key name (1 row)" in text and "does not read enable_thinking" in text
     rendered = {"prompt": "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n", **PAIR, "tools": [{"name": "f"}]}
     assert "rendered already ignores tools" in "\n".join(tokenised(rendered)[1])
+
+
+NAMED = {"prompt": [{**user("Hi"), "name": "Bo"}], "chosen": [{**answer("Hello!"), "ref": 3}], "rejected": "No."}
+
+
+@pytest.mark.parametrize("model", [QWEN, "gpt2", "Qwen/Qwen3-8B", "meta-llama/Meta-Llama-3-8B-Instruct"])
+def test_a_key_that_the_model_does_not_see_is_unused(tokenised, model):
+    """Qwen3's template writes the names of tools; it does not write a message's."""
+    _, lines = tokenised(NAMED, model=model)
+    assert lines[-1] == "not used: message key ref (1 row), message key name (1 row)"
+
+
+def test_a_key_that_the_template_writes_is_used():
+    tok = copy.deepcopy(templates.tokenizer(QWEN))
+    tok.chat_template = tok.chat_template.replace("{{ m.content }}", "{{ m.get('name', '') }}{{ m.content }}")
+    (encoded,) = Encoder(tok, Tokenizing(400)).encode([read(NAMED)])
+    assert "Bo" in tok.decode(encoded.prompt) and not encoded.unused
+
+
+@pytest.mark.parametrize(("model", "token"), [(QWEN, "<|im_end|>"), ("gpt2", "<|endoftext|>")])
+def test_a_special_token_within_a_prompt_is_counted(tokenised, model, token):
+    _, lines = tokenised({**GOOD, "prompt": f"What is {token} for?"}, GOOD, model=model)
+    assert lines[1:] == [f"1 noted: {SPECIAL_PROMPT} (row 0)"]
+
+
+@pytest.mark.parametrize("mark", ["<|im_start|>", "<|start_header_id|>", "[INST]"])
+def test_marks_of_another_models_template_are_counted(tokenised, mark):
+    row = {"prompt": f"{mark}user\nSay hello.", **PAIR}
+    _, lines = tokenised(row, {**GOOD, "chosen": f"a {mark}"}, GOOD, model="gpt2")
+    assert lines[1:] == [f"2 noted: {FOREIGN.format(mark)} (rows 0, 1)"]
+
+
+@pytest.mark.parametrize("model", [name for name in templates.SHAPES if templates.tokenizer(name).chat_template])
+def test_a_models_own_marks_are_not_foreign(model):
+    encoder = Encoder(templates.tokenizer(model), Tokenizing(400))
+    own = [mark for mark in MARKS if mark in encoder.template.written()]
+    assert not {*own} & {*encoder._foreign}
 
 
 @pytest.mark.parametrize(("model", "end"), [(QWEN, "<|im_end|>"), ("gpt2", "<|endoftext|>")])
 def test_a_special_token_within_an_answer_is_counted_and_at_its_end_taken_off(tokenised, model, end):
     pairs, lines = tokenised({**GOOD, "chosen": f"Hello!{end}\n"}, {**GOOD, "rejected": f"No.{end} Yes."}, model=model)
-    assert len(pairs) == 2 and lines[1:] == [f"1 changed: {SPECIAL} (row 1)"]
+    assert len(pairs) == 2 and lines[1:] == [f"1 noted: {SPECIAL} (row 1)"]
     _, lines = tokenised(GOOD, {**GOOD, "rejected": f" {end}"}, model=model)
     assert lines[1:] == [f"1 left out: {EMPTY} (row 1)"]
 
@@ -196,7 +255,7 @@ def test_a_special_token_within_an_answer_is_counted_and_at_its_end_taken_off(to
 def test_arrays_that_follow_each_other_are_refused(tmp_path, indent):
     file = tmp_path / "two.json"
     file.write_text(json.dumps([GOOD], indent=indent) + json.dumps([GOOD], indent=indent))
-    with pytest.raises(UserError, match="more follows the array, which ends after row 0"):
+    with pytest.raises(UserError, match=r"more follows the array, which ends after row 0 \(counted from 0\)"):
         load_sources(str(file), tmp_path)
 
 
@@ -222,7 +281,7 @@ def test_objects_with_rows_under_two_keys_are_not_read_in_part(tmp_path):
 def test_a_row_of_too_many_brackets_is_named(tmp_path):
     file = tmp_path / "deep.jsonl"
     file.write_text(json.dumps(GOOD) + '\n{"x": ' + "[" * 5000 + "]" * 5000 + "}\n")
-    with pytest.raises(UserError, match="row 1 has too many brackets"):
+    with pytest.raises(UserError, match="line 2 has too many brackets"):
         load_sources(str(file), tmp_path)
 
 

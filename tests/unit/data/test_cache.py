@@ -16,7 +16,9 @@ from dpo_ds.data.encoder import Encoder, Tokenizing
 from dpo_ds.data.held_out import prompt_hash
 from dpo_ds.data.pairs import PairSet
 from dpo_ds.data.rows.forms import read_row
+from dpo_ds.data.rows.preferences import NO_DIFFERENCE
 from dpo_ds.data.rows.row import Reading
+from dpo_ds.data.sources import Split
 from dpo_ds.errors import UserError
 
 COUNT = 40
@@ -41,7 +43,8 @@ def made(folder, *sources, tok=None, max_length=64, join=True, num_proc=None, re
     """The set and its reports."""
     sources = sources or (plain_rows(),)
     encoder = Encoder(tok or tokenizer(), Tokenizing(max_length, **options))
-    folder, reports = tokenize_pairs(sources, encoder, reading or Reading(), join, folder, num_proc)
+    splits = [Split("train", rows, rows.column_names) for rows in sources]
+    folder, reports = tokenize_pairs(splits, encoder, reading or Reading(), join, folder, num_proc)
     return PairSet.open(folder), reports
 
 
@@ -298,7 +301,9 @@ def test_one_verdict_that_puts_all_in_doubt_stops_whatever_may_be_left_out(tmp_p
     rows = [{"prompt": f"p{n}", "response_1": "a", "response_2": "b", "preference": n and 1} for n in range(9)]
     _, (report,) = made(tmp_path, rows_of(rows))
     assert report.used == 8
-    with pytest.raises(UserError, match=r"a verdict is 0 where the answers' names are 1 and 2.* \(row 0\)"):
+    with pytest.raises(
+        UserError, match=r"a verdict is 0 where the answers' names are 1 and 2.* \(row 0; counted from 0\)"
+    ):
         report.check(1.0)
 
 
@@ -317,7 +322,7 @@ def test_what_was_cut_dropped_and_not_used_is_counted(tmp_path):
     assert lines[0].startswith("5 of 6 rows are used: 30 pairs") and len(pairs) == 30
     assert "not used: column source (6 rows)" in lines
     (cut,) = [line for line in lines if "prompts cut" in line]
-    assert cut.startswith("1 rows with prompts cut: 1 prompt, by ") and cut.endswith("(row 2)")
+    assert cut.startswith("1 row with prompts cut: 1 prompt, by ") and cut.endswith("(row 2)")
     assert any(line.startswith("1 left out: the answers are equal once cut") for line in lines), lines
 
 
@@ -325,13 +330,82 @@ def test_the_cut_is_said_for_each_answer_not_for_each_row():
     report = Report(2)
     for row, cuts in enumerate(([10, 0, 20], [30, 0])):
         report.add({"row": row, "left_out": "", "changed": [], "unused": [], "cut_prompt": 0, "cut_answers": cuts,
-                    "weights": [1.0], "dropped_pairs": 0})  # fmt: skip
+                    "weights": [1.0], "dropped_pairs": 0, "spare_answers": 0})  # fmt: skip
     assert report.lines()[-1] == "2 rows with answers cut: 3 answers, by 20 tokens on average (rows 0, 1)"
 
 
 def test_a_report_survives_the_manifest():
     report = Report(3)
     report.add({"row": 1, "left_out": "why", "changed": [], "unused": ["column x"], "cut_prompt": 4, "cut_answers": [],
-                "weights": [], "dropped_pairs": 0})  # fmt: skip
+                "weights": [], "dropped_pairs": 0, "spare_answers": 0})  # fmt: skip
     again = Report.read(json.loads(json.dumps(report.saved())))
     assert again.lines() == report.lines() and again.used == 2
+
+
+# ------------------------------------------------------------------------------------------------- reasons, grouped
+
+
+def counting(*left_out, rows=None, **facts) -> Report:
+    """The report on rows that are left out for these reasons; the others, up to `rows`, are used."""
+    report = Report(len(left_out) if rows is None else rows)
+    for row, reason in enumerate(left_out):
+        report.add({"row": row, "left_out": reason, "changed": [], "unused": [], "cut_prompt": 0, "cut_answers": [],
+                    "weights": [], "dropped_pairs": 0, "spare_answers": 0, **facts})  # fmt: skip
+    return report
+
+
+@pytest.mark.parametrize(
+    ("reason", "kind"),
+    [
+        (lambda n: f'scores is "word {n}", which is text; it must be a number',
+         'scores is …, which is text; it must be a number (such as "word 0", "word 1", "word 2", …)'),
+        (lambda n: f"preference is 0.{n}1, but the answers are a and b",
+         "preference is …, but the answers are a and b (such as 0.01, 0.11, 0.21, …)"),
+    ],
+)  # fmt: skip
+def test_reasons_that_differ_in_what_was_found_are_one(reason, kind):
+    report = counting(*map(reason, range(1000)))
+    assert report.lines()[1:] == [f"1000 left out: {kind} (rows 0, 1, 2, 3, 4, …)"]
+    with pytest.raises(UserError) as refusal:
+        report.check(0.1)
+    assert f"1000 of 1000 rows cannot be used: 1000 x {kind} (rows 0, 1, 2, …)" in str(refusal.value)
+
+
+def test_a_refusal_and_a_report_stay_short_whatever_the_rows_hold():
+    report = counting(*(f"column {'x' * 500}{n} is odd" for n in range(3000)), "the usual", "the usual")
+    report.changed, report.unused = dict(report.left_out), dict(report.left_out)
+    with pytest.raises(UserError) as refusal:
+        report.check(0.1)
+    assert len(str(refusal.value)) < 2000 and "2 x the usual (rows 3000, 3001)" in str(refusal.value)
+    assert "2997 x 2,996 further reasons" not in str(refusal.value) and "2,996 further reasons" in str(refusal.value)
+    assert len(report.lines()) < 50 and "2981 left out: for 2,981 further reasons" in report.lines()
+
+
+TIES = ["all answers are as good as each other", 'winner is "tie": all answers are as good as each other',
+        "--pairs above_margin: no answer is better than another by --min_margin"]  # fmt: skip
+
+
+@pytest.mark.parametrize("tie", TIES)
+def test_rows_without_a_preference_do_not_stop_a_run(tie):
+    report = counting(*[tie] * 6, "an answer is empty", rows=10)
+    report.check(0.1)
+    assert "6 left out" in report.lines()[1]
+    with pytest.raises(UserError, match=r"^2 of 10 rows cannot be used: 2 x an answer is empty \(rows 6, 7\)"):
+        counting(*[tie] * 6, *["an answer is empty"] * 2, rows=10).check(0.1)
+    with pytest.raises(UserError, match=r"6 of 6 rows cannot be used: 6 x .*; correct the data$"):
+        counting(*[tie] * 6).check(1.0)
+
+
+@pytest.mark.parametrize(("choice", "spare"), [("best_worst", 4), ("all", 0), ("adjacent", 0), ("above_margin", 4)])
+def test_answers_in_no_pair_are_counted(tmp_path, choice, spare):
+    _, (report,) = made(tmp_path, rows_of([several(n) for n in range(2)]), reading=Reading(pairs=choice, min_margin=3))
+    said = [line for line in report.lines() if "in no pair" in line]
+    assert said == ([f"{spare} answers in no pair: --pairs all uses more"] if spare else [])
+
+
+def test_pairs_whose_scores_are_equal_are_trained_and_counted(tmp_path):
+    rows = [{"prompt": f"Question {n}:", "chosen": " a", "rejected": " b", "score_chosen": n, "score_rejected": 2}
+            for n in range(2, 5)]  # fmt: skip
+    pairs, (report,) = made(tmp_path, rows_of(rows))
+    assert pairs.margins.tolist() == [0, 1, 2]
+    assert report.lines()[1:] == [f"1 noted: {NO_DIFFERENCE} (row 0)"]

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from byte_tokenizer import SENTENCES, tokenizer
 
-from dpo_ds.data.chat import FOLDED, REWRITTEN
+from dpo_ds.data.chat import BLANKS, FOLDED, REWRITTEN
 from dpo_ds.data.comparison import Answer, Comparison, Preference
 from dpo_ds.data.encoded import EQUAL_NOW, NO_ROOM, Encoded
 from dpo_ds.data.encoder import MOVED, Encoder, Tokenizing
@@ -130,13 +130,22 @@ SHAPES = {
 def test_a_templates_response_ends_with_its_end_of_turn_and_nothing_after(shape):
     make, prompt, before, end = SHAPES[shape]
     tok = make()
-    (pair,) = encode(tok, row(ASK, " It is here.\n", "No."))
+    (pair,) = encode(tok, row(ASK, "It is here.", "No."))
     assert texts(tok, pair) == (prompt, f"{before}It is here.{end}", f"{before}No.{end}")
     assert not pair.changed and not pair.left_out
     for response in pair.answers:
         assert (pair.prompt + response).count(tok.bos_token_id) == prompt.count(tok.bos_token or "no BOS")
         whole = tok(prompt + tok.decode(response), add_special_tokens=False)["input_ids"]
         assert pair.prompt + response == whole
+
+
+@pytest.mark.parametrize("shape", ["Llama-3", "ChatML, as Qwen2", "Gemma", "Phi-3"])
+def test_an_answer_keeps_the_blanks_at_its_ends_or_the_report_counts_them(shape):
+    make, _, _, end = SHAPES[shape]
+    (pair,) = encode(tok := make(), row(ASK, "    return 1\n", "No."))
+    trims = shape in ("Llama-3", "Gemma")
+    assert texts(tok, pair)[1] == ("return 1" if trims else "    return 1\n") + end
+    assert pair.changed == ([BLANKS] if trims else [])
 
 
 def test_a_multi_turn_prompt_is_rendered_whole():
@@ -152,7 +161,7 @@ SYSTEM = [{"role": "system", "content": "Be brief."}, {"role": "user", "content"
 
 
 def test_a_system_role_that_the_template_refuses_goes_into_the_first_user_turn_and_is_counted():
-    (pair,) = encode(tok := SHAPES["Gemma"][0](), row(messages=SYSTEM))
+    (pair,) = encode(tok := SHAPES["Gemma"][0](), row(ASK, "It is here.", "No.", SYSTEM))
     said = "<bos><start_of_turn>user\nBe brief.\n\nSing<end_of_turn>\n<start_of_turn>model\n"
     assert texts(tok, pair) == (said, "It is here.<end_of_turn>", "No.<end_of_turn>") and pair.changed == [FOLDED]
 
@@ -215,7 +224,7 @@ def test_a_boundary_at_the_very_start_still_leaves_a_token_to_predict_from():
 
 def test_a_template_that_writes_answers_otherwise_than_its_generation_prompt():
     thinking = CHATML.replace("assistant\n{% endif", "assistant\n<think>{% endif")
-    (pair,) = encode(tok := tokenizer(thinking, *CHATML_TOKENS), row("Hi"))
+    (pair,) = encode(tok := tokenizer(thinking, *CHATML_TOKENS), row("Hi", "It is here.", "No."))
     prompt, chosen, rejected = texts(tok, pair)
     assert prompt + chosen == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nIt is here.<|im_end|>"
     assert prompt + rejected == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nNo.<|im_end|>"

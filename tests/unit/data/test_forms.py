@@ -13,9 +13,18 @@ from dpo_ds import config
 from dpo_ds.data.comparison import Answer, Comparison, LeftOut, Markers, Preference
 from dpo_ds.data.dialogue import as_text
 from dpo_ds.data.rows import assemble, parts, preferences, ranking
-from dpo_ds.data.rows.answers import DISAGREE, FROM_ZERO, LIST_AS_TEXT, ONE_ANSWER, RANKS_OR_ORDER
+from dpo_ds.data.rows.answers import (
+    BEST_FIRST,
+    DISAGREE,
+    FROM_ZERO,
+    LIST_AS_TEXT,
+    ONE_ANSWER,
+    OTHER_QUESTION,
+    RANKS_OR_ORDER,
+)
 from dpo_ds.data.rows.assemble import NOT_UNICODE
 from dpo_ds.data.rows.chats import BEGINNING, DIFFER, NO_PROMPT, OTHER_PROMPT
+from dpo_ds.data.rows.dialogues import OTHER_NAMES
 from dpo_ds.data.rows.forms import BESIDE, FORMS, WITHOUT_PROMPT, Reading, read_row, require_form
 from dpo_ds.data.rows.parts import ANSWERED, BEGUN, REPEATED
 from dpo_ds.data.rows.preferences import EMPTY, EQUAL
@@ -114,7 +123,7 @@ def test_texts(case, markers):
 
 
 CHATS = {
-    "prompt as messages, answers as texts": {"prompt": CHAT, "chosen": "Hello. ", "rejected": " Go away."},
+    "prompt as messages, answers as texts": {"prompt": CHAT, "chosen": "Hello.", "rejected": " Go away."},
     "prompt and answers as messages": {"prompt": CHAT, "chosen": [answer("Hello.")], "rejected": [answer("Go away.")]},
     "answers as single messages": {"prompt": CHAT, "chosen": answer("Hello."), "rejected": answer("Go away.")},
     "one answer as text, one as a message": {"prompt": CHAT, "chosen": "Hello.", "rejected": [answer("Go away.")]},
@@ -204,6 +213,65 @@ def test_chats(form):
     assert plain(found) == (AS_TEXT, " Hello.", " Go away.") and not found.implicit
 
 
+@pytest.mark.parametrize("prompt", ["Write code.", [user("Write code.")], "\n\nHuman: Write code.\n\nAssistant:"])
+def test_an_answer_keeps_the_indent_of_its_first_line(prompt):
+    assert pair(read({"prompt": prompt, "chosen": "    return 1", "rejected": " No."}))[1:] == ("    return 1", "No.")
+    given = {"prompt": [user("p")], "chosen": [answer("\treturn 1\n")], "rejected": [answer(" No.")]}
+    assert pair(read(given))[1:] == ("\treturn 1\n", " No.")
+
+
+TURNS_OF = [
+    ("User", "Assistant"),
+    ("USER", "ASSISTANT"),
+    ("### Human", "### Assistant"),
+    ("Human", "AI"),
+    ("User", "Bot"),
+    ("H", "A"),
+]
+
+
+@pytest.mark.parametrize(("asker", "name"), TURNS_OF)
+@pytest.mark.parametrize("between", ["\n", "\n\n"])
+def test_a_dialogue_whose_turns_have_other_names_is_read_as_hh(asker, name, between):
+    start = f"{asker}: Hi{between}{name}: Hello.{between}{asker}: Sing"
+    names = [name.removeprefix("### ") for name in (asker, name)]
+    kind = OTHER_NAMES.format(*(name.capitalize() if len(name) != 2 else name for name in names))
+    for row in (
+        {"prompt": f"{start}{between}{name}:", "chosen": " La.", "rejected": " No."},
+        {"prompt": start, "chosen": "La.", "rejected": "No."},
+        {"prompt": start, "chosen": f"{name}: La.", "rejected": f"{name}: No."},
+        {"chosen": f"{start}{between}{name}: La.", "rejected": f"{start}{between}{name}: No."},
+        {"prompt": "Hi", "chosen": f"{start}{between}{name}: La.", "rejected": f"{start}{between}{name}: No."},
+    ):
+        found = read(row)
+        assert pair(found) == (TURNS, "La.", "No.") and kind in found.changed, row
+        assert OTHER_NAMES.split("{")[0] not in str(read(row, None).changed)  # plain text is learned as it is
+
+
+@pytest.mark.parametrize(
+    "prose",
+    [
+        "H: hydrogen\nHe: helium",
+        "Here is a list.\nA: apples",
+        "User: root",
+        "User: a\nUser: b\nAssistant: c",
+        "A: yes\nH: no",
+        "Assistant: Hi\nUser: Hello",
+        "Fix this.\nUser: Hi\nAssistant: Hello",
+        "USER: Hi ASSISTANT: Hello",
+        "h: 3\na: 4",
+    ],
+)
+def test_other_text_is_no_dialogue(prose):
+    assert pair(read({"prompt": prose, "chosen": "x", "rejected": "y"})) == ([user(prose)], "x", "y")
+
+
+def test_an_answer_that_is_a_dialogue_is_one_answer():
+    said = ["User: Tea?\nAssistant: Yes.", "User: Tea?\nAssistant: No."]
+    row = {"prompt": "Write a dialogue.", "chosen": said[0], "rejected": said[1]}
+    assert pair(read(row)) == ([user("Write a dialogue.")], *said)
+
+
 def test_a_prompt_as_text_with_answers_as_messages():
     found = read({"prompt": "Hi", "chosen": [answer("Hello.")], "rejected": [answer("No.")]})
     assert found.messages == [user("Hi")] and plain(found) == (as_text([user("Hi")]), " Hello.", " No.")
@@ -241,7 +309,9 @@ def test_public_layouts(name, n):
     made = layouts.LAYOUTS[name](n)
     found = read(made.row)
     assert pair(found) == (made.messages, made.chosen, made.rejected)
-    assert len(found.pairs) == 1 and len(found.answers) == 2 and not found.changed and not found.implicit
+    assert len(found.pairs) == 1 and len(found.answers) == 2 and not found.implicit
+    safe = [OTHER_QUESTION.format("better_response_id", "safer_response_id")] if name == "PKU-SafeRLHF" else []
+    assert found.changed == safe
     require_form([*made.row], Reading())
 
 
@@ -511,7 +581,7 @@ MORE = {
             "rejected": [answer("5")],
         },
         [user("2+2?")],
-        {**answer("<think>\nadd\n</think>"), "tool_calls": WEATHER},
+        {**answer("<think>\nadd\n</think>\n\n"), "tool_calls": WEATHER},
         answer("5"),
         {},
     ),
@@ -1362,6 +1432,7 @@ MAPPED = {
     "responses": SCORED,
     "scores": SCORED,
     "ranks": {"prompt": "p", "responses": ["a", "b"], "ranks": [2, 1]},
+    "ranked_responses": {"prompt": "p", "ranked_responses": ["a", "b"]},
     "score_chosen": {**GOOD, "score_chosen": 3, "score_rejected": 1},
     "score_rejected": {**GOOD, "score_chosen": 3, "score_rejected": 1},
     "weight": {**GOOD, "weight": 2},
@@ -1389,6 +1460,13 @@ SETS = {
         {},
         "nearest form has chosen and rejected: say which column is rejected with --columns rejected=COLUMN",
     ),
+    "answers under a name that is much like one": (
+        ["prompt", "ranked_outputs"],
+        {},
+        "the nearest form has ranked_responses: say which column is ranked_responses with --columns "
+        "ranked_responses=COLUMN",
+    ),
+    "no columns": ([], {}, "it has the columns none, which fit no form"),
     "a map to nothing": (
         ["q", "chosen", "rejected"],
         {"prompt": "Q"},
@@ -1409,13 +1487,14 @@ def test_a_set_that_fits_no_form(case):
 # ---------------------------------------------------------------------------------------------- rows that are left out
 
 TWO = {"prompt": "p", "response_a": "x", "response_b": "y"}
+ACCEPTED = "write response_a or a, response_b or b, or tie"
 LEFT_OUT = {
     "no rejected": ("the field rejected is missing", {"prompt": "p", "chosen": "a"}),
     "null response": ("the field chosen is missing", {"prompt": "p", "chosen": None, "rejected": "b"}),
     "null prompt": ("the field prompt is missing", {"prompt": None, "chosen": "a", "rejected": "b"}),
     "null question": ("the field question is missing", {"question": None, "chosen": "I am a", "rejected": "I am b"}),
     "an empty question": (
-        "the field question is missing",
+        "the field question is empty",
         {"question": " ", "chosen": "I am a", "rejected": "I am b"},
     ),
     "nothing that we know": ("the columns of the row fit no form: it has a, b", {"b": 1, "a": 2}),
@@ -1460,11 +1539,11 @@ LEFT_OUT = {
         {"prompt": [{"role": "user", "content": 3}], "chosen": "a", "rejected": "b"},
     ),
     "an unknown role": (
-        "message 2 of prompt has the role critic; roles are system, user, assistant, tool",
+        'message 2 of prompt has the role "critic"; roles are system, user, assistant, tool',
         {"prompt": [user("x"), {"role": "critic", "content": "x"}], "chosen": "a", "rejected": "b"},
     ),
     "a role far down": (
-        "a message after the ninth of prompt has the role critic; roles are system, user, assistant, tool",
+        'a message after the ninth of prompt has the role "critic"; roles are system, user, assistant, tool',
         {"prompt": [user("x")] * 12 + [{"role": "critic", "content": "x"}], "chosen": "a", "rejected": "b"},
     ),
     "a role that is a story": (
@@ -1476,7 +1555,7 @@ LEFT_OUT = {
         {"prompt": [user("a"), {"content": "x"}], "chosen": "a", "rejected": "b"},
     ),
     "an image": (
-        "message 1 of prompt holds a part of type image; only text can be trained on",
+        'message 1 of prompt holds a part of type "image"; only text can be trained on',
         {
             "prompt": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "x"}]}],
             "chosen": "a",
@@ -1587,7 +1666,7 @@ LEFT_OUT = {
         {"prompt": "p", "responses": ["a", "b", "c"], "scores": [1, 2]},
     ),
     "scores that are text": (
-        "an entry of scores is good, which is text; it must be a number",
+        'an entry of scores is "good", which is text; it must be a number',
         {"prompt": "p", "responses": ["a", "b"], "scores": ["good", "bad"]},
     ),
     "a score that is NaN": (
@@ -1616,9 +1695,12 @@ LEFT_OUT = {
         "no column says which of response_a and response_b is better; if one does: --columns preference=COLUMN",
         TWO,
     ),
-    "a tie": (f"winner is tie (bothbad): {ranking.ALL_TIED}", {**TWO, "winner": "tie (bothbad)"}),
+    "a tie": (f'winner is "tie (bothbad)": {ranking.ALL_TIED}', {**TWO, "winner": "tie (bothbad)"}),
     "a strength of 0": (f"preference_strength is 0: {ranking.ALL_TIED}", {**TWO, "preference_strength": 0}),
-    "an index of letters": ("preference is 1, but the answers are response_a and response_b", {**TWO, "preference": 1}),
+    "an index of letters": (
+        f"preference is 1, which may count the answers from 0 or from 1: {ACCEPTED}",
+        {**TWO, "preference": 1},
+    ),
     "an index from 0 of names from 1": (
         ranking.COUNTED_OTHERWISE,
         {"prompt": "p", "response_1": "x", "response_2": "y", "preference": 0},
@@ -1628,16 +1710,19 @@ LEFT_OUT = {
         {"prompt": "p", "response_0": "x", "response_1": "y", "preference": "2"},
     ),
     "a verdict that denies": (
-        "winner is not a, but the answers are response_a and response_b",
+        f'winner is "not a", but the answers are response_a and response_b: {ACCEPTED}',
         {**TWO, "winner": "not a"},
     ),
     "a verdict that denies a name": (
-        "winner is not_response_b, but the answers are response_a and response_b",
+        f'winner is "not_response_b", but the answers are response_a and response_b: {ACCEPTED}',
         {**TWO, "winner": "not_response_b"},
     ),
-    "a probability": ("preference is 0.7, but the answers are response_a and response_b", {**TWO, "preference": 0.7}),
+    "a probability": (
+        f"preference is 0.7, but the answers are response_a and response_b: {ACCEPTED}",
+        {**TWO, "preference": 0.7},
+    ),
     "a verdict of NaN": (
-        "preference is not a number, but the answers are response_a and response_b",
+        f"preference is not a number, but the answers are response_a and response_b: {ACCEPTED}",
         {**TWO, "preference": float("nan")},
     ),
     "a verdict against the scores": (
@@ -1650,7 +1735,7 @@ LEFT_OUT = {
     ),
     "a weight of 0": ("weight is 0; it must be above 0", {"prompt": "p", "chosen": "a", "rejected": "b", "weight": 0}),
     "a weight that is text": (
-        "weight is much, which is text; it must be a number",
+        'weight is "much", which is text; it must be a number',
         {"prompt": "p", "chosen": "a", "rejected": "b", "weight": "much"},
     ),
     "a margin that is infinite": (
@@ -1676,6 +1761,57 @@ def test_above_margin_leaves_out_what_is_below_or_not_known():
     assert left_out({**row, "margin": 1}, pairs="above_margin", min_margin=2) == ranking.BELOW_MARGIN
     assert left_out(SCORED, pairs="above_margin", min_margin=9) == ranking.BELOW_MARGIN
     assert len(read({**row, "margin": 2}, pairs="above_margin", min_margin=2).pairs) == 1
+
+
+@pytest.mark.parametrize(
+    ("verdicts", "names"),
+    [
+        ({"preference": "a", "winner": "b"}, "preference and winner"),
+        ({"preference": "a", "winner": "tie"}, "preference and winner"),
+        ({"winner": "model_a", "choice": "response_b"}, "winner and choice"),
+        ({"preference_strength": 2, "preference": "a"}, "preference_strength and preference"),
+        (
+            {"winner_model_a": 1, "winner_model_b": 0, "better_response_id": "b"},
+            "winner_model_a and better_response_id",
+        ),
+        ({"winner": "a", "score_a": 1, "score_b": 2}, "the verdict and the scores"),
+        ({"winner": "a", "rating_a": 1, "rating_b": 2}, "the verdict and the scores"),
+        ({"score_a": 2, "score_b": 1, "reward_a": 1, "reward_b": 2}, "two kinds of scores"),
+    ],
+)
+def test_verdicts_that_disagree_leave_a_row_out(verdicts, names):
+    assert left_out({**TWO, **verdicts}) == f"{DISAGREE}: {names}"
+
+
+def test_a_second_column_counts_only_if_it_is_a_verdict():
+    assert pair(read({**TWO, "winner": "a", "choice": "A", "chosen": "yes"}))[1] == TWO["response_a"]
+    assert read({**TWO, "winner": "a", "choice": "A", "chosen": "yes"}).unused == ["column chosen"]
+    told = read({**TWO, "winner": "b", "choice": "a"}, columns={"preference": "choice"})
+    assert pair(told)[1] == TWO["response_a"] and told.unused == ["column winner"]
+
+
+def test_which_answer_is_safer_is_another_question():
+    row = {"prompt": "p", "response_0": "x", "response_1": "y", "better_response_id": 0, "safer_response_id": 1}
+    found = read(row)
+    assert pair(found)[1] == "x" and found.changed == [OTHER_QUESTION.format("better_response_id", "safer_response_id")]
+
+
+@pytest.mark.parametrize("winner", [0, 1, "1"])
+def test_a_verdict_that_may_count_from_0_or_1_names_what_is_accepted(winner):
+    row = {"prompt": "p", "answer_a": "x", "answer_b": "y", "winner": winner}
+    accepted = "write answer_a or a, answer_b or b, or tie"
+    said = f'"{winner}"' if isinstance(winner, str) else winner
+    assert left_out(row) == f"winner is {said}, which may count the answers from 0 or from 1: {accepted}"
+
+
+def test_ranked_answers_are_a_list_from_the_best():
+    row = {"prompt": "p", "ranked_responses": ["x", "y", "z"]}
+    found = read(row, pairs="adjacent")
+    assert [(pair(found, n)[1:]) for n in range(2)] == [("x", "y"), ("y", "z")]
+    assert found.changed == [BEST_FIRST]
+    assert pair(read({**row, "scores": [3, 2, 1]}))[1:] == ("x", "z")
+    assert left_out({**row, "scores": [1, 2, 3]}).startswith(f"{DISAGREE}: the order of ranked_responses")
+    require_form([*row], Reading())
 
 
 def test_a_prompt_that_the_dialogues_do_not_say_is_counted():

@@ -192,7 +192,7 @@ USED = {
         f"{HI}{CALLED}<|im_end|>\n"
         "<|im_start|>user\n<tool_response>\nsunny\n</tool_response><|im_end|>\n<|im_start|>assistant\n",
         [f"{UNTHOUGHT}Sunny.<|im_end|>", f"{UNTHOUGHT}I cannot.<|im_end|>"],
-        ["the chat template ignores tool_call_id of a message"]),
+        []),
     "06d an answer that is a call": (
         QWEN_3, row([user("Hi")], says("", tool_calls=CALL), says("I cannot."), tools=[WEATHER]),
         f"<|im_start|>system\n{TOOLS}{HI}", [f"{UNTHOUGHT}{CALLED}<|im_end|>", f"{UNTHOUGHT}I cannot.<|im_end|>"], []),

@@ -413,18 +413,20 @@ UNREADABLE = {
     "empty array": ("a.json", b"[]", "holds no rows"),
     "empty csv": ("a.csv", b"", "cannot be read as csv: it is empty"),
     "csv of a heading": ("a.csv", b"prompt,chosen,rejected\n", "holds no rows"),
-    "csv with a cell too many": ("a.csv", b"a,b\n1,2\n1,2,3\n", "row 1 has 3 cells, but the heading has 2"),
-    "csv with a cell too few": ("a.csv", b"a,b\n1\n", "row 0 has 1 cells, but the heading has 2"),
+    "csv with a cell too many": ("a.csv", b"a,b\n1,2\n1,2,3\n", "line 3 has 3 cells, but the heading has 2"),
+    "csv with a cell too few": ("a.csv", b"a,b\n1\n", "line 2 has 1 cell, but the heading has 2"),
     "csv with a column twice": ("a.csv", b"a,b,a\n1,2,3\n", "its heading has a twice"),
-    "csv with a stray quote": ("a.csv", b'a,b\n1,2\n"x"y,2\n', "row 1 cannot be read as csv"),
-    "csv that is not UTF-8": ("a.csv", b"prompt,chosen,rejected\np\xff,a,b\n", "row 0 is not UTF-8"),
+    "csv with a stray quote": ("a.csv", b'a,b\n1,2\n"x"y,2\n', "line 3 cannot be read as csv"),
+    "csv that is not UTF-8": ("a.csv", b"prompt,chosen,rejected\np\xff,a,b\n", "line 2 is not UTF-8"),
     "empty parquet": ("a.parquet", b"", "cannot be read as parquet"),
     "no arrow": ("a.arrow", b"x", "cannot be read as arrow"),
-    "broken line": ("a.jsonl", (lines([GOOD, GOOD]) + '{"prompt":\n').encode(), "row 2 is not JSON .*or remove it"),
-    "broken first line": ("a.jsonl", b'{"prompt":\n' + lines([GOOD]).encode(), "row 0 is not JSON"),
-    "broken array": ("a.json", b'[{"prompt": "p"},', "row 1 is not JSON"),
-    "broken element": ("a.json", b'[{"prompt": "p"}, {"prompt" "q"}]', "row 1 is not JSON"),
-    "broken object": ("a.json", b'{"prompt": "p"', "row 0 is not JSON"),
+    "broken line": ("a.jsonl", (lines([GOOD, GOOD]) + '{"prompt":\n').encode(), "line 3 is not JSON .*or remove it"),
+    "broken first line": ("a.jsonl", b'{"prompt":\n' + lines([GOOD]).encode(), "line 1 is not JSON"),
+    "broken array": ("a.json", b'[{"prompt": "p"},', "row 1 .counted from 0. is not JSON"),
+    "broken element": ("a.json", b'[{"prompt": "p"}, {"prompt" "q"}]', "row 1 .counted from 0. is not JSON"),
+    "broken object": ("a.json", b'{"prompt": "p"', "line 1 is not JSON"),
+    "broken line after empty ones": ("a.jsonl", b'\n\n{"prompt": "p"}\n\n{"prompt":\n', "line 5 is not JSON"),
+    "csv with cells of several lines": ("a.csv", b'a,b\n"1\n2",3\n4\n', "line 4 has 1 cell"),
     "no gzip": ("a.jsonl.gz", lines([GOOD]).encode(), "cannot be read: Not a gzipped file"),
     "truncated gzip": ("a.jsonl.gz", truncated_gzip(), "cannot be read: .*ended before"),
     "truncated csv": (
@@ -463,3 +465,17 @@ def test_rows_of_json_are_kept_as_text(tmp_path, load):
     """What the cache relies on: one column, whatever the rows say."""
     (tmp_path / "a.jsonl").write_text(lines([GOOD]))
     assert load(tmp_path / "a.jsonl")[0].split.rows.column_names == [RAW]
+
+
+@pytest.mark.parametrize(
+    ("name", "sign", "read"),
+    [("a.csv", ";", 3), ("a.csv", "\t", 3), ("a.tsv", ",", 3), ("a.csv", ",", 3), ("a.csv", "|", 3), ("a.csv", "/", 1)],
+)
+def test_the_heading_of_a_table_says_what_separates_its_cells(tmp_path, name, sign, read):
+    (tmp_path / name).write_text(f'prompt{sign}chosen{sign}rejected\n"Hi, you; there"{sign}"a, b"{sign}c\n')
+    if read == 1:
+        with pytest.raises(UserError, match="line 2 "):
+            load_sources(str(tmp_path / name), tmp_path)
+        return
+    (loaded,) = load_sources(str(tmp_path / name), tmp_path)
+    assert list(loaded.split.rows) == [{"prompt": "Hi, you; there", "chosen": "a, b", "rejected": "c"}]

@@ -200,7 +200,8 @@ def test_plain_text_has_the_report_the_numbers_and_the_rows(files, capsys):
     lines = [f"dpo_ds: {files / 'rows.jsonl'}: {line}" for line in found.train_reports[0][1].lines()]
     assert lines == capsys.readouterr().out.splitlines(), "what a run says"
     assert all(line in out.splitlines() for line in lines)
-    assert f"{len(found.train)} training pairs" in out and f"{len(found.held_out)} held-out pairs" in out
+    assert f"{len(found.train)} training pairs: " in out and len(found.held_out) == 1
+    assert "1 held-out pair: 1 prompt" in out and "; --loss odpo and --pairs above_margin read them" in out
     assert "\x1b" not in out and "margins (known for 1 of" in out and "weights: from 0.5 to 1" in out
     assert re.search(r"rows 0, 4 of \S+rows.jsonl · \d+ tokens", out)
     assert "One 🙂<|im_end|>⟦\n  <|im_start|>user\n  More<|im_end|>\n  <|im_start|>assistant\n  ⟧<think>" in out
@@ -394,7 +395,7 @@ def test_a_row_may_be_held_out(files, capsys):
 def test_the_data_may_stand_anywhere_and_the_page_has_a_name():
     for words in (["a/b", "--model=x/y"], ["--model", "x/y", "a/b"], ["--model=x/y", "--dataset", "a/b"]):
         own, options = parse([*words, "--html"])
-        assert options.dataset == "a/b" and options.model == "x/y" and own.html == "y-b.html"
+        assert options.dataset == "a/b" and options.model == "x/y" and own.html == "runs/y-b.html"
     own, options = parse(["--model=x/y"])
     assert own.html is None and options.dataset == parse_options(["--model=x/y"]).dataset
 

@@ -11,7 +11,7 @@ from dpo_ds.config import parse_options
 from dpo_ds.data.pairs import PairSet
 from dpo_ds.errors import UserError
 from dpo_ds.ranks.world import from_environment
-from dpo_ds.runs.data import load_pairs, mixed
+from dpo_ds.runs.data import far_from, load_pairs, mixed
 
 DATE = "2026-01-01"
 
@@ -70,6 +70,27 @@ def test_the_number_of_held_out_pairs_may_be_said(hundred):
         parts(hundred, eval_pairs=51)
 
 
+@pytest.mark.parametrize("sizes", [[1], [9], [3, 96], [40, 60]])
+def test_a_held_out_part_that_is_far_from_what_was_asked_for_is_said(tmp_path, capsys, sizes):
+    """Prompts of so many pairs each."""
+    rows = [{"prompt": f"Question {prompt}:", "chosen": f" answer {n}", "rejected": f" no {n}"}
+            for prompt, size in enumerate(sizes) for n in range(size)]  # fmt: skip
+    write(tmp_path / "rows.jsonl", rows)
+    held = len(parts(tmp_path)[1])
+    line = far_from(1 if sum(sizes) < 20 else 5, held)
+    assert (line is None) == (sizes == [3, 96] and held == 3)
+    if line is not None:
+        assert line in capsys.readouterr().out
+        assert ("no pair is held out" in line) == (len(sizes) == 1) and "--eval_dataset" in line
+
+
+@pytest.mark.parametrize(
+    ("wanted", "held", "said"), [(5, 5, 0), (5, 10, 0), (4, 2, 0), (5, 11, 1), (5, 2, 1), (0, 0, 0)]
+)
+def test_far_is_half_or_twice(wanted, held, said):
+    assert (far_from(wanted, held) is not None) == bool(said)
+
+
 def test_a_set_of_its_own_for_evaluation(hundred):
     others = hundred / "others.jsonl"
     assert [len(part) for part in parts(hundred, eval_dataset=others)] == [100, 60]
@@ -80,7 +101,7 @@ def test_training_pairs_whose_prompt_is_held_out_are_taken_out_and_counted(hundr
     """The seven pairs ask four questions, which eight training pairs ask too."""
     train, held = parts(hundred, eval_dataset=hundred / "few.jsonl")
     assert (len(train), len(held)) == (92, 7) and not prompts(train) & prompts(held)
-    assert "8 training pairs are left out: their prompts are among the held-out ones" in capsys.readouterr().out
+    assert "8 training pairs are left out: held-out pairs have the same prompts" in capsys.readouterr().out
     with pytest.raises(UserError, match="every prompt of --dataset is also in --eval_dataset"):
         parts(hundred, "few.jsonl", eval_dataset=hundred / "rows.jsonl")
 
