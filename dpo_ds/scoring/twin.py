@@ -136,7 +136,7 @@ def require_exact(name: str, config: PreTrainedConfig, trust_remote_code: bool =
             f"which carry it from one response into the next; {INSTEAD}"
         )
     try:
-        difference = _difference(config, trust_remote_code)
+        difference = _difference(_Like(config), trust_remote_code)
     except Exception as error:  # a model's code may raise anything on packed inputs
         if not (isinstance(error, CannotPack) or _from_model(error)):
             raise
@@ -183,10 +183,24 @@ def _groups() -> list[Group]:
     ]
 
 
+class _Like:
+    """A config, equal to another one of its class with the same values."""
+
+    def __init__(self, config: PreTrainedConfig):
+        self.config, self.key = config, (type(config), config.to_json_string(use_diff=False))
+
+    def __eq__(self, other) -> bool:
+        return self.key == other.key
+
+    def __hash__(self) -> int:
+        return hash(self.key)
+
+
+@functools.cache  # the plan asks, and the run's preparation does
 @torch.no_grad()
-def _difference(config: PreTrainedConfig, trust_remote_code: bool) -> float:
+def _difference(like: _Like, trust_remote_code: bool) -> float:
     """The largest difference between the packed and the plain log-probability of a response."""
-    model = _build(twin(config), trust_remote_code)
+    model = _build(twin(like.config), trust_remote_code)
     plain = torch.stack([_plain(model, group.prompt, answer) for group in _groups() for answer in group.answers])
     kernel = attention.implementation(attention.SDPA)
     model.set_attn_implementation(kernel)  # warns and changes nothing where a model has attention code of its own
