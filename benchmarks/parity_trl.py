@@ -23,7 +23,7 @@ import work
 STEPS, PAIRS, RATE, MAX_LENGTH = 5, 4, 2e-4, 256
 LORA = {"lora": "true", "lora_r": 4, "lora_alpha": 8}
 
-# name: (dpo_ds's options, TRL's DPOConfig, or (trainer, its config) for trainers of trl.experimental)
+# name: (dpo_ds's options, TRL's config; with "trainer" that of trl.experimental's cpo or orpo, else DPOConfig)
 CASES: dict[str, tuple[dict, dict]] = {
     **{
         name: ({"loss": name}, {"loss_type": name})
@@ -50,12 +50,19 @@ CASES: dict[str, tuple[dict, dict]] = {
     "wpo": ({"wpo": "true"}, {"use_weighting": True}),
     "bco_pair": ({"loss": "bco_pair"}, {"loss_type": "bco_pair"}),
     "cdpo": ({"label_smoothing": 0.2}, {"loss_type": "sigmoid", "label_smoothing": 0.2}),
+    "simpo": (
+        {"loss": "simpo", "beta": 2.0, "simpo_gamma": 1.0},
+        {"trainer": "cpo", "loss_type": "simpo", "beta": 2.0, "simpo_gamma": 1.0, "cpo_alpha": 0.0},
+    ),
+    "cpo": ({"loss": "cpo", "cpo_alpha": 0.5}, {"trainer": "cpo", "loss_type": "sigmoid", "cpo_alpha": 0.5}),
+    "orpo": ({"loss": "orpo", "orpo_lambda": 0.1}, {"trainer": "orpo"}),
 }
 KNOWN = {
     "bco_pair": "TRL leaves out the paper's reward shift, the running mean of the rewards (Jung et al. 2024)",
     "cdpo": "TRL ignores label_smoothing with its sigmoid loss; cDPO is -(1 - e) log sigmoid(h) - e log sigmoid(-h)",
+    "orpo": "TRL's likelihood term is over the prompt's tokens, too (as in the authors' code)",
 }
-FREE = {"sft"}  # read no reference
+FREE = {"sft", "simpo", "cpo", "orpo"}  # read no reference
 
 
 def rows() -> list[dict]:
@@ -97,8 +104,9 @@ def ours(folder: Path, names: list[str]) -> dict[str, list]:
                 "lr_scheduler": "constant", "warmup_ratio": 0, "learning_rate": RATE * (10 if kind == "lora" else 1),
                 "precision": "fp32", "ds_config": "zero0_debug", **(LORA if kind == "lora" else {}), **CASES[name][0],
             }  # fmt: skip
-            if name not in FREE:
+            if name not in ("sft", "orpo"):  # have no beta
                 options.setdefault("beta", 0.1)
+            if name not in FREE:
                 options |= {"reference_model": folder / "reference"} if kind == "full" else {}
             run = prepare(parse_options([f"--{key}={value}" for key, value in options.items()]), here)
             train(run, save=False)
@@ -108,23 +116,29 @@ def ours(folder: Path, names: list[str]) -> dict[str, list]:
 
 
 def theirs(folder: Path, names: list[str]) -> dict[str, list]:
-    """The same by TRL's DPOTrainer."""
+    """The same by TRL's trainers."""
     os.environ["TQDM_DISABLE"] = "1"
     import torch
     from datasets import load_dataset
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
     from trl import DPOConfig, DPOTrainer
+    from trl.experimental.cpo import CPOConfig, CPOTrainer
+    from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
+    trainers = {"dpo": (DPOTrainer, DPOConfig), "cpo": (CPOTrainer, CPOConfig), "orpo": (ORPOTrainer, ORPOConfig)}
     words = AutoTokenizer.from_pretrained(folder / "policy")
     words.pad_token = words.eos_token
+    words.bos_token = None  # GPT-2's tokenizer writes none, and the experimental trainers would
     data = load_dataset("json", data_files=str(folder / "pairs.jsonl"), split="train", cache_dir=str(folder / "trl"))
     found = {}
     for name in names:
         for kind in ("full", "lora"):
             losses, norms = [], []
+            wanted = dict(CASES[name][1])
+            trainer, config_of = trainers[wanted.pop("trainer", "dpo")]
 
-            class Exact(DPOTrainer):
+            class Exact(trainer):
                 """Keeps each step's loss, which the log rounds."""
 
                 def compute_loss(self, *args, losses=losses, **kwargs):
@@ -137,11 +151,11 @@ def theirs(folder: Path, names: list[str]) -> dict[str, list]:
                     if "grad_norm" in logs:
                         norms.append(float(logs["grad_norm"]))
 
-            config = DPOConfig(
+            config = config_of(
                 output_dir=str(folder / f"trl-{name}-{kind}"), per_device_train_batch_size=PAIRS, max_steps=STEPS,
                 learning_rate=RATE * (10 if kind == "lora" else 1), lr_scheduler_type="constant", weight_decay=0.0,
                 max_grad_norm=1.0, max_length=MAX_LENGTH, bf16=False, use_cpu=True, gradient_checkpointing=False,
-                logging_steps=1, save_strategy="no", report_to=[], disable_tqdm=True, seed=work.SEED, **CASES[name][1],
+                logging_steps=1, save_strategy="no", report_to=[], disable_tqdm=True, seed=work.SEED, **wanted,
             )  # fmt: skip
             model = AutoModelForCausalLM.from_pretrained(folder / "policy", dtype=torch.float32)
             reference = None
@@ -155,7 +169,10 @@ def theirs(folder: Path, names: list[str]) -> dict[str, list]:
                 model = get_peft_model(model, adapters)
             else:
                 reference = AutoModelForCausalLM.from_pretrained(folder / "reference", dtype=torch.float32)
-            Exact(model, reference, config, train_dataset=data, processing_class=words, callbacks=[Norms()]).train()
+            more = {"ref_model": reference} if trainer is DPOTrainer else {}
+            Exact(
+                model, args=config, train_dataset=data, processing_class=words, callbacks=[Norms()], **more
+            ).train()  # fmt: skip
             found[f"{name}-{kind}"] = list(zip(losses, norms, strict=True))
     return found
 
@@ -190,7 +207,9 @@ def compare(ours: dict[str, list], theirs: dict[str, list]) -> dict[str, dict]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("cases", nargs="*", help=", ".join(CASES))
-    names = parser.parse_args().cases or list(CASES)
+    parser.add_argument("--output", type=Path, help="the JSON file; by default results/parity_trl.json, of all cases")
+    asked = parser.parse_args()
+    names = asked.cases or list(CASES)
     os.environ["PYTHONPATH"] = f"{work.ROOT}:{os.environ.get('PYTHONPATH', '')}"
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
@@ -201,9 +220,10 @@ def main() -> None:
         print(
             f"{run:20s} loss {found['loss off by']:.1e}  gradient norm {found['gradient norm off by']:.1e}", flush=True
         )
-    if names == list(CASES):
+    file = asked.output or (work.RESULTS / "parity_trl.json" if names == list(CASES) else None)
+    if file is not None:
         facts = {"machine": work.machine(), "steps": STEPS, "pairs": PAIRS, "runs": table}
-        (work.RESULTS / "parity_trl.json").write_text(json.dumps(facts, indent=1) + "\n")
+        file.write_text(json.dumps(facts, indent=1) + "\n")
 
 
 if __name__ == "__main__":

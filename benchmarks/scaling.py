@@ -75,7 +75,7 @@ def data_path(file: str, model: str, folder: str) -> dict:
         ["--model", model, "--dataset", file, "--cache_dir", folder, "--max_length", "1024", "--eval_pairs", "0"]
     )
     tokenizer = load_tokenizer(find_model(model))
-    before, peak = family_resident(), Peak(family_resident)
+    before, peak = family_resident(), Peak(family_resident, every=0.05)
     began = time.perf_counter()
     pairs, _ = load_pairs(options, tokenizer, from_environment(), "2026-01-01")
     tokenised = time.perf_counter()

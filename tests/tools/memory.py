@@ -36,16 +36,16 @@ def settled() -> int:
 
 
 class Peak:
-    """The highest value of `measure` since this object was made. It is read every two milliseconds."""
+    """The highest value of `measure` since this object was made. It is read every so many seconds."""
 
-    def __init__(self, measure: Callable[[], int] = resident):
-        self.value, self.measure = 0, measure
+    def __init__(self, measure: Callable[[], int] = resident, every: float = 0.002):
+        self.value, self.measure, self.every = 0, measure, every
         threading.Thread(target=self._watch, daemon=True).start()
 
     def _watch(self) -> None:
         while True:
             self.value = max(self.value, self.measure())
-            time.sleep(0.002)
+            time.sleep(self.every)
 
 
 class Memory(Watcher):
