@@ -228,11 +228,11 @@ def _margins_of(judged: Judged) -> tuple[np.ndarray, str]:
 def _shifts(axes, judged: Judged) -> None:
     values = (judged.policy if judged.reference is None else judged.log_ratios) / judged.lengths
     bins = _bins(values)
-    for side, word, colour, at in ((0, "chosen", GREEN, 0.02), (1, "rejected", RED, 0.34)):
+    for side, word, colour, at in ((0, "chosen", GREEN, 0.68), (1, "rejected", RED, 1.0)):
         axes.hist(values[:, side], bins=bins, weights=judged.weights, color=colour, alpha=0.5)
         axes.axvline(float(np.average(values[:, side], weights=judged.weights)), color=colour, linewidth=1.4)
-        axes.text(at, 0.98, word, transform=axes.transAxes, fontsize=8, color=colour, ha="left", va="top")
-    _dress(axes, "log p a token" if judged.reference is None else "log(model/reference) a token")
+        axes.text(at, 1.02, word, transform=axes.transAxes, fontsize=8.5, color=colour, ha="right", va="bottom")
+    _dress(axes, "log p a token" if judged.reference is None else "log-ratio a token")
 
 
 def _over_length(axes, judged: Judged) -> None:

@@ -154,7 +154,9 @@ def _pairs(
     date = (policy.run and folders.started(policy.run)) or datetime.date.today().isoformat()
     if not own_pairs:
         pairs, reports = read_dataset(options, tokenizer, here, date)
-        return pairs, [name for name, _ in reports], options.dataset
+        trained = policy.options is not None and policy.options.dataset == options.dataset
+        dataset = options.dataset + (", which the run trained on in part" if trained else "")
+        return pairs, [name for name, _ in reports], dataset
     loaded = read_pairs(options, tokenizer, here, date)
     if not len(loaded.held_out):
         raise UserError(f"the run of {policy.option} {policy.short} held out no pairs: name a --dataset")
