@@ -47,8 +47,8 @@ def test_a_batch_answers_as_each_prompt_alone(tokenizer, prompts):
 
 def test_an_answer_stops_at_the_token_that_answers_were_trained_to_end_with(tokenizer, prompts):
     first = plain(prompts[0], tokenizer.eos_token_id)
-    (stopped,) = Answers(tokenizer, first[2], 512).of(model_folder(), prompts[:1])
-    assert [stopped] == [" ".join(tokenizer.decode(first[: first.index(first[2]) + 1]).split())]
+    ((stopped,),) = Answers(tokenizer, first[2], 512).of(model_folder(), prompts[:1])
+    assert stopped == " ".join(tokenizer.decode(first[: first.index(first[2]) + 1]).split())
 
 
 def test_samples_follow_from_the_seed(tokenizer, prompts):

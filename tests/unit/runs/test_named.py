@@ -36,7 +36,7 @@ def reference(policy, **options):
     return reference_for(policy, Options(model="policy", **options))
 
 
-def test_a_hub_id_is_taken_as_it_is(monkeypatch):
+def test_a_hub_id_is_taken_as_it_is():
     found = named("--model", "openai-community/gpt2")
     assert (found.model, found.short, found.adapter, found.checkpoint) == ("openai-community/gpt2", "gpt2", None, None)
     assert reference(found) is None
@@ -85,8 +85,7 @@ def test_a_merged_folder_that_was_moved_names_its_base_in_its_card(tmp_path):
         ({"reference_update_every": 2}, "tiny-gpt2", None, "as it was before it moved"),
     ],
 )
-def test_a_runs_reference(changes, model, adapter_name, words, tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+def test_a_runs_reference(changes, model, adapter_name, words, tmp_path):
     found = reference(named("--model", str(checkpoint(tmp_path, 1, **changes))))
     assert (found.model, found.adapter) == (model, adapter_name) and words in found.what
 
