@@ -232,7 +232,7 @@ def _shifts(axes, judged: Judged) -> None:
         axes.hist(values[:, side], bins=bins, weights=judged.weights, color=colour, alpha=0.5)
         axes.axvline(float(np.average(values[:, side], weights=judged.weights)), color=colour, linewidth=1.4)
         axes.text(at, 1.02, word, transform=axes.transAxes, fontsize=8.5, color=colour, ha="right", va="bottom")
-    _dress(axes, "log p a token" if judged.reference is None else "log-ratio a token")
+    _dress(axes, "log p a token" if judged.reference is None else "shift a token")
 
 
 def _over_length(axes, judged: Judged) -> None:

@@ -69,7 +69,7 @@ def _checkpoint(option: str, folder: Path) -> Named:
     options = _options_of(facts.get("options"), f"{option} {folder}")
     return Named(
         option,
-        f"step {facts['step']} of the run {run}, from {folder}",
+        f"step {facts['step']} of the run {run.name}, from {folder}",
         f"{run.name}, step {facts['step']}",
         options.model,
         checkpoint=folder,
