@@ -108,7 +108,7 @@ def evaluate(
             (scored,) = tables(side.loadable, side.options, role, [Wanted.all_of(f"{role}: pairs", prepared.pairs)])
             logps.append(scored)
         if here.speaks:
-            report(folder, prepared, about, logps)
+            report(folder, prepared, sides, about, logps)
             generate(folder, own, options, sides, prepared, about)
         wait_for_all()
 
@@ -185,7 +185,7 @@ def judged_of(prepared: "Prepared", logps: "list[np.ndarray]", beta: float) -> "
     )
 
 
-def report(folder: Path, prepared: "Prepared", about: "About", logps: "list[np.ndarray]") -> None:
+def report(folder: Path, prepared: "Prepared", sides: "list[Side]", about: "About", logps: "list[np.ndarray]") -> None:
     """Writes evaluation.json, .md, .png and the pairs' own values, and prints the table."""
     from dpo_ds.files import write_whole
     from dpo_ds.reports import comparison, figures
@@ -197,7 +197,7 @@ def report(folder: Path, prepared: "Prepared", about: "About", logps: "list[np.n
         **dataclasses.asdict(about),
         "precision": prepared.policy.options.precision,
         "pairs_digest": prepared.pairs.digest,
-        "weights": prepared.policy.loadable.hashes,
+        "weights": {side.named.option: side.loadable.hashes for side in sides},
     }
     with files_of("--output_dir", folder):
         folder.mkdir(parents=True, exist_ok=True)

@@ -112,6 +112,9 @@ def test_a_run_on_its_own_held_out_pairs(place):
                           ("logps_per_token/chosen", all_pairs["policy"]["chosen"]["value"])):  # fmt: skip
         assert last[f"eval/{metric}"] == pytest.approx(value, abs=ATOL), metric
     assert all_pairs["pairs"] == HELD_OUT and found["beta"] == BETA
+    files = [set(hashes) for hashes in found["weights"].values()]
+    assert list(found["weights"]) == ["--model", "--reference_model"]
+    assert files == [{"config.json", "model.safetensors"}] * 2
     assert found["by_source"] == {} and sum(part["pairs"] for part in found["by_length"].values()) == HELD_OUT
     page = (place / "own" / "generations.md").read_text()
     assert page.count("| greedy |") == page.count("| sampled |") == 3 and "| | run | llama |" in page
@@ -131,6 +134,7 @@ def test_two_ranks_and_zero_3_have_the_same_figures(place):
     assert out.count("| accuracy of the reward |") == 1, "one rank speaks"
     assert "to score" in out and not (place / "two" / "generations.md").exists()
     one, two = in_this_process(place, "one", *words), evaluated(place / "two")
+    assert one["dataset"] == f"{place / 'a.jsonl'},{place / 'b.jsonl'}"
     models = oracle.load(place / "run" / "merged"), oracle.load(place / "llama")
     require_the_oracles(place, place / "one", *models, 0.1)
     assert set(one["by_source"]) == {str(place / "a.jsonl"), str(place / "b.jsonl")}
