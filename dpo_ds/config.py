@@ -416,6 +416,13 @@ def parse_options(argv: list[str], command: str = "train", positional: str | Non
     return options
 
 
+def given(argv: list[str]) -> set[str]:
+    """The names of the options that flags or a --config file among them give."""
+    words = _flags_of_config(argv) + argv
+    names = {word[2:].partition("=")[0] for word in words if word.startswith("--")}
+    return {ALIASES.get(name, name) for name in names}
+
+
 class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (--help lists the options)")

@@ -16,13 +16,16 @@ from dpo_ds.data.steps import MicroBatch, deal
 from dpo_ds.engine.engine import Engine
 from dpo_ds.losses.compared import Compared, Facts, Running
 from dpo_ds.losses.lengths import length_desensitised
-from dpo_ds.losses.metrics import length_correlation, names_of, preference_metrics
+from dpo_ds.losses.metrics import names_of, preference_metrics
 from dpo_ds.losses.objective import Judged, Objective
 from dpo_ds.ranks import collectives, world
 from dpo_ds.references.kinds import Reference
+from dpo_ds.reports.figures import rank_correlation
 from dpo_ds.runs.prepare import Run
 from dpo_ds.scoring.packed import PackedBatch, move, pack, shared_tokens
 from dpo_ds.scoring.scorer import Scored
+
+LEAST_CORRELATED = 30  # held-out pairs: a correlation of fewer says little
 
 
 @dataclass(frozen=True)
@@ -211,7 +214,7 @@ class Learner:
     def _random_state_kept(self):
         return torch.random.fork_rng(devices=[self.policy.device] if self.policy.device.type == "cuda" else [])
 
-    def held_out(self, policy: np.ndarray, reference: np.ndarray) -> dict[str, float]:
+    def held_out(self, policy: np.ndarray, reference: np.ndarray) -> dict[str, float | None]:
         """The metrics of the held-out pairs, from logps as `reference.held_out_logps` gives them."""
         pairs = self.run.eval_pairs
         everything = np.arange(len(pairs))
@@ -220,10 +223,10 @@ class Learner:
         x = self._with_logps(facts_of(pairs, everything, torch.device("cpu")), sides[0], sides[1], mean_length)
         rows = self._metrics(x, self.objective.judge(x)).double()
         means = ((x.weights[:, None] * rows).sum(0) / weight).tolist()
-        margins = rows[:, self.pair_metrics.index("rewards/margins")]
-        return dict(zip(self.pair_metrics, means, strict=True)) | {
-            "length_correlation": length_correlation(margins, x.lengths)
-        }
+        margins = rows[:, self.pair_metrics.index("rewards/margins")].numpy()
+        longer = (x.lengths[:, 0] - x.lengths[:, 1]).double().numpy()
+        correlation = rank_correlation(margins, longer, pairs.weights) if len(pairs) >= LEAST_CORRELATED else None
+        return {**dict(zip(self.pair_metrics, means, strict=True)), "length_correlation": correlation}
 
     def _held_out_pairs(self, logps: torch.Tensor) -> torch.Tensor:
         pairs = self.run.eval_pairs

@@ -35,7 +35,7 @@ def main(argv: list[str]) -> None:
     tables = reference_tables(run, everything=True)
     if own.output is not None and world.from_environment().speaks:
         sets = list(zip((run.train_pairs, run.eval_pairs), tables, strict=True))
-        write_table(own.output, sets, {"model": run.reference.model.name, **facts_of(run)})
+        write_table(own.output, sets, {"model": run.reference.model.name, **facts_of(run.reference, run.options)})
         console.say(f"reference table: {own.output}")
 
 

@@ -100,7 +100,8 @@ def train(run: "Run", watchers: "Sequence[Watcher]" = (), save: bool = True) -> 
 
 def generate(run: "Run") -> None:
     """Shows answers to the first held-out prompts before and after training, if --generations and the export are on."""
-    from dpo_ds.reports.evaluation import Answers, show_generations
+    from dpo_ds.reports.answers import Answers
+    from dpo_ds.reports.evaluation import show_generations
     from dpo_ds.runs.data import answer_end
 
     count = min(run.options.generations, len(run.eval_pairs))

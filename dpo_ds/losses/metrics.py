@@ -1,7 +1,5 @@
 """The metrics of preference pairs: loss, rewards, margins, accuracy. What TRL has is named as it is there."""
 
-import math
-
 import torch
 
 from dpo_ds.losses.compared import Compared
@@ -22,7 +20,6 @@ METRICS = (
     "log_ratios/chosen",
     "log_ratios/rejected",
 )
-LEAST_CORRELATED = 30  # pairs: a correlation of fewer says little
 
 
 def names_of(losses: list[str], reference: bool) -> list[str]:
@@ -65,14 +62,3 @@ def kl_per_token(x: Compared) -> torch.Tensor:
     """
     log_ratios = x.log_ratios / x.lengths
     return torch.expm1(-log_ratios) + log_ratios
-
-
-def length_correlation(margins: torch.Tensor, lengths: torch.Tensor) -> float:
-    """Pearson's correlation of the reward margins [B] with the chosen answer's surplus length, of lengths [B, 2].
-
-    NaN if there are fewer than LEAST_CORRELATED pairs, or if all margins or all differences are equal.
-    """
-    if len(margins) < LEAST_CORRELATED:
-        return math.nan
-    both = torch.stack([margins.double(), (lengths[:, 0] - lengths[:, 1]).double()])
-    return float(torch.corrcoef(both)[0, 1])

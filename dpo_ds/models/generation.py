@@ -4,7 +4,7 @@ import json
 import re
 from pathlib import Path
 
-from transformers import PreTrainedConfig
+from transformers import GenerationConfig, PreTrainedConfig
 
 FILE = "generation_config.json"
 _ENDS = re.compile(r'("eos_token_id"\s*:\s*)(\[[^\]]*\]|null|-?\d+)')
@@ -48,5 +48,13 @@ def _from(config: PreTrainedConfig) -> str:
 
 def ends_of(text: str) -> list[int]:
     """The tokens at which a generation_config.json stops."""
-    ends = json.loads(text).get("eos_token_id")
+    return _listed(json.loads(text).get("eos_token_id"))
+
+
+def ends_of_config(config: GenerationConfig | None) -> list[int]:
+    """The tokens at which a loaded model's own generation stops."""
+    return _listed(None if config is None else config.eos_token_id)
+
+
+def _listed(ends: list[int] | int | None) -> list[int]:
     return ends if isinstance(ends, list) else [] if ends is None else [ends]

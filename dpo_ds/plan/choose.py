@@ -15,11 +15,13 @@ from dpo_ds.losses.table import reads_reference
 from dpo_ds.models.adapter import find_adapter
 from dpo_ds.models.find import known_model
 from dpo_ds.models.model import Model
-from dpo_ds.plan.footprint import Footprint, Shape, longest_pair
+from dpo_ds.plan.footprint import Footprint, ScoringFootprint, Shape, longest_pair
 from dpo_ds.plan.machine import GIB, Machine
 from dpo_ds.plan.plan import Plan
 
 PLENTY = 10**6 * GIB
+
+Purpose = type[Footprint]  # what a plan is for: training, or with ScoringFootprint scoring alone
 
 
 def decide(options: Options, model: Model, on_gpu: bool) -> Options:
@@ -53,10 +55,13 @@ def _router_coefficient(wanted: str, model: Model) -> str:
     return str(own) if wanted == "model" else wanted
 
 
-def candidates(options: Options, model: Model, machine: Machine) -> list[str]:
-    """The tiers to try, the fastest first: without offload, then the size class's own, then more offload, NVMe last."""
+def candidates(options: Options, model: Model, machine: Machine, purpose: Purpose = Footprint) -> list[str]:
+    """The tiers to try, the fastest first: without offload, then the size class's own, then more offload, NVMe last.
+    For scoring: the whole model on every rank, then a share of it."""
     if options.ds_config != "auto":
         return [options.ds_config]
+    if purpose is ScoringFootprint:
+        return ["zero0_debug", "zero3_standard", *(["zero3_nvme_large"] if machine.nvme else [])]
     own = model.lora_tier if options.lora else model.tier
     order = [own]
     if not options.lora and own.startswith("zero3_offload") and machine.gpu_memory is not None:
@@ -78,24 +83,25 @@ def _shape(
     return Shape(known_model(model, trust_remote_code), options)
 
 
-def choose(options: Options, machine: Machine) -> Plan:
+def choose(options: Options, machine: Machine, purpose: Purpose = Footprint) -> Plan:
     """The plan of the first tier that fits, with its largest micro-batch; if none fits, the plan of least excess."""
     model = known_model(options.model, options.trust_remote_code)
     options = decide(options, model, machine.gpu_memory is not None)
     lora = (options.lora, options.lora_r, options.lora_targets) if options.lora else (False, 1, "")
     shape = _shape(options.model, options.trust_remote_code, options.precision, *lora)
     plans = []
-    for tier in candidates(options, model, machine):
-        plan = fill(shape, options.replace(ds_config=tier), machine)
+    for tier in candidates(options, model, machine, purpose):
+        plan = fill(shape, options.replace(ds_config=tier), machine, purpose)
         if plan.fits:
             return plan
         plans.append(plan)
     return min(plans, key=lambda plan: plan.excess)
 
 
-def fill(shape: Shape, options: Options, machine: Machine) -> Plan:
+def fill(shape: Shape, options: Options, machine: Machine, purpose: Purpose = Footprint) -> Plan:
     """The plan of one tier with the largest micro-batch that fits. Activations are kept if the rank's whole share of a
     step fits with them, else recomputed."""
+    trained = 0 if purpose is ScoringFootprint else shape.trained
     somewhere = options
     if machine.nvme and not options.nvme_path:  # a plan for another machine, whose folders are not known
         somewhere = options.replace(nvme_path="/nvme")
@@ -103,7 +109,7 @@ def fill(shape: Shape, options: Options, machine: Machine) -> Plan:
 
     def plan(tokens: int, checkpointing: str) -> Plan:
         planned = options.planned(micro_batch_tokens=tokens, gradient_checkpointing=checkpointing)
-        return Plan(shape.model, planned, machine, shape.trained, tuple(Footprint(shape, planned, config, machine)))
+        return Plan(shape.model, planned, machine, trained, tuple(purpose(shape, planned, config, machine)))
 
     pair = longest_pair(options)
     if options.micro_batch_tokens is not None:
@@ -112,7 +118,7 @@ def fill(shape: Shape, options: Options, machine: Machine) -> Plan:
         most, least = tokens_on_cpu(pair), pair
     else:
         most, least = pair * min(math.ceil(options.global_batch_pairs / machine.ranks), max(1, 65536 // pair)), pair
-    asked = options.gradient_checkpointing
+    asked = "on" if purpose is ScoringFootprint else options.gradient_checkpointing
     if asked == "auto":
         if not (smallest := plan(least, "on")).fits:
             return smallest

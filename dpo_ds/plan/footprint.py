@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from dpo_ds.config import Options, Planned
+from dpo_ds.engine.tiers import reference_config
 from dpo_ds.models.adapter import find_adapter
 from dpo_ds.models.find import known_model
 from dpo_ds.models.lora import is_target
@@ -205,14 +206,17 @@ class Footprint:
         if self.ranks > 1:
             yield self.part("gpu", "the largest gradient, reduced", self.item * self.shape.largest_trained, "compute")
 
+    @property
+    def activations(self) -> str:
+        return f"activations, {'recomputed' if self.options.gradient_checkpointing == 'on' else 'kept'},"
+
     def compute(self) -> Iterator[Part]:
         """A micro-batch's activations, and the libraries' own memory."""
         recompute = self.options.gradient_checkpointing == "on"
         tokens = self.options.micro_batch_tokens
         budget = LogitBudget.on(self.machine.gpu_memory)
         size = self.shape.activations(tokens, min(longest_pair(self.options), tokens), recompute, budget)
-        how = "recomputed" if recompute else "kept"
-        yield self.part("gpu", f"activations, {how}, and head tiles", size, "compute")
+        yield self.part("gpu", f"{self.activations} and head tiles", size, "compute")
         if self.machine.gpu_memory is not None:
             yield self.part("gpu", "CUDA context and libraries", CUDA)
         else:
@@ -228,6 +232,26 @@ class Footprint:
         if self.moves:
             yield self.part("disk", "the reference in a checkpoint", FP32 * self.shape.all)
         yield self.part("disk", "the merged model", self.item * self.shape.model.parameters)
+
+
+class ScoringFootprint(Footprint):
+    """The memory of a frozen model that only scores, as in dpo_ds.evaluate. `config` is a policy's.
+
+    NOTE, an upper bound: activations are counted as for training with recomputation, which also keeps each layer's
+    input. Scoring keeps none.
+    """
+
+    def __init__(self, shape: Shape, options: Planned, config: dict, machine: Machine):
+        super().__init__(shape, options, reference_config(config), machine)
+
+    def __iter__(self) -> Iterator[Part]:
+        yield from self.weights()
+        yield from self.live_parameters()
+        yield from self.compute()
+
+    @property
+    def activations(self) -> str:
+        return "activations of a forward pass"
 
 
 def longest_pair(options: Options) -> int:

@@ -19,7 +19,7 @@ class Plan:
     model: Model
     options: Planned
     machine: Machine
-    trained: int
+    trained: int  # parameters; 0 if the model only scores
     parts: tuple[Part, ...]
 
     def need(self, where: str) -> int:
@@ -56,15 +56,16 @@ class Plan:
 
     @property
     def how(self) -> str:
-        recompute = ", activations recomputed" if self.options.gradient_checkpointing == "on" else ""
+        recomputed = self.trained and self.options.gradient_checkpointing == "on"
+        recompute = ", activations recomputed" if recomputed else ""
         lora = f"LoRA r={self.options.lora_r}, " if self.options.lora else ""
         return f"{lora}{self.options.ds_config}, micro-batches of {self.options.micro_batch_tokens} tokens{recompute}"
 
     def as_markdown(self) -> str:
         """The parts and their sums in GiB, as Markdown."""
+        trained = f", {self.trained:,} trained" if self.trained else ""
         lines = [
-            f"{self.model.name} ({self.model.parameters:,} parameters, {self.trained:,} trained) on "
-            f"{self.machine.name}: {self.how}",
+            f"{self.model.name} ({self.model.parameters:,} parameters{trained}) on {self.machine.name}: {self.how}",
             "",
             "| where | what | GiB | when |",
             "|---|---|---:|---|",

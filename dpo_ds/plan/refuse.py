@@ -5,15 +5,16 @@ from collections.abc import Callable, Iterator
 
 from dpo_ds.config import Options
 from dpo_ds.errors import UserError
-from dpo_ds.plan.choose import PLENTY, choose, decide_by_class
+from dpo_ds.plan.choose import PLENTY, Purpose, choose, decide_by_class
+from dpo_ds.plan.footprint import Footprint
 from dpo_ds.plan.machine import GIB, NODE_GPUS, Machine, gib
 from dpo_ds.plan.plan import Plan
 
 SHORTEST = 128  # tokens: a shorter --max_length is not suggested
 
 
-def for_run(options: Options) -> Plan:
-    """The plan of a run on the machine that `options` describe, by default this one.
+def for_run(options: Options, purpose: Purpose = Footprint) -> Plan:
+    """The plan of a run on the machine that `options` describe, by default this one. purpose: training, or scoring.
 
     Raises UserError if it does not fit, unless --plan is off. The message says what would fit.
     """
@@ -22,19 +23,20 @@ def for_run(options: Options) -> Plan:
         return choose(
             decide_by_class(options, machine),
             dataclasses.replace(machine, gpu_memory=machine.gpu_memory and PLENTY, host_memory=PLENTY),
+            purpose,
         )
-    plan = choose(options, machine)
+    plan = choose(options, machine, purpose)
     if not plan.fits:
-        raise UserError(refusal(plan, options) + "; --plan only shows the table, --plan off starts anyway")
+        raise UserError(refusal(plan, options, purpose) + "; --plan only shows the table, --plan off starts anyway")
     return plan
 
 
-def show(options: Options, say: Callable[[str], None]) -> Plan:
+def show(options: Options, say: Callable[[str], None], purpose: Purpose = Footprint) -> Plan:
     """Says the plan's table and, if it does not fit, every single change that would make it fit. Then raises UserError
     if it does not fit."""
-    plan = choose(options, Machine.of(options))
+    plan = choose(options, Machine.of(options), purpose)
     lines = [plan.as_markdown()]
-    if not plan.fits and (found := list(remedies(options, plan.machine))):
+    if not plan.fits and (found := list(remedies(options, plan.machine, purpose))):
         lines += [
             "",
             "It would fit with one of these changes:",
@@ -42,13 +44,13 @@ def show(options: Options, say: Callable[[str], None]) -> Plan:
         ]
     say("\n".join(lines))
     if not plan.fits:
-        raise UserError(refusal(plan, options))
+        raise UserError(refusal(plan, options, purpose))
     return plan
 
 
-def refusal(plan: Plan, options: Options) -> str:
+def refusal(plan: Plan, options: Options, purpose: Purpose = Footprint) -> str:
     """One line: what is missing where, and the cheapest change that would make it fit."""
-    change, other = next(remedies(options, plan.machine), (None, plan))
+    change, other = next(remedies(options, plan.machine, purpose), (None, plan))
     remedy = f"; it would fit with {change} ({_needs(other)})" if change else ""
     return f"--model {plan.model.name} does not fit {plan.machine.devices}: {' and '.join(_missing(plan))}{remedy}"
 
@@ -68,18 +70,18 @@ def _needs(plan: Plan) -> str:
     return ", ".join(f"{gib(plan.need(where))} {names[where]}" for where in plan.available if plan.need(where))
 
 
-def remedies(options: Options, machine: Machine) -> Iterator[tuple[str, Plan]]:
+def remedies(options: Options, machine: Machine, purpose: Purpose = Footprint) -> Iterator[tuple[str, Plan]]:
     """Yields single changes that would make the run fit, the cheapest first, each with its plan."""
-    on_gpu = machine.gpu_memory is not None
+    on_gpu, trains = machine.gpu_memory is not None, purpose is Footprint
 
     def trial(changed: Options, where: Machine) -> Plan | None:
         try:
-            plan = choose(changed, where)
+            plan = choose(changed, where, purpose)
         except UserError:  # the user's own ds_config does not allow this change
             return None
         return plan if plan.fits else None
 
-    if not options.lora and (found := trial(options.replace(lora=True), machine)):
+    if trains and not options.lora and (found := trial(options.replace(lora=True), machine)):
         yield "--lora", found
     if trial(options.replace(max_length=SHORTEST), machine):
         lengths = (2**n * SHORTEST for n in range(6, -1, -1) if 2**n * SHORTEST < (options.max_length or 1024))
@@ -101,6 +103,7 @@ def remedies(options: Options, machine: Machine) -> Iterator[tuple[str, Plan]]:
             break
     if not on_gpu:
         server = Machine(NODE_GPUS, NODE_GPUS, 80 * GIB, PLENTY)
-        for flag, changed in (("", options), ("--lora on ", options.replace(lora=True))):
+        with_lora = [("--lora on ", options.replace(lora=True))] if trains else []
+        for flag, changed in [("", options), *with_lora]:
             if found := trial(changed.replace(precision="auto"), server):
                 yield f"{flag}8 GPUs of 80 GiB", found

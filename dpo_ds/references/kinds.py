@@ -10,7 +10,7 @@ from dpo_ds.data.steps import MicroBatch
 from dpo_ds.engine.engine import Engine
 from dpo_ds.engine.moving import MovingWeights
 from dpo_ds.ranks import console, world
-from dpo_ds.references.table import reference_engine_of, reference_tables
+from dpo_ds.references.table import engine_of, reference_tables
 from dpo_ds.runs.prepare import Run
 from dpo_ds.scoring.packed import PackedBatch, move
 from dpo_ds.scoring.sweep import Places, Score, score_set
@@ -105,7 +105,7 @@ class Live(Fixed):
     def __init__(self, run: Run):
         self.run = run
         with console.working("loading the reference"):
-            self.engine = reference_engine_of(run)
+            self.engine = engine_of(run.reference, run.options)
 
     def attach(self, policy: Engine) -> None:
         pass

@@ -9,12 +9,14 @@ at the next chunk.
 import contextlib
 import hashlib
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from filelock import FileLock
 
+from dpo_ds.config import Planned
 from dpo_ds.data.pairs import PairSet
 from dpo_ds.engine.build import reference_engine
 from dpo_ds.engine.engine import Engine
@@ -22,6 +24,7 @@ from dpo_ds.errors import files_of
 from dpo_ds.files import sha256_of, write_whole
 from dpo_ds.ranks import console, world
 from dpo_ds.ranks.collectives import array_from_rank_0
+from dpo_ds.runs.loadable import Loadable
 from dpo_ds.runs.prepare import Run
 from dpo_ds.scoring.packed import PackedBatch
 from dpo_ds.scoring.rotary import depends_on_length
@@ -79,6 +82,19 @@ class Table:
         write_whole(self.manifest, json.dumps(facts, indent=1))
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """The answers of a set that are to be scored."""
+
+    title: str  # what the progress bar says
+    pairs: PairSet
+    needed: np.ndarray  # bool [answers]
+
+    @classmethod
+    def all_of(cls, title: str, pairs: PairSet) -> "Wanted":
+        return cls(title, pairs, np.ones(len(pairs.answers), dtype=bool))
+
+
 def reference_tables(run: Run, everything: bool = False) -> list[np.ndarray]:
     """The reference's logps of the training and of the held-out answers, float32 [n] each, on every rank.
 
@@ -86,65 +102,69 @@ def reference_tables(run: Run, everything: bool = False) -> list[np.ndarray]:
     others stay NaN), or all of them with `everything`. On return, the engine is closed and its memory free.
     """
     pairs = np.arange(len(run.train_pairs)) if everything else np.flatnonzero(run.schedule.visited())
-    everyone = np.ones(len(run.eval_pairs.answers), dtype=bool)
-    return _tables(run, [_training(run, pairs), ("reference: held-out pairs", run.eval_pairs, everyone)])
+    return _of_reference(run, [_training(run, pairs), Wanted.all_of("reference: held-out pairs", run.eval_pairs)])
 
 
 def sample_table(run: Run, pairs: np.ndarray) -> np.ndarray:
     """The same for these training pairs alone, and for what earlier runs have scored: float32 [n], NaN elsewhere."""
-    return _tables(run, [_training(run, pairs)])[0]
+    return _of_reference(run, [_training(run, pairs)])[0]
 
 
-Needed = tuple[str, PairSet, np.ndarray]  # a title; a set; bool [A], the answers that are needed
-
-
-def _training(run: Run, pairs: np.ndarray) -> Needed:
+def _training(run: Run, pairs: np.ndarray) -> Wanted:
     needed = np.isin(np.arange(len(run.train_pairs.answers)), run.train_pairs.pairs[pairs])
-    return "reference: training pairs", run.train_pairs, needed
+    return Wanted("reference: training pairs", run.train_pairs, needed)
 
 
-def _tables(run: Run, sets: list[Needed]) -> list[np.ndarray]:
+def _of_reference(run: Run, sets: list[Wanted]) -> list[np.ndarray]:
+    return tables(run.reference, run.options, "the reference", sets)
+
+
+def tables(model: Loadable, options: Planned, what: str, sets: list[Wanted]) -> list[np.ndarray]:
+    """A frozen model's logps of the answers of each set, float32 [n] each, on every rank; NaN for those that are not
+    needed. Scores the answers that no earlier command has scored.
+
+    what: the model's role, for messages. On return, the engine is closed and its memory free.
+    """
     engine: list[Engine] = []  # built when the first pair must be scored
 
     def score(batch: PackedBatch) -> torch.Tensor:
         if not engine:
-            with console.working("loading the reference"):
-                engine.append(reference_engine_of(run))
+            with console.working(f"loading {what}"):
+                engine.append(engine_of(model, options))
         return engine[0].score(batch)
 
-    results = [_reference_table(run, score, *named_set) for named_set in sets]
+    results = [_table(model, options, score, wanted) for wanted in sets]
     if engine:
         engine[0].close()
     return results
 
 
-def reference_engine_of(run: Run) -> Engine:
-    """The engine of the run's reference."""
-    loadable = run.reference
-    return reference_engine(loadable.weights, loadable.ds_config, run.options, loadable.attention, loadable.adapter)
+def engine_of(model: Loadable, options: Planned) -> Engine:
+    """The engine of a frozen model."""
+    return reference_engine(model.weights, model.ds_config, options, model.attention, model.adapter)
 
 
-def facts_of(run: Run) -> dict:
-    """What decides the reference's logps of a tokenised answer."""
-    reference, options = run.reference, run.options
+def facts_of(model: Loadable, options: Planned) -> dict:
+    """What decides a frozen model's logps of a tokenised answer."""
     return {
-        "weights": reference.hashes,
+        "weights": model.hashes,
         "precision": options.precision,
         **({"values": "tokens"} if options.ld_alpha is not None else {}),
-        **({"max_length": options.max_length} if depends_on_length(reference.model.config) else {}),
+        **({"max_length": options.max_length} if depends_on_length(model.model.config) else {}),
     }
 
 
-def _reference_table(run: Run, score: Score, title: str, pairs: PairSet, needed: np.ndarray) -> np.ndarray:
+def _table(model: Loadable, options: Planned, score: Score, wanted: Wanted) -> np.ndarray:
+    title, pairs, needed = wanted.title, wanted.pairs, wanted.needed
     if len(pairs) == 0:
         return np.zeros(0, dtype=np.float32)
     table = None
-    per_token = run.options.ld_alpha is not None
+    per_token = options.ld_alpha is not None
     places = Places.of_set(pairs, per_token)
     with contextlib.ExitStack() as held:
         if world.from_environment().speaks:
-            facts = {"format": FORMAT, **facts_of(run), "answers": pairs.answers_digest}
-            table = Table(Path(run.options.cache_dir).expanduser(), facts, places.total)
+            facts = {"format": FORMAT, **facts_of(model, options), "answers": pairs.answers_digest}
+            table = Table(Path(options.cache_dir).expanduser(), facts, places.total)
             held.enter_context(table.lock)
         logps = array_from_rank_0(table.read() if table else np.empty(places.total, dtype=np.float32))
         left = np.flatnonzero(needed & np.isnan(logps[places.starts]))
@@ -159,7 +179,7 @@ def _reference_table(run: Run, score: Score, title: str, pairs: PairSet, needed:
                 rows[places.of(answers)] = scored
                 rows.flush()
 
-        limit = run.options.micro_batch_tokens
+        limit = options.micro_batch_tokens
         logps[places.of(left)] = score_set(score, pairs, left, limit, title, per_token, keep)
         if table:
             table.close()

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from dpo_ds.data.sources import Split
 
 HELD_OUT, MOST_HELD_OUT = 0.05, 500  # of the pairs, and how many at most, unless --eval_pairs says otherwise
+READING = "reading and tokenising the pairs"
 
 Reports = list[tuple[str, Report]]  # of each source, with its name; places are the numbers in PairSet.sources
 
@@ -61,13 +62,10 @@ def load_pairs(options: Options, tokenizer: PreTrainedTokenizerBase, here: World
 
 def read_pairs(options: Options, tokenizer: PreTrainedTokenizerBase, here: World, date: str) -> Loaded:
     """The same, with the reports. Of the options, --max_length must be decided."""
-    title = "reading and tokenising the pairs"
-    with console.working(title):
-        training, evaluation = in_a_child(title, lambda: _tokenise(options, tokenizer, date), here.all_cores)
+    with console.working(READING):
+        training, evaluation = in_a_child(READING, lambda: _tokenise(options, tokenizer, date), here.all_cores)
     for found in filter(None, (training, evaluation)):
-        for name, report in found.reports:
-            for line in report.lines():
-                console.say(f"{name}: {line}")
+        _say(found.reports)
     notes: list[str] = []
 
     def note(line: str) -> None:
@@ -92,6 +90,29 @@ def read_pairs(options: Options, tokenizer: PreTrainedTokenizerBase, here: World
             note(said)
         return Loaded(train, held_out, training.reports, training.reports, notes)
     return Loaded(train, held_out, training.reports, evaluation.reports, notes)
+
+
+def _say(reports: Reports) -> None:
+    for name, report in reports:
+        for line in report.lines():
+            console.say(f"{name}: {line}")
+
+
+def read_dataset(
+    options: Options, tokenizer: PreTrainedTokenizerBase, here: World, date: str
+) -> tuple[PairSet, Reports]:
+    """The pairs of --dataset for an evaluation, the first --eval_pairs if that is given, and what became of the rows.
+
+    Where --dataset_split is auto, of a set with several splits its test split is read, if it has one. Raises UserError
+    if no pair is left.
+    """
+    with console.working(READING):
+        found = in_a_child(READING, lambda: _tokenise_dataset(options, tokenizer, date), here.all_cores)
+    _say(found.reports)
+    pairs = _first(PairSet.open(found.folder), options, whole=True, note=console.say)
+    if not len(pairs):
+        raise UserError(f"--dataset {options.dataset}: no pair is left to evaluate: the lines above say why")
+    return pairs, found.reports
 
 
 def mixed(pairs: PairSet, shares: list[tuple[str, float]], seed: int, note: Callable[[str], None]) -> PairSet:
@@ -198,6 +219,20 @@ def _tokenise(options: Options, tokenizer: PreTrainedTokenizerBase, date: str) -
         if not tests or options.eval_pairs == 0:
             return train, None
         return train, read("train", tests)
+
+
+def _tokenise_dataset(options: Options, tokenizer: PreTrainedTokenizerBase, date: str) -> Tokenised:
+    """Tokenises --dataset for `read_dataset`, in a child process."""
+    from dpo_ds.data.sources import flag, load_sources
+
+    role = "eval" if options.dataset_split == "auto" else "train"
+    with scratch_folder(Path(tempfile.gettempdir()), "dpo_ds-data") as folder:
+        tempfile.tempdir = str(folder)
+        try:
+            found = load_sources(options.dataset, folder, options.dataset_split, options.dataset_config, role)
+        except UserError as error:
+            raise UserError(str(error).replace(f"{flag(role)} ", f"{flag('train')} ", 1)) from error
+        return _Reader(options, tokenizer, date)("train", [(each.source.name, each.split) for each in found])
 
 
 def tokenizing_of(options: Options, tokenizer: PreTrainedTokenizerBase, date: str | None = None) -> Tokenizing:

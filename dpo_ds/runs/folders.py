@@ -43,6 +43,11 @@ def identity(
     return {**values, "train_digest": train_digest, "eval_digest": eval_digest, "date": date, FILES: files}
 
 
+def read_record(folder: Path) -> dict:
+    """run.json of a run's folder: the options that decide what the run computes, its data and its files."""
+    return _read(folder / "run.json")
+
+
 def started(folder: Path) -> str | None:
     """The date, ISO, on which the folder's run was first started (chat templates may print it); None without a run."""
     record = folder / "run.json"

@@ -5,7 +5,7 @@ Mistakes of the user's are found here, in seconds, and raised as UserError with 
 
 import datetime
 import re
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,14 +16,14 @@ from dpo_ds.config import Decided, Options, Planned
 from dpo_ds.data.pairs import PairSet, too_small
 from dpo_ds.data.steps import Schedule
 from dpo_ds.engine.requirements import require_compiler, require_nvme
-from dpo_ds.engine.tiers import fill_tier, swap_folders
-from dpo_ds.errors import UserError, one_line, said_of
+from dpo_ds.engine.tiers import swap_folders
+from dpo_ds.errors import UserError, said_of
 from dpo_ds.files import sha256_of
 from dpo_ds.losses.table import losses_of
 from dpo_ds.models.adapter import Adapter, find_adapter
-from dpo_ds.models.files import fetch_weights, load_tokenizer, weights_hashes
-from dpo_ds.models.find import find_model, known_model
-from dpo_ds.models.model import Model, torch_dtype
+from dpo_ds.models.files import fetch_weights, load_tokenizer
+from dpo_ds.models.find import known_model
+from dpo_ds.models.model import Model
 from dpo_ds.plan.choose import choose, tokens_on_cpu
 from dpo_ds.plan.machine import Machine
 from dpo_ds.plan.plan import Plan
@@ -33,23 +33,11 @@ from dpo_ds.ranks.collectives import on_rank_0, one_after_another
 from dpo_ds.ranks.world import World
 from dpo_ds.runs import folders
 from dpo_ds.runs.data import read_pairs
+from dpo_ds.runs.loadable import Loadable, adapter_hashes_of, find_loadable, hashes_of, require_same_tokens
 from dpo_ds.runs.table_file import TableFile
-from dpo_ds.scoring.twin import choose_kernel, require_exact
 
 # How far a micro-batch may grow for a group of many answers. A longer group is split.
 MOST_GROWTH = 4
-
-
-@dataclass(frozen=True)
-class Loadable:
-    """A model with what an engine of it needs."""
-
-    model: Model
-    weights: Path  # the folder
-    ds_config: dict  # the policy's: engine/tiers.py makes the reference's of it
-    attention: str  # the kernel
-    hashes: dict[str, str] = field(default_factory=dict)  # of its files and the adapter's, by name
-    adapter: Adapter | None = None  # on its weights
 
 
 @dataclass(frozen=True)
@@ -106,11 +94,9 @@ def prepare(options: Options, here: World, plan: Plan | None = None, claim: bool
     # The plan comes before any download. It is made for rank 0's machine.
     planned = on_rank_0(lambda: (plan or for_run(options)).options)
     folder = _folder_of(planned)
-    model = find_model(planned.model, planned.trust_remote_code)
-    on_rank_0(lambda: require_exact(planned.model, model.config, planned.trust_remote_code))
-    kernel = on_rank_0(lambda: _kernel(planned, model))
+    policy = find_loadable(planned, here)
+    model, ds_config = policy.model, policy.ds_config
     tokenizer = load_tokenizer(model)
-    ds_config = fill_tier(planned.ds_config, planned, model, here.size, torch.cuda.is_available())
     require_compiler(planned.ds_config, ds_config, torch.cuda.is_available())
     if used := swap_folders(ds_config):
         if planned.reference_update_every is not None:
@@ -148,18 +134,18 @@ def prepare(options: Options, here: World, plan: Plan | None = None, claim: bool
     )
     with console.working("fetching the weights"):
         weights = one_after_another(lambda: fetch_weights(model))
-        reference = Loadable(model, weights, ds_config, kernel)
+        reference = replace(policy, weights=weights)
         if other is not None:
             reference = replace(other, weights=one_after_another(lambda: _fetch_reference(other.model)))
     with console.working("hashing the weights"):
-        files = {"--model": _hashes(weights, decided)}
+        files = {"--model": hashes_of(weights, decided)}
         of_weights = files["--model"]
         if other is not None:
-            of_weights = files["--reference_model"] = _hashes(reference.weights, decided)
+            of_weights = files["--reference_model"] = hashes_of(reference.weights, decided)
         if adapter is not None:
-            files["--adapter"] = _adapter_hashes(adapter, decided)
+            files["--adapter"] = adapter_hashes_of(adapter, decided)
         if of_reference is not None:
-            of_adapter = _adapter_hashes(of_reference, decided)
+            of_adapter = adapter_hashes_of(of_reference, decided)
             of_weights = of_weights | of_adapter
             if decided.reference_adapter is not None:
                 files["--reference_adapter"] = of_adapter
@@ -181,7 +167,7 @@ def prepare(options: Options, here: World, plan: Plan | None = None, claim: bool
         eval_pairs=eval_pairs,
         dropped_pairs=sum(report.equal_once_cut for _, report in loaded.train_reports),
         schedule=schedule,
-        attention=kernel,
+        attention=policy.attention,
         adapter=adapter,
         reference=reference,
         table=table,
@@ -216,15 +202,11 @@ def require_data(options: Options, pairs: PairSet) -> None:
 def _other_reference(options: Planned, tokenizer: PreTrainedTokenizerBase, here: World) -> Loadable:
     """--reference_model, before its weights are fetched. Raises UserError if it cannot score the policy's tokens."""
     assert options.reference_model is not None
-    name, trusted = options.reference_model, options.trust_remote_code
     with said_of("--reference_model"):
-        model = find_model(name, trusted)
-        on_rank_0(lambda: require_exact(name, model.config, trusted))
-        model.max_length(options.max_length)
-        require_same_tokens(tokenizer, load_tokenizer(model), name)
-        kernel = on_rank_0(lambda: _kernel(options, model))
-    ds_config = fill_tier(options.ds_config, options, model, here.size, torch.cuda.is_available())
-    return Loadable(model, Path(model.source), ds_config, kernel)
+        found = find_loadable(options.replace(model=options.reference_model), here)
+        found.model.max_length(options.max_length)
+        require_same_tokens(tokenizer, load_tokenizer(found.model), options.reference_model)
+    return found
 
 
 def _given_table(options: Planned, training: PairSet, held_out: PairSet, schedule: Schedule) -> tuple[GivenTable, str]:
@@ -253,32 +235,9 @@ def _adapters(options: Planned) -> tuple[Adapter | None, Adapter | None]:
     return policy, reference
 
 
-def _hashes(folder: Path, options: Decided) -> dict[str, str]:
-    """Rank 0's hashes of a model's files, on every rank."""
-    cache = Path(options.cache_dir).expanduser()
-    return on_rank_0(lambda: weights_hashes(folder, cache, options.trust_remote_code))
-
-
-def _adapter_hashes(adapter: Adapter, options: Decided) -> dict[str, str]:
-    """Likewise of an adapter's files."""
-    return on_rank_0(lambda: adapter.hashes(Path(options.cache_dir).expanduser()))
-
-
 def _fetch_reference(model: Model) -> Path:
     with said_of("--reference_model"):
         return fetch_weights(model)
-
-
-def require_same_tokens(policy: PreTrainedTokenizerBase, reference: PreTrainedTokenizerBase, name: str) -> None:
-    """Raises UserError if a token id of the policy's stands for another token in the reference, or for none."""
-    theirs = reference.get_vocab()
-    for token, number in sorted(policy.get_vocab().items(), key=lambda entry: entry[1]):
-        if theirs.get(token) != number:
-            there = f"is {theirs[token]}" if token in theirs else "is missing"
-            raise UserError(
-                f"--reference_model {name} has other token ids: {one_line(repr(token))} is {number} in --model, but "
-                f"{there} there; take a reference of the same family"
-            )
 
 
 def _tokens_for(longest: int, planned: Planned) -> int:
@@ -296,15 +255,6 @@ def _tokens_for(longest: int, planned: Planned) -> int:
     if longest > tokens:
         console.say(f"prompts whose answers need micro-batches of more than {tokens} tokens are split over several")
     return tokens
-
-
-def _kernel(options: Options, model: Model) -> str:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = torch_dtype(options.precision)
-    kernel, passed_over = choose_kernel(options.attention, model.config, dtype, device, options.trust_remote_code)
-    for problem in passed_over:
-        console.say(f"{problem}: {kernel} is used")
-    return kernel
 
 
 def _folder_of(options: Options) -> Path:

@@ -13,6 +13,7 @@ from dpo_ds import __version__
 from dpo_ds.config import Options, parse_options
 from dpo_ds.data.__main__ import parse
 from dpo_ds.data.rows.forms import BESIDE, FORMS, WITHOUT_PROMPT, Reading, read_row, require_form
+from dpo_ds.evaluate import parse as parse_evaluate
 from dpo_ds.plan.choose import choose
 from dpo_ds.plan.machine import Machine
 
@@ -29,6 +30,7 @@ LAUNCHERS = {"python", "deepspeed", "torchrun", "accelerate", "bash"}
 TAKE_OPTIONS = {"dpo_ds.train", "dpo_ds.score", "dpo_ds.doctor", "dpo_ds.plan", "launch/train_dpo.py"}
 # Of commands, and of DeepSpeed.
 OTHER_FLAGS = {"config", "help", "all", "json", "html", "output", "plots", "row", "rows", "module"}
+OTHER_FLAGS |= {"temperature", "top_p", "answer_tokens"}  # of dpo_ds.evaluate
 FLAGS = {field.name for field in dataclasses.fields(Options)} | OTHER_FLAGS
 
 
@@ -99,6 +101,8 @@ def test_commands_exist(page, command, monkeypatch):
         assert source.is_file(), f"no module {target}"
     if target == "dpo_ds.data":
         parse(rest)
+    elif target == "dpo_ds.evaluate":
+        parse_evaluate(rest)
     elif target in TAKE_OPTIONS:
         rest = [word for word in rest if word not in ("--all", "--json", "--help")]
         if "--output" in rest:  # of dpo_ds.score and dpo_ds.doctor

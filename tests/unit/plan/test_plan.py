@@ -10,6 +10,7 @@ from dpo_ds.config import parse_options
 from dpo_ds.errors import UserError
 from dpo_ds.plan.__main__ import everything
 from dpo_ds.plan.choose import choose
+from dpo_ds.plan.footprint import ScoringFootprint
 from dpo_ds.plan.machine import GIB, Machine, host_memory
 from dpo_ds.plan.plan import Plan
 from dpo_ds.plan.refuse import for_run, remedies, show
@@ -94,6 +95,29 @@ def test_a_refusal_says_what_would_fit_and_it_does():
     assert all(changed.fits for changed in found.values())
     assert for_run(options.replace(host_memory=1400.0)).fits
     assert for_run(options.replace(plan="off")).options.ds_config == "zero3_offload_large"
+
+
+def test_scoring_needs_the_weights_and_a_forward_pass_alone():
+    """No optimizer, no gradients: a model that cannot be trained on a machine can be evaluated there."""
+    machine = Machine(1, 1, 80 * GIB, 100 * GIB)
+    model = "meta-llama/Meta-Llama-3-8B-Instruct"
+    options = parse_options(["--model", model])
+    plan = choose(options, machine, ScoringFootprint)
+    assert not choose(options, machine).fits and plan.fits and plan.options.ds_config == "zero0_debug"
+    assert "trained" not in plan.as_markdown() and "recomputed" not in plan.as_markdown()
+    assert [part.what for part in plan.parts if "weights" in part.what] == ["weights (bf16)"]
+    assert plan.need("gpu") > 2 * plan.model.parameters and plan.need("disk") == 0
+    large = choose(parse_options(["--model", LLAMA_70B]), Machine(8, 8, 80 * GIB, 100 * GIB), ScoringFootprint)
+    assert large.fits and large.options.ds_config == "zero3_standard"
+
+
+def test_a_refused_scoring_does_not_suggest_lora():
+    words = ["--model", LLAMA_70B, "--gpus", "1", "--gpu_memory", "80", "--host_memory", "100"]
+    options = parse_options(words)
+    with pytest.raises(UserError, match=r"does not fit 1 GPU\(s\).*would fit with --nvme_path"):
+        for_run(options, ScoringFootprint)
+    found = dict(remedies(options, Machine.of(options), ScoringFootprint))
+    assert list(found) == ["--nvme_path on a local disk", "4 GPUs"] and all(plan.fits for plan in found.values())
 
 
 def test_each_place_where_memory_is_missing_is_named():

@@ -1,0 +1,74 @@
+"""A model that an engine can be built of: the checks that precede its weights, then the weights and their hashes."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from dpo_ds.config import Options, Planned
+from dpo_ds.engine.tiers import fill_tier
+from dpo_ds.errors import UserError, one_line
+from dpo_ds.models.adapter import Adapter
+from dpo_ds.models.files import weights_hashes
+from dpo_ds.models.find import find_model
+from dpo_ds.models.model import Model, torch_dtype
+from dpo_ds.ranks import console
+from dpo_ds.ranks.collectives import on_rank_0
+from dpo_ds.ranks.world import World
+from dpo_ds.scoring.twin import choose_kernel, require_exact
+
+
+@dataclass(frozen=True)
+class Loadable:
+    """A model with what an engine of it needs."""
+
+    model: Model
+    weights: Path  # the folder
+    ds_config: dict  # the policy's: engine/tiers.py makes the reference's of it
+    attention: str  # the kernel
+    hashes: dict[str, str] = field(default_factory=dict)  # of its files and the adapter's, by name
+    adapter: Adapter | None = None  # on its weights
+
+
+def find_loadable(options: Planned, here: World) -> Loadable:
+    """--model with its kernel and DeepSpeed config, before its weights are fetched. Raises UserError, on every rank, if
+    it cannot be scored exactly, or if the config contradicts the options."""
+    trusted = options.trust_remote_code
+    model = find_model(options.model, trusted)
+    on_rank_0(lambda: require_exact(options.model, model.config, trusted))
+    kernel = on_rank_0(lambda: _kernel(options, model))
+    ds_config = fill_tier(options.ds_config, options, model, here.size, torch.cuda.is_available())
+    return Loadable(model, Path(model.source), ds_config, kernel)
+
+
+def _kernel(options: Options, model: Model) -> str:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch_dtype(options.precision)
+    kernel, passed_over = choose_kernel(options.attention, model.config, dtype, device, options.trust_remote_code)
+    for problem in passed_over:
+        console.say(f"{problem}: {kernel} is used")
+    return kernel
+
+
+def require_same_tokens(policy: PreTrainedTokenizerBase, reference: PreTrainedTokenizerBase, name: str) -> None:
+    """Raises UserError if a token id of the policy's stands for another token in the reference, or for none."""
+    theirs = reference.get_vocab()
+    for token, number in sorted(policy.get_vocab().items(), key=lambda entry: entry[1]):
+        if theirs.get(token) != number:
+            there = f"is {theirs[token]}" if token in theirs else "is missing"
+            raise UserError(
+                f"--reference_model {name} has other token ids: {one_line(repr(token))} is {number} in --model, but "
+                f"{there} there; take a reference of the same family"
+            )
+
+
+def hashes_of(folder: Path, options: Planned) -> dict[str, str]:
+    """Rank 0's hashes of a model's files, on every rank."""
+    cache = Path(options.cache_dir).expanduser()
+    return on_rank_0(lambda: weights_hashes(folder, cache, options.trust_remote_code))
+
+
+def adapter_hashes_of(adapter: Adapter, options: Planned) -> dict[str, str]:
+    """Likewise of an adapter's files."""
+    return on_rank_0(lambda: adapter.hashes(Path(options.cache_dir).expanduser()))
