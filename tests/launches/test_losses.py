@@ -1,9 +1,11 @@
 """Every loss, on real runs: full and LoRA, 1 and 2 ranks, ZeRO-0 and ZeRO-3, large and small micro-batches.
 
 A row is four answers with scores. Runs are compared with the oracle's plain loop, which applies the same formula
-(tests/unit/losses compares that with numbers computed by hand) to the whole step at once.
+(tests/unit/losses compares that with numbers computed by hand) to the whole step at once. LoRA's are stopped on their
+way and go on.
 """
 
+import functools
 import gzip
 import json
 from itertools import pairwise
@@ -26,6 +28,7 @@ from dpo_ds.runs.data import load_pairs
 
 STEPS, BATCH, RATE = 4, 12, 5e-4
 STOP = 2
+DECIDE_PAIRS = ("model", "dataset", "pairs", "max_length", "eval_pairs", "cache_dir")
 NORM_AND_LOSS = ("grad_norm", "eval/loss")
 
 # name: the loss's flags. Losses of one name stand for themselves.
@@ -93,23 +96,28 @@ def argv(options: dict) -> list[str]:
     return [f"--{key}={value}" for key, value in options.items()]
 
 
+def stopped(options: dict) -> list[dict]:
+    """A run that is stopped on its way, and goes on."""
+    words = argv(options | {"save_every": STOP})
+    return [{"argv": words, "stop_after": STOP}, {"argv": words}]
+
+
 @pytest.fixture(scope="module")
 def launched(place) -> dict[int, str]:
     scenarios: dict[int, list] = {1: [], 2: []}
     for case in CASES:
-        for run in (*FULL, LORA[case]):
+        for run in FULL:
             scenarios[RUNS[run][0]].append({"argv": argv(flags(place, case, run))})
+        scenarios[RUNS[LORA[case]][0]] += stopped(flags(place, case, LORA[case]))
     for case in RESUMED:
-        for run in ("1-stage0", "2-stage3"):
-            ranks = RUNS[run][0]
-            options = flags(place, case, run) | {"output_dir": place / f"{case}-{run}-resumed", "save_every": STOP}
-            scenarios[ranks] += [{"argv": argv(options), "stop_after": STOP}, {"argv": argv(options)}]
+        for run in FULL:
+            options = flags(place, case, run) | {"output_dir": place / f"{case}-{run}-resumed"}
+            scenarios[RUNS[run][0]] += stopped(options)
     return {ranks: launching.run_scenarios(ranks, runs, place / f"{ranks}.json") for ranks, runs in scenarios.items()}
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_runs_have_the_oracles_curve(case, place, launched):
-    """On the very pairs of the run, prepared once more."""
     for runs in (FULL, (LORA[case],)):
         expected = oracles_curve(place, flags(place, case, runs[0]))
         # DPOP has a kink where policy and reference are equal, as they are at the start: rounding decides on its side.
@@ -122,9 +130,16 @@ def test_runs_have_the_oracles_curve(case, place, launched):
     np.testing.assert_allclose(*held_out, rtol=1e-4, atol=1e-5)
 
 
+@functools.cache
+def pairs_of(words: tuple[str, ...]):
+    """The run's training pairs, prepared once more."""
+    options = parse_options([*words])
+    return load_pairs(options, load_tokenizer(find_model(options.model)), from_environment(), "2026-01-01")[0]
+
+
 def oracles_curve(place, flags: dict) -> list[float]:
     options = parse_options(argv(flags))
-    train, _ = load_pairs(options, load_tokenizer(find_model(options.model)), from_environment(), "2026-01-01")
+    train = pairs_of(tuple(argv({name: flags[name] for name in DECIDE_PAIRS})))
     schedule = Schedule.of(train.pair_groups, BATCH, 1, STEPS, seed=42)
     steps = [np.sort(schedule.step(number)) for number in range(STEPS)]
     return oracle.train_with(options, place / "llama", train, steps, learning_rate=RATE, warmup=round(0.1 * STEPS))
