@@ -8,6 +8,8 @@ import pytest
 # Before anything imports DeepSpeed or transformers; the launches of a test inherit both.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path("~/.cache/dpo_ds-tests/torch_extensions").expanduser()))
+# As the launches have it: with two compilers in turn, each start would compile DeepSpeed's ops again.
+os.environ.setdefault("CXX", str(Path(__file__).resolve().parent / "tools" / "cxx.sh"))
 
 # The longest first, so that two workers end at about the same time (launch/test.sh keeps this order).
 LONGEST = ("test_models", "test_wheel", "test_nvme", "test_plan_measured", "test_resume", "test_curves", "test_export")
