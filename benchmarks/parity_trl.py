@@ -60,7 +60,7 @@ CASES: dict[str, tuple[dict, dict]] = {
 KNOWN = {
     "bco_pair": "TRL leaves out the paper's reward shift, the running mean of the rewards (Jung et al. 2024)",
     "cdpo": "TRL ignores label_smoothing with its sigmoid loss; cDPO is -(1 - e) log sigmoid(h) - e log sigmoid(-h)",
-    "orpo": "TRL's likelihood term is over the prompt's tokens, too (as in the authors' code)",
+    "orpo": "TRL's likelihood term is over the prompt's tokens, too",
 }
 FREE = {"sft", "simpo", "cpo", "orpo"}  # read no reference
 
