@@ -123,7 +123,7 @@ class Report:
 
     def cut_by(self, what: str) -> str:
         parts, tokens = self.cut_parts[what], self.cut_tokens[what]
-        return f"{parts} {what if parts > 1 else what[:-1]}, by {tokens / parts:,.0f} tokens on average"
+        return f"{parts:,} {what if parts > 1 else what[:-1]}, by {tokens / parts:,.0f} tokens on average"
 
     def check(self, max_left_out: float) -> None:
         """Raises UserError if no row is left, or if more than `max_left_out` of the rows cannot be used.
