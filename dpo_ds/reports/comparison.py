@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dpo_ds.reports.curves import BLUE, GREEN, INK, ORANGE, PALE, RED, brief
+from dpo_ds.reports.curves import BLUE, GREEN, INK, ORANGE, PALE, RED, dress
 from dpo_ds.reports.figures import Evaluation, Figures, Judged, Mean, Share, Slice
 
 POINTS = 1500  # of the scatter plot, at most
@@ -253,19 +253,11 @@ def _bins(values: np.ndarray) -> list[float]:
 
 
 def _dress(axes, title: str, left: float = 0.0) -> None:
-    """Title, ticks and grid. left: where the title begins, in parts of the axes' width."""
-    from matplotlib.ticker import FuncFormatter, MaxNLocator
+    """left: where the title begins, in parts of the axes' width."""
+    from matplotlib.ticker import MaxNLocator
 
     axes.set_title(title, fontsize=9, color=INK, loc="left", pad=3, x=left)
-    for axis, most in ((axes.xaxis, 5), (axes.yaxis, 4)):
-        axis.set_major_locator(MaxNLocator(most))
-        axis.set_major_formatter(FuncFormatter(lambda value, _: brief(value)))
-    axes.tick_params(labelsize=8, colors=INK, length=2, pad=2)
-    axes.grid(color="#d8dee4", linewidth=0.5)
-    axes.set_axisbelow(True)
-    for side, spine in axes.spines.items():
-        spine.set_visible(side in ("left", "bottom"))
-        spine.set_color(PALE)
+    dress(axes, MaxNLocator(5), MaxNLocator(4))
 
 
 def _short(text: str | None, most: int) -> str:

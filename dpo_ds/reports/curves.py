@@ -129,7 +129,7 @@ def picture(series: Series, title: str, steps: int, max_grad_norm: float) -> byt
 
 
 def _panel(axes, panel: Panel, series: Series, done: int, max_grad_norm: float) -> None:
-    from matplotlib.ticker import FuncFormatter, MaxNLocator
+    from matplotlib.ticker import MaxNLocator
 
     seen: list[np.ndarray] = []
     for name, colour in zip(panel.metrics, panel.colours, strict=True):
@@ -165,10 +165,16 @@ def _panel(axes, panel: Panel, series: Series, done: int, max_grad_norm: float) 
         room = 0.06 * (top - bottom) or 0.05 * abs(top) or 1.0
         axes.set_ylim(bottom - room, top + room)
     axes.set_xlim(0, max(done, 1))
-    axes.xaxis.set_major_locator(MaxNLocator(3, integer=True))
-    axes.yaxis.set_major_locator(MaxNLocator(4))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: brief(value)))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: brief(value)))
+    dress(axes, MaxNLocator(3, integer=True), MaxNLocator(4))
+
+
+def dress(axes, across, up) -> None:
+    """Ticks, a pale grid and two axes, as in every picture. across, up: matplotlib's locators of the ticks."""
+    from matplotlib.ticker import FuncFormatter
+
+    for axis, locator in ((axes.xaxis, across), (axes.yaxis, up)):
+        axis.set_major_locator(locator)
+        axis.set_major_formatter(FuncFormatter(lambda value, _: brief(value)))
     axes.tick_params(labelsize=8, colors=INK, length=2, pad=2)
     axes.grid(color="#d8dee4", linewidth=0.5)
     axes.set_axisbelow(True)
