@@ -279,6 +279,8 @@ def _contradiction(checkpoint: Path, facts: dict, run: str | None) -> str | None
     for key in ("step", "ranks", "stage", "options", "losses"):
         if key not in facts:
             return f"checkpoint.json has no {key}"
+    if not isinstance(facts.get(FILES, {}), dict):
+        return "checkpoint.json's list of files cannot be read"
     if _step_of(checkpoint) not in (None, facts["step"]):
         return f"checkpoint.json is of step {facts['step']}"
     if run is not None and facts.get("run", run) != run:
