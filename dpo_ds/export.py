@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.core_model_loading import revert_weight_conversion
 
-from dpo_ds import __version__
+from dpo_ds import __version__, checksums
 from dpo_ds.config import Options
 from dpo_ds.engine.engine import Engine
 from dpo_ds.engine.shards import TAG, CheckpointWeights
@@ -219,7 +219,7 @@ def write_folder(model: LanguageModel, fetch: Fetch, folder: Path, papers: Paper
     files = manifest.measure(partial, folder)
     if here.speaks:
         if record is not None:
-            write_whole(record, json.dumps(manifest.sealed({folders.FILES: files}), indent=1))
+            write_whole(record, json.dumps(checksums.sealed({folders.FILES: files}), indent=1))
         partial.rename(folder)
     collectives.wait_for_all()
 

@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 from safetensors.torch import load_file, save_file
 
-from dpo_ds import __version__
+from dpo_ds import __version__, checksums
 from dpo_ds.engine.engine import Engine
 from dpo_ds.errors import SaveFailed
 from dpo_ds.files import follow_umask, in_words, move_aside, saving, sync_folders, write_whole
@@ -112,7 +112,7 @@ def _write(final: Path, partial: Path, engine: Engine, reference: Kept) -> None:
 def _complete(final: Path, partial: Path, facts: dict, damage: str | None) -> None:
     """Writes the manifest and gives the checkpoint its name. damage: why one with this name cannot be used."""
     with saving(final):
-        write_whole(partial / "checkpoint.json", json.dumps(manifest.sealed(facts), indent=1))
+        write_whole(partial / "checkpoint.json", json.dumps(checksums.sealed(facts), indent=1))
         sync_folders(partial)
         if final.exists():
             console.say(f"{final} cannot be used ({damage}): it is now called {move_aside(final).name}")

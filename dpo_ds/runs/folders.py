@@ -25,6 +25,7 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from dpo_ds import checksums
 from dpo_ds.config import NOT_IDENTITY, Options, to_yaml
 from dpo_ds.errors import UserError, files_of, one_line
 from dpo_ds.files import in_words, move_aside, write_whole
@@ -231,7 +232,7 @@ def damage(checkpoint: Path, run: str | None) -> str | None:
     run: the hash of the run that it must belong to; None: any.
     """
     began, problem = time.monotonic(), None
-    files: manifest.Files | None = {}
+    files: checksums.Files | None = {}
     try:
         facts = _object(checkpoint / "checkpoint.json")
         problem, files = _contradiction(checkpoint, facts, run), facts.get(FILES)
@@ -258,23 +259,23 @@ def merged_damage(folder: Path) -> str | None:
     return missing
 
 
-def _merged_files(folder: Path) -> tuple[str | None, manifest.Files]:
+def _merged_files(folder: Path) -> tuple[str | None, checksums.Files]:
     """What is wrong with merged/ at first sight, and the files to compare: all but the model card, which people edit.
     A run of an older version has no merged.json."""
     if not (folder / "merged").is_dir():
         return "is missing", {}
     try:
-        record = _object(folder / MERGED) if (folder / MERGED).exists() else manifest.sealed({FILES: {}})
+        record = _object(folder / MERGED) if (folder / MERGED).exists() else checksums.sealed({FILES: {}})
     except ValueError as error:
         return f"cannot be checked, because {MERGED} is damaged ({error})", {}
-    if not manifest.is_sealed(record):
+    if not checksums.is_sealed(record):
         return f"cannot be checked, because {MERGED} does not match its own checksum", {}
     return None, {name: facts for name, facts in record[FILES].items() if name != "README.md"}
 
 
 def _contradiction(checkpoint: Path, facts: dict, run: str | None) -> str | None:
     """What is wrong with the content of a checkpoint.json; None if nothing is."""
-    if FILES in facts and not manifest.is_sealed(facts):
+    if FILES in facts and not checksums.is_sealed(facts):
         return "checkpoint.json does not match its own checksum"
     for key in ("step", "ranks", "stage", "options", "losses"):
         if key not in facts:

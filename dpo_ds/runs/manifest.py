@@ -1,25 +1,19 @@
 """What a folder holds: each file's size and checksum, measured and compared by all ranks together.
 
-Each rank reads a share of the files: those with its number in their name, and some of the others. The checksum is
-xxh3_128, which a core computes faster than a disk reads.
+Each rank reads a share of the files: those with its number in their name, and some of the others.
 """
 
-import json
 import os
 import re
 from pathlib import Path
 
-import xxhash
-
+from dpo_ds import checksums
+from dpo_ds.checksums import Files
 from dpo_ds.files import saving
 from dpo_ds.ranks import collectives, world
 
-BLOCK = 16 << 20  # bytes that are read at a time
-CHECKSUM = "checksum"  # the key of a record's own checksum
 # random-0.safetensors, zero_pp_rank_0_mp_rank_00_optim_states.pt, offloaded_tensors/rank00/0.tensor.swp
 NUMBERED = re.compile(r"(?:zero_pp_rank_|offloaded_tensors/rank|random-|reference-)(\d+)")
-
-Files = dict[str, dict]  # of a file's path within the folder: {"bytes": its size, "xxh3_128": its checksum}
 
 
 def measure(folder: Path, final: Path) -> Files:
@@ -39,18 +33,7 @@ def difference(folder: Path, files: Files) -> str | None:
     """How this rank's share of the folder's files differs from `files`; None if it does not."""
     here = world.from_environment()
     own = share({name: facts["bytes"] for name, facts in files.items()}, here.rank, here.size)
-    try:
-        for name in own:
-            if (size := os.path.getsize(folder / name)) != files[name]["bytes"]:
-                return f"{name} has {size:,} bytes instead of {files[name]['bytes']:,}"
-        for name in own:
-            if checksum(folder / name) != files[name]["xxh3_128"]:
-                return f"{name} does not match its checksum"
-    except FileNotFoundError:
-        return f"{name} is missing"
-    except OSError as error:
-        return f"{name} cannot be read: {error.strerror}"
-    return None
+    return checksums.difference(folder, files, own)
 
 
 def size_of(files: Files) -> int:
@@ -71,29 +54,6 @@ def share(sizes: dict[str, int], rank: int, ranks: int) -> list[str]:
     return shares[rank]
 
 
-def checksum(file: Path) -> str:
-    """The xxh3_128 of a file's content, in hex."""
-    digest, block = xxhash.xxh3_128(), memoryview(bytearray(BLOCK))
-    with open(file, "rb", buffering=0) as opened:
-        while read := opened.readinto(block):
-            digest.update(block[:read])
-    return digest.hexdigest()
-
-
-def sealed(record: dict) -> dict:
-    """The record, which JSON can hold, with its own checksum."""
-    return {**record, CHECKSUM: _of(record)}
-
-
-def is_sealed(record: dict) -> bool:
-    """Whether a record that was read back is as `sealed` made it."""
-    return record.get(CHECKSUM) == _of({key: value for key, value in record.items() if key != CHECKSUM})
-
-
-def _of(record: dict) -> str:
-    return xxhash.xxh3_128(json.dumps(record, sort_keys=True).encode()).hexdigest()
-
-
 def _sizes(folder: Path, final: Path) -> dict[str, int]:
     with saving(final):
         files = sorted(path for path in folder.rglob("*") if path.is_file())
@@ -101,10 +61,8 @@ def _sizes(folder: Path, final: Path) -> dict[str, int]:
 
 
 def _measure(folder: Path, names: list[str], final: Path) -> Files:
-    found = {}
     with saving(final):
         for name in names:
             with open(folder / name, "rb") as opened:
                 os.fsync(opened.fileno())
-            found[name] = {"bytes": os.path.getsize(folder / name), "xxh3_128": checksum(folder / name)}
-    return found
+        return checksums.measured(folder, names)

@@ -8,13 +8,14 @@ import sys
 import launching
 import pytest
 
+from dpo_ds.checksums import sealed
 from dpo_ds.config import Options
 from dpo_ds.errors import SaveFailed, UserError
 from dpo_ds.files import in_words, move_aside, saving, write_whole
 from dpo_ds.runs import folders
 from dpo_ds.runs.folders import check_folder, checkpoints, damage, half_saved, hash_of, newest_whole
 from dpo_ds.runs.lock import LEFT_EARLY, Lock
-from dpo_ds.runs.manifest import measure, sealed
+from dpo_ds.runs.manifest import measure
 
 HOLD = """
 import sys, time

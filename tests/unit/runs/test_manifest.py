@@ -5,8 +5,9 @@ import os
 
 import pytest
 
+from dpo_ds.checksums import is_sealed, sealed
 from dpo_ds.errors import SaveFailed
-from dpo_ds.runs.manifest import difference, is_sealed, measure, sealed, share
+from dpo_ds.runs.manifest import difference, measure, share
 
 ZERO3 = [
     *(
