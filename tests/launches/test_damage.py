@@ -255,8 +255,9 @@ def test_a_finished_run_exports_again_what_is_missing_or_damaged(ranks, launches
     for name, (_, reason) in MERGED.items():
         assert f"this run is finished, but {launch.place / name}/{reason}: it is exported again" in launch.output
         assert_as_base(launch.place, name)
-        summary = json.loads((launch.place / name / "summary.json").read_text())
-        assert summary == json.loads((launch.place / "base" / "summary.json").read_text())
+        # The doctor's figures are of all the answers that any run has scored by now.
+        before, after = (json.loads((launch.place / run / "summary.json").read_text()) for run in ("base", name))
+        assert before | {"findings": None} == after | {"findings": None}
         assert (launch.place / name / "merged.damaged").exists() == (name != "merged-deleted")
 
 
@@ -336,7 +337,7 @@ def test_a_full_disk_is_noticed_before_a_save_and_within_it(disk, launches):
     """The run's checkpoints are on a small disk. There is room for none more, or for a little less than one."""
     place, scenarios = launches(1).place, []
     size = sum(file.stat().st_size for file in (place / "base/checkpoints/step-000002").rglob("*"))
-    for name, free in (("full", 100_000), ("nearly-full", size - 15_000)):
+    for name, free in (("full", 100_000), ("nearly-full", size - 55_000)):
         checkpoints = copied(place, name).parent
         small = disk(size + 40_000 + free) / "checkpoints"
         shutil.copytree(checkpoints / "step-000002", small / "step-000002")
