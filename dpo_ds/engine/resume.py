@@ -1,6 +1,9 @@
 """Writes and loads DeepSpeed's files of a checkpoint, and restores what DeepSpeed's own loading leaves out."""
 
 import contextlib
+import errno
+import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +15,8 @@ from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchChe
 from dpo_ds.engine.shards import TAG, load_pickled, optimizer_state
 from dpo_ds.errors import one_line
 from dpo_ds.ranks import collectives
+
+FULL = 1 << 20  # bytes: a disk on which a file could not be written, and that has fewer left, is full
 
 
 class SafeFiles(TorchCheckpointEngine):
@@ -29,8 +34,11 @@ class SafeFiles(TorchCheckpointEngine):
     def save(self, state_dict: dict, path: str) -> None:
         try:
             super().save(state_dict, path)
-        except (OSError, RuntimeError) as error:  # a full disk is a RuntimeError of torch's
-            self.failed = error if isinstance(error, OSError) else OSError(f"{path}: {one_line(error)}")
+        except OSError as error:
+            self.failed = error
+        except RuntimeError as error:  # torch's own, which does not name a full disk as the cause
+            full = shutil.disk_usage(Path(path).parent).free < FULL
+            self.failed = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) if full else OSError(one_line(error))
 
     def load(self, path: str, map_location: Any = None) -> dict:
         return load_pickled(path, mmap=False, map_location=map_location)
