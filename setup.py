@@ -46,7 +46,8 @@ setup(
         "tqdm>=4.66,<5",
         "matplotlib>=3.8,<4",  # curves.png, and the histograms of python -m dpo_ds.data
         "packaging>=23",
-        "filelock>=3.12",
+        "filelock>=3.13",
+        "xxhash>=3.2",
         "ninja>=1.11",  # DeepSpeed builds CPUAdam and its I/O library on first use
     ],
     extras_require={

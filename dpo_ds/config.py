@@ -280,6 +280,14 @@ class Options:
         ),
     ] = None
     save_every: Annotated[int, Help("Steps between checkpoints; 0: only the last step's.")] = 0
+    keep_last: Annotated[
+        int | None,
+        Help("Keep only so many of the newest checkpoints; by default all. An older one goes once a new one is whole."),
+    ] = None
+    on_save_error: Annotated[
+        Literal["continue", "stop"],
+        Help("When a checkpoint cannot be written, as on a full disk: go on and try again at the next, or stop."),
+    ] = "continue"
     resume: Annotated[
         str, Help("auto: resume where --output_dir stopped; never; or a checkpoint folder to start from.")
     ] = "auto"
@@ -352,7 +360,7 @@ def _require_filled(options: Options, kind: type[Options]) -> None:
 # Fields that say where or how to run, not what to compute: two runs that differ only here are the same run.
 NOT_IDENTITY = frozenset(
     {"output_dir", "cache_dir", "resume", "export", "generations", "save_every", "eval_every", "attention"}
-    | {"report_to", "step_patience", "max_bad_steps"}
+    | {"report_to", "step_patience", "max_bad_steps", "keep_last", "on_save_error"}
     | {"plan", "gpus", "gpu_memory", "host_memory", "nvme", "nvme_path"}
 )
 
@@ -547,6 +555,7 @@ def check(options: Options) -> None:
         "micro_batch_tokens",
         "max_bad_steps",
         "step_patience",
+        "keep_last",
     ):
         _require(options, name, lambda x: x > 0, "more than 0")
     for name in (

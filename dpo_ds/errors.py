@@ -1,4 +1,4 @@
-"""Two kinds of error that end in one line: what the user can correct, and why a run must stop. All else is a bug."""
+"""The errors that end in one line: what the user can correct, and why a run must stop. All else is a bug."""
 
 import contextlib
 from collections.abc import Iterator
@@ -11,6 +11,10 @@ class UserError(Exception):
 
 class RunStopped(Exception):
     """A run cannot go on, for a reason that a traceback would not show: one line, exit code 1."""
+
+
+class SaveFailed(RunStopped):
+    """A checkpoint or an export could not be written. A run may go on without the checkpoint."""
 
 
 def one_line(said: BaseException | str, most: int | None = 300) -> str:

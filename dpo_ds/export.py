@@ -20,20 +20,20 @@ from safetensors.torch import save_file
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.core_model_loading import revert_weight_conversion
 
-from dpo_ds import __version__
+from dpo_ds import __version__, checksums
 from dpo_ds.config import Options
 from dpo_ds.engine.engine import Engine
 from dpo_ds.engine.shards import TAG, CheckpointWeights
 from dpo_ds.errors import UserError, files_of
-from dpo_ds.files import follow_umask, scratch_folder, write_whole
+from dpo_ds.files import follow_umask, move_aside, saving, scratch_folder, write_whole
 from dpo_ds.models import generation
 from dpo_ds.models.files import load_tokenizer
 from dpo_ds.models.find import find_model
 from dpo_ds.models.lora import LanguageModel, plain_model
 from dpo_ds.models.model import torch_dtype
 from dpo_ds.ranks import collectives, console, world
+from dpo_ds.runs import folders, manifest
 from dpo_ds.runs.data import answer_end
-from dpo_ds.runs.folders import describe
 from dpo_ds.runs.prepare import Run
 
 SHARD_BYTES = 5_000_000_000  # about transformers' own default
@@ -201,17 +201,25 @@ def rehearse(run: Run, policy: Engine) -> None:
             papers_of(run, policy.model, {}, policy.stage).write(folder)
 
 
-def write_folder(model: LanguageModel, fetch: Fetch, folder: Path, papers: Papers) -> None:
-    """Writes the Hugging Face folder under another name and renames it at the end, so it is never incomplete."""
+def write_folder(model: LanguageModel, fetch: Fetch, folder: Path, papers: Papers, record: Path | None = None) -> None:
+    """Writes the Hugging Face folder under another name and renames it at the end, so it is never incomplete.
+
+    record: the file to write the folder's manifest to, if any.
+    """
     here = world.from_environment()
     partial = folder.with_name(folder.name + ".partial")
     if here.speaks:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     collectives.wait_for_all()
-    write_weights(model, fetch, partial, papers.dtype.itemsize, here.rank, here.size)
+    with saving(folder):
+        write_weights(model, fetch, partial, papers.dtype.itemsize, here.rank, here.size)
     if here.speaks:
         papers.write(partial)
+    files = manifest.measure(partial, folder)
+    if here.speaks:
+        if record is not None:
+            write_whole(record, json.dumps(checksums.sealed({folders.FILES: files}), indent=1))
         partial.rename(folder)
     collectives.wait_for_all()
 
@@ -219,11 +227,16 @@ def write_folder(model: LanguageModel, fetch: Fetch, folder: Path, papers: Paper
 def export_engine(run: Run, policy: Engine, summary: dict) -> Path:
     """Exports a live policy to the run's merged/ folder, by all ranks together."""
     folder = run.folder / "merged"
-    if folder.exists():
-        console.say(f"{folder} is there already from an earlier start of this run, and is kept")
-        return folder
+    if collectives.on_rank_0(folder.exists):
+        problem = folders.merged_damage(run.folder)
+        if problem is None:
+            console.say(f"{folder} is there already from an earlier start of this run, and is kept")
+            return folder
+        aside = collectives.on_rank_0(lambda: move_aside(folder))
+        console.say(f"{folder} cannot be used: it {problem}; it is now called {aside.name}")
     with console.working("writing the merged checkpoint"):
-        write_folder(policy.model, policy.weights(), folder, papers_of(run, policy.model, summary, policy.stage))
+        papers = papers_of(run, policy.model, summary, policy.stage)
+        write_folder(policy.model, policy.weights(), folder, papers, run.folder / folders.MERGED)
     console.say(f"merged checkpoint: {folder}")
     return folder
 
@@ -232,11 +245,14 @@ def export_checkpoint(source: Path, folder: Path) -> Path:
     """Exports a training checkpoint. Raises UserError if `source` is no checkpoint or `folder` exists."""
     from transformers import AutoModelForCausalLM
 
-    if not (source / "checkpoint.json").is_file():
-        raise UserError(f"--checkpoint {source} is no checkpoint: name a folder checkpoints/step-… of a run")
     if folder.exists():
         raise UserError(f"--output_dir {folder} is there already: name a new folder")
-    facts = describe(source)
+    if reason := folders.damage(source, run=None):
+        raise UserError(
+            f"--checkpoint {source} is no checkpoint that can be used ({reason}): name a folder "
+            "checkpoints/step-… of a run"
+        )
+    facts = folders.describe(source)
     options = Options(**facts["options"])
     found = find_model(options.model, options.trust_remote_code)
     with torch.device("meta"):

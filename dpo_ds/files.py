@@ -1,7 +1,8 @@
-"""Writing files and folders so that they are never incomplete, and hashing them."""
+"""Writing files and folders so that they are never incomplete, moving damaged ones aside, and hashing files."""
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -11,15 +12,61 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
+from safetensors import SafetensorError
+
+from dpo_ds.errors import SaveFailed, one_line
+
+TEMPORARY = ".tmp"  # ends the name under which write_whole writes
+
 
 def write_whole(path: Path, text: str) -> None:
     """Writes a text file under another name and renames it, so that it is never incomplete."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    temporary = path.with_name(path.name + TEMPORARY)
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:  # a full disk leaves an empty file
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+
+
+@contextlib.contextmanager
+def saving(final: Path) -> Iterator[None]:
+    """Turns what writing raises inside the block into SaveFailed. final: what was to be saved."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else one_line(error)
+        raise SaveFailed(f"{final} was not saved: {reason}") from error
+
+
+def in_words(size: float) -> str:
+    """A number of bytes as a person reads it: 1.65 MB, 847 GB."""
+    units = ["bytes", "kB", "MB", "GB", "TB"]
+    place = next((n for n in range(len(units) - 1) if size < 1000 ** (n + 1)), len(units) - 1)
+    return f"{size / 1000**place:.3g} {units[place]}"
+
+
+def sync_folders(folder: Path) -> None:
+    """Syncs a folder's entries to the disk, and those of the folders in it. Files must have been synced before."""
+    for path in [folder, *(path for path in folder.rglob("*") if path.is_dir())]:
+        opened = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(opened)
+        finally:
+            os.close(opened)
+
+
+def move_aside(path: Path) -> Path:
+    """Renames a damaged file or folder to NAME.damaged, or NAME.damaged-2, ... Returns the new path."""
+    names = itertools.chain(["damaged"], (f"damaged-{number}" for number in itertools.count(2)))
+    aside = next(p for name in names if not (p := path.with_name(f"{path.name}.{name}")).exists())
+    path.rename(aside)
+    return aside
 
 
 SCRATCH = ".partial"

@@ -55,8 +55,17 @@ def make_plan(options: Options) -> "Plan | None":
 def train(run: "Run", watchers: "Sequence[Watcher]" = (), save: bool = True) -> dict:
     """Runs everything after preparation: reference, policy, training, export, sample answers. Returns the summary.
 
-    `watchers` are added to the run's own. Without `save`, no checkpoint is written (for benchmarks).
+    `watchers` are added to the run's own. Without `save`, no checkpoint is written (for benchmarks). At the end, other
+    processes may use the run's folder.
     """
+    try:
+        return _train(run, watchers, save)
+    finally:
+        if run.lock is not None:
+            run.lock.release()
+
+
+def _train(run: "Run", watchers: "Sequence[Watcher]", save: bool) -> dict:
     from dpo_ds.doctor.curve import CurveReader
     from dpo_ds.doctor.pairs import examine
     from dpo_ds.engine.build import policy_engine
@@ -65,7 +74,7 @@ def train(run: "Run", watchers: "Sequence[Watcher]" = (), save: bool = True) -> 
     from dpo_ds.references.kinds import reference_of
     from dpo_ds.reports.evaluation import write_logps
     from dpo_ds.reports.progress import watchers_of
-    from dpo_ds.reports.record import finite
+    from dpo_ds.reports.record import finite, last_metrics
     from dpo_ds.trainer import Trainer
 
     if run.finished:
@@ -84,18 +93,20 @@ def train(run: "Run", watchers: "Sequence[Watcher]" = (), save: bool = True) -> 
         reference.attach(policy)
         watching = [*watchers_of(run.folder, run.options, [curve]), *watchers]
         outcome = Trainer(run, policy, reference, watching, save).train()
+        # A start that only had to export has trained no step, but the record has the last one's metrics.
+        metrics = last_metrics(run.folder) | outcome.metrics
         if len(run.eval_pairs) and speaks:
             write_logps(run.folder / "evaluation.jsonl", run.eval_pairs, outcome.policy_logps, outcome.reference_logps)
         if run.options.export == "merged":
-            export_engine(run, policy, outcome.metrics)
+            export_engine(run, policy, metrics)
         policy.close()
     if speaks:
         generate(run)
         found = [finding.as_json() for finding in (*findings, *curve.findings)]
-        summary = {**finite(outcome.metrics), "clipped_share": curve.clipped, "findings": found}
+        summary = {**finite(metrics), "clipped_share": curve.clipped, "findings": found}
         write_whole(run.folder / "summary.json", json.dumps(summary, indent=1))
     collectives.wait_for_all()
-    return outcome.metrics
+    return metrics
 
 
 def generate(run: "Run") -> None:

@@ -11,7 +11,7 @@ import torch
 from dpo_ds.ahead import ahead
 from dpo_ds.engine import join
 from dpo_ds.engine.engine import Engine
-from dpo_ds.errors import RunStopped
+from dpo_ds.errors import RunStopped, SaveFailed
 from dpo_ds.learner import Dealt, Learner, Step
 from dpo_ds.models.flops import Flops, peak_of
 from dpo_ds.ranks import collectives, console, world
@@ -70,7 +70,7 @@ class Trainer:
         steps = self.run.schedule.steps
         self.notify("starting", done, steps)
         with console.working("the first forward and backward"):
-            self.learner.warm_up(done)
+            self.learner.warm_up(min(done, steps - 1))  # a run that only has to export has no step left
         last = self.evaluate(0) if done == 0 else {}
         dealt = ahead(self.learner.pack, self.learner.micro_batches(done))
         for number in range(done, steps):
@@ -94,11 +94,19 @@ class Trainer:
         due = ended or (self.options.eval_every and steps_done % self.options.eval_every == 0)
         found = self.evaluate(steps_done) if due else {}
         if self.save and (ended or (self.options.save_every and steps_done % self.options.save_every == 0)):
-            with console.working(f"saving the checkpoint of step {steps_done}"):
-                checkpoint.save(
-                    self.policy, self.reference, self.run.folder, steps_done, self.options, self.learner.running
-                )
+            self.save_checkpoint(steps_done, ended)
         return found
+
+    def save_checkpoint(self, steps_done: int, ended: bool) -> None:
+        """Saves a checkpoint. If that fails, the run goes on as --on_save_error says; but a run that has ended stops if
+        nothing else would keep its weights."""
+        try:
+            with console.working(f"saving the checkpoint of step {steps_done}"):
+                checkpoint.save(self.run, self.policy, self.reference, steps_done, self.learner.running)
+        except SaveFailed as error:
+            if self.options.on_save_error == "stop" or (ended and self.options.export == "none"):
+                raise
+            console.complain(f"{error}; training goes on, and the next checkpoint is tried when it is due")
 
     def step(self, number: int, upcoming: Iterator[Dealt]) -> dict:
         """One optimizer step over all its pairs, on all ranks. Returns its metrics."""

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -14,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from dpo_ds.checksums import difference, is_sealed, measured, sealed
 from dpo_ds.data.comparison import LeftOut
 from dpo_ds.data.counts import Report
 from dpo_ds.data.dialogue import as_text
@@ -24,14 +26,15 @@ from dpo_ds.data.pairs import read_manifest
 from dpo_ds.data.rows.forms import read_row
 from dpo_ds.data.rows.row import Reading
 from dpo_ds.data.sources import Split, fields
-from dpo_ds.errors import files_of
+from dpo_ds.errors import files_of, one_line
 from dpo_ds.files import scratch_folder
+from dpo_ds.ranks import console
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-FORMAT = 8  # raise it when the cached files change, or the code that decides their content
+FORMAT = 9  # raise it when the cached files change, or the code that decides their content
 SMALL = 20_000  # rows; for fewer, starting processes costs more than it saves
 BATCH = 1000  # rows that are in memory at a time
 
@@ -44,12 +47,16 @@ def tokenize_pairs(
     cache_folder: Path,
     num_proc: int | None = None,
 ) -> tuple[Path, list[Report]]:
-    """Returns the cache folder of the sources' PairSet, and each source's report. Tokenises what is not there.
+    """Returns the cache folder of the sources' PairSet, and each source's report. Tokenises what is not there, or is
+    damaged: each file is read once for its checksum.
 
     join: rows of one prompt become one group.
     """
     options = [asdict(encoder.options), asdict(reading), join]
     folder = cache_folder / _key([split.rows for split in sources], encoder.tokenizer, options)[:32]
+    if folder.is_dir() and (problem := _damage(folder)):
+        console.say(f"the tokenised pairs in {folder} are damaged ({problem}): they are made again")
+        shutil.rmtree(folder)
     if not folder.is_dir():
         with files_of("--cache_dir", cache_folder), scratch_folder(cache_folder, folder.name) as partial:
             _Writer(partial, join).write(sources, reading, encoder, num_proc)
@@ -60,6 +67,17 @@ def tokenize_pairs(
                     raise
     reports = [Report.read(report) for report in read_manifest(folder)["report"]]
     return folder, reports
+
+
+def _damage(folder: Path) -> str | None:
+    """What is wrong with a set of tokenised pairs; None if nothing is."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text())
+        if not is_sealed(manifest):
+            return "manifest.json does not match its own checksum"
+    except (OSError, ValueError, AttributeError) as error:
+        return f"manifest.json: {one_line(error)}"
+    return difference(folder, manifest["files"], manifest["files"])
 
 
 def _key(sources: Sequence[datasets.Dataset], tokenizer: "PreTrainedTokenizerBase", options: list) -> str:
@@ -241,8 +259,9 @@ class _Writer:
             "groups": len(arrays["prompts"]),
             "tokens": self.total,
             "report": [report.saved() for report in reports],
+            "files": measured(self.folder, sorted(path.name for path in self.folder.iterdir())),
         }
-        (self.folder / "manifest.json").write_text(json.dumps(manifest, indent=1))
+        (self.folder / "manifest.json").write_text(json.dumps(sealed(manifest), indent=1))
 
     def _add(self, batch: pa.Table, source: int, tokens: IO[bytes], scored: IO[bytes]) -> None:
         """Adds the rows of a batch that are used. Numbers of rows and answers count from the first batch on."""

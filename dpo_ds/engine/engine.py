@@ -96,8 +96,19 @@ class Engine:
         """The ZeRO stage."""
         return self.deepspeed.zero_optimization_stage()
 
+    @property
+    def checkpoint_bytes(self) -> int:
+        """About how many bytes a checkpoint takes: the weights, and of trained ones fp32 masters and Adam's state."""
+        total = 0
+        for parameter in self.model.parameters():
+            numbers = getattr(parameter, "ds_numel", parameter.numel())
+            masters = 4 if self.stage == 3 or parameter.itemsize < 4 else 0
+            whole = 0 if self.stage == 3 and parameter.requires_grad else parameter.itemsize
+            total += numbers * (whole + (masters + 8 if parameter.requires_grad else 0))
+        return total
+
     def save(self, folder: Path) -> None:
-        """Writes the engine's part of a checkpoint, by all ranks together."""
+        """Writes the engine's part of a checkpoint, by all ranks together. Raises OSError on a rank that cannot."""
         save_checkpoint(self.deepspeed, folder)
 
     def load(self, folder: Path, rank: int) -> None:

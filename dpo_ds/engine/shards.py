@@ -7,8 +7,12 @@ keeps a slice of every parameter in each rank's files: ceil(n / ranks) elements,
 import math
 import pickle
 from pathlib import Path
+from typing import Any
 
 import torch
+from deepspeed.runtime.fp16.loss_scaler import LossScaler
+from deepspeed.runtime.zero.config import ZeroStageEnum
+from deepspeed.utils.tensor_fragment import fragment_address
 
 from dpo_ds.errors import UserError, one_line
 
@@ -21,9 +25,11 @@ class CheckpointWeights:
     def __init__(self, folder: Path, stage: int, ranks: int):
         self.stage, self.ranks = stage, ranks
         if stage < 3:
-            self.module = _load(folder / "mp_rank_00_model_states.pt")["module"]
+            self.module = load_pickled(folder / "mp_rank_00_model_states.pt", mmap=True)["module"]
             return
-        models = [_load(folder / f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt") for rank in range(ranks)]
+        models = [
+            load_pickled(folder / f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt", mmap=True) for rank in range(ranks)
+        ]
         self.module = {n: models[0]["module"][n] for n in models[0]["buffer_names"] if n in models[0]["module"]}
         self.frozen = [model["frozen_param_fragments"] or {} for model in models]
         self.shapes = dict(models[0]["frozen_param_shapes"] or {})
@@ -63,7 +69,7 @@ def _swap_file(path: Path, shapes: dict[str, torch.Size], ranks: int) -> torch.T
 def optimizer_state(folder: Path, rank: int) -> dict:
     """A stage 3 rank's optimizer file, memory-mapped."""
     prefix = "" if (folder / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt").is_file() else "bf16_"
-    return _load(folder / f"{prefix}zero_pp_rank_{rank}_mp_rank_00_optim_states.pt")
+    return load_pickled(folder / f"{prefix}zero_pp_rank_{rank}_mp_rank_00_optim_states.pt", mmap=True)
 
 
 def _slice(groups: list[torch.Tensor], start: int, length: int) -> torch.Tensor:
@@ -77,14 +83,13 @@ def _slice(groups: list[torch.Tensor], start: int, length: int) -> torch.Tensor:
     return torch.cat(parts)
 
 
-def _load(path: Path) -> dict:
-    from deepspeed.runtime.fp16.loss_scaler import LossScaler
-    from deepspeed.runtime.zero.config import ZeroStageEnum
-    from deepspeed.utils.tensor_fragment import fragment_address
+def load_pickled(path: Path | str, mmap: bool, map_location: Any = "cpu") -> dict:
+    """Loads one of DeepSpeed's files. Only tensors, plain values and the three types below are unpickled.
 
-    # DeepSpeed pickles these types beside tensors; a file with any other type is refused.
+    Raises UserError if the file is damaged, or holds anything else, such as code that would run.
+    """
     try:
         with torch.serialization.safe_globals([LossScaler, ZeroStageEnum, fragment_address]):
-            return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+            return torch.load(path, map_location=map_location, mmap=mmap, weights_only=True)
     except (OSError, RuntimeError, EOFError, KeyError, pickle.UnpicklingError) as error:
         raise UserError(f"{path} is damaged ({one_line(error)}): take another checkpoint") from None

@@ -107,6 +107,20 @@ WORKAROUNDS = {
         "launches/test_nvme.py::test_a_resumed_run_is_bit_identical",
         "0.19.8",
     ),
+    "pickles-run-code": Workaround(
+        "deepspeed",
+        "Loading a checkpoint unpickles whatever its files hold: code in them is executed.",
+        "dpo_ds.engine.resume:load_checkpoint",
+        "launches/test_damage.py::test_a_pickle_that_runs_code_is_refused_and_not_executed",
+        "0.19.8",
+    ),
+    "failed-saves": Workaround(
+        "deepspeed",
+        "An error while a rank writes its files ends it within the collectives of a save: the others wait for it.",
+        "dpo_ds.engine.resume:save_checkpoint",
+        "launches/test_damage.py::test_a_save_that_fails_leaves_the_others_and_training_goes_on",
+        "0.19.8",
+    ),
     "adam-powers": Workaround(
         "deepspeed",
         "CPUAdam multiplies beta into beta^n step by step, but computes a power after a resume: the last bit differs.",

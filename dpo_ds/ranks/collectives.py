@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
-from dpo_ds.errors import RunStopped, UserError
+from dpo_ds.errors import RunStopped, SaveFailed, UserError
 from dpo_ds.ranks import world
 
 if TYPE_CHECKING:  # a command that refuses its options must not wait for these imports
@@ -14,6 +14,8 @@ if TYPE_CHECKING:  # a command that refuses its options must not wait for these 
 
 T = TypeVar("T")
 
+SHARED = {kind.__name__: kind for kind in (UserError, RunStopped, SaveFailed)}  # what all ranks raise alike
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -21,15 +23,19 @@ class Problem:
 
     rank: int
     host: str
-    kind: str  # the error's type: UserError, RunStopped, or that of a bug
+    kind: str  # the error's type: one of SHARED, or that of a bug
     message: str
 
+    @classmethod
+    def of(cls, error: Exception) -> "Problem":
+        """This rank's error."""
+        return cls(world.from_environment().rank, socket.gethostname(), type(error).__name__, str(error))
+
     def to_raise(self) -> Exception:
-        """What the other ranks raise: the same kind for UserError and RunStopped; for a bug, where to look."""
-        if self.kind == UserError.__name__:
-            return UserError(self.message if self.rank == 0 else f"rank {self.rank} on {self.host}: {self.message}")
-        if self.kind == RunStopped.__name__:
-            return RunStopped(self.message if self.rank == 0 else f"rank {self.rank} on {self.host}: {self.message}")
+        """What the other ranks raise: the same kind for those of SHARED; for a bug, where to look."""
+        if self.kind in SHARED:
+            said = self.message if self.rank == 0 else f"rank {self.rank} on {self.host}: {self.message}"
+            return SHARED[self.kind](said)
         return RunStopped(f"rank {self.rank} on {self.host} failed ({self.kind}); its own output says where")
 
 
@@ -50,8 +56,8 @@ def one_after_another(work: Callable[[], T]) -> T:
                 result = work()
             except Exception as error:
                 own_error = error
-                problem = Problem(here.rank, socket.gethostname(), type(error).__name__, str(error))
-        problem = _first_problem(problem)
+                problem = Problem.of(error)
+        problem = _first(gather(problem))
     if own_error is not None and not isinstance(own_error, UserError):
         raise own_error
     if problem is not None:
@@ -64,12 +70,35 @@ def on_rank_0(work: Callable[[], T]) -> T:
     return from_rank_0(one_after_another(lambda: work() if world.from_environment().speaks else None))  # type: ignore
 
 
-def _first_problem(problem: Problem | None) -> Problem | None:
+def together(work: Callable[[], T]) -> list[T]:
+    """Runs work on all ranks at the same time, and returns every rank's result, in the order of the ranks. An error on
+    any rank stops all of them, as in one_after_another."""
+    result, own_error, problem = None, None, None
+    try:
+        result = work()
+    except Exception as error:
+        own_error, problem = error, Problem.of(error)
+    found = gather((result, problem))
+    if own_error is not None:
+        raise own_error
+    if (first := _first([problem for _, problem in found])) is not None:
+        raise first.to_raise()
+    return [result for result, _ in found]  # type: ignore[misc]  # no rank had a problem
+
+
+def gather(value: T) -> list[T]:
+    """Every rank's value, on every rank, in the order of the ranks."""
+    if world.from_environment().size == 1:
+        return [value]
     import torch
 
-    problems: list[Problem | None] = [None] * world.from_environment().size
-    torch.distributed.all_gather_object(problems, problem)
-    return next((p for p in problems if p is not None), None)
+    values: list = [None] * world.from_environment().size
+    torch.distributed.all_gather_object(values, value)
+    return values
+
+
+def _first(values: list[T | None]) -> T | None:
+    return next((value for value in values if value is not None), None)
 
 
 def from_rank_0(value: T) -> T:

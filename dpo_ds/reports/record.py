@@ -81,6 +81,14 @@ class Record:
         return found
 
 
+def last_metrics(folder: Path) -> dict:
+    """The metrics of the last step and of the last evaluation in a run's record."""
+    found: dict[bool, dict] = {False: {}, True: {}}
+    for line in Record(folder).lines():
+        found[is_evaluation(line)] = line
+    return found[False] | found[True]
+
+
 class Recorder(Watcher):
     """Rank 0's: writes the record and hands each line to the readers. A reader that fails is dropped, in one line."""
 

@@ -1,12 +1,13 @@
 """Saves and loads a run's checkpoints: DeepSpeed's files, each rank's random state, checkpoint.json.
 
-A checkpoint is written under another name and renamed once every rank has written its part. So a folder with a
-checkpoint's name is always complete.
+A checkpoint is written under another name, measured and synced to the disk by all ranks, and renamed at the end. So a
+folder with a checkpoint's name was whole once, and its manifest tells whether it still is.
 """
 
 import json
 import os
 import shutil
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Protocol
@@ -14,13 +15,15 @@ from typing import Protocol
 import torch
 from safetensors.torch import load_file, save_file
 
-from dpo_ds import __version__
-from dpo_ds.config import Options
+from dpo_ds import __version__, checksums
 from dpo_ds.engine.engine import Engine
-from dpo_ds.files import follow_umask, write_whole
+from dpo_ds.errors import SaveFailed
+from dpo_ds.files import follow_umask, in_words, move_aside, saving, sync_folders, write_whole
 from dpo_ds.losses.compared import Running
-from dpo_ds.ranks import collectives, world
-from dpo_ds.runs.folders import describe
+from dpo_ds.ranks import console, world
+from dpo_ds.ranks.collectives import on_rank_0, together
+from dpo_ds.runs import folders, manifest
+from dpo_ds.runs.prepare import Run
 
 
 class Kept(Protocol):
@@ -33,40 +36,88 @@ class Kept(Protocol):
         """Restores what `save` wrote."""
 
 
-def save(engine: Engine, reference: Kept, folder: Path, step: int, options: Options, running: Running) -> Path:
-    """Writes checkpoints/step-NNNNNN of the run, by all ranks together. An existing one is kept.
+def save(run: Run, engine: Engine, reference: Kept, step: int, running: Running) -> Path:
+    """Writes checkpoints/step-NNNNNN of the run, by all ranks together. A whole one of this run is kept.
 
-    running: what the losses remember.
+    running: what the losses remember. Raises SaveFailed, on every rank, if a rank could not write its part; earlier
+    checkpoints are as they were.
     """
-    final = folder / "checkpoints" / f"step-{step:06d}"
-    if (final / "checkpoint.json").is_file():
-        return final
-    here = world.from_environment()
-    partial = final.with_suffix(".partial")
-    if here.speaks:
-        shutil.rmtree(partial, ignore_errors=True)  # left by an earlier start that was killed while it saved
-        partial.mkdir(parents=True)
-    collectives.wait_for_all()
-    engine.save(partial)
-    reference.save(partial)
-    random = partial / f"random-{here.rank}.safetensors"
-    save_file(_random_state(), random)
-    follow_umask(random)
-    collectives.wait_for_all()
-    if here.speaks:
+    final, began = folders.checkpoint_folder(run.folder, step), time.monotonic()
+    damage = None
+    if on_rank_0(final.exists):
+        damage = folders.damage(final, run.identity)
+        if damage is None:
+            return final
+    partial = final.with_name(final.name + ".partial")
+    try:
+        on_rank_0(lambda: _make_place(final, partial, engine.checkpoint_bytes))
+        together(lambda: _write(final, partial, engine, reference))
+        files = manifest.measure(partial, final)
         facts = {
             "step": step,
-            "ranks": here.size,
+            "ranks": world.from_environment().size,
             "stage": engine.stage,
+            "run": run.identity,
             "dpo_ds": __version__,
             "torch": torch.__version__,
-            "options": vars(options),
+            "options": vars(run.options),
             "losses": asdict(running),
+            folders.FILES: files,
         }
-        write_whole(partial / "checkpoint.json", json.dumps(facts, indent=1))
-        os.replace(partial, final)
-    collectives.wait_for_all()
+        on_rank_0(lambda: _complete(final, partial, facts, damage))
+    except SaveFailed:
+        if world.from_environment().speaks:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
+    size = in_words(manifest.size_of(files))
+    console.say(f"checkpoint {final}: {size} saved in {time.monotonic() - began:.1f} s")
+    if world.from_environment().speaks and run.options.keep_last is not None:
+        _remove_older(run, step, run.options.keep_last)
     return final
+
+
+def _remove_older(run: Run, step: int, keep: int) -> None:
+    """Removes all but the newest `keep` checkpoints, counted back from that of `step`."""
+    found = folders.checkpoints(run.folder)
+    older = found[: found.index(folders.checkpoint_folder(run.folder, step)) + 1]
+    for path in older[:-keep]:
+        try:
+            # A kill within the removal must not leave half of a checkpoint under its name.
+            shutil.rmtree(path.rename(path.with_name(path.name + ".partial")))
+        except OSError as error:
+            console.say(f"{path} could not be removed: {error.strerror}")
+
+
+def _make_place(final: Path, partial: Path, size: int) -> None:
+    """Makes the folder to write in. size: about how many bytes will be written."""
+    with saving(final):
+        for left in folders.half_saved(final.parent.parent):  # by an earlier start that was killed
+            shutil.rmtree(left)
+        partial.mkdir(parents=True)
+        free = shutil.disk_usage(partial).free
+    if free < size:
+        raise SaveFailed(f"{final} was not saved: it takes about {in_words(size)}, and {in_words(free)} are free there")
+
+
+def _write(final: Path, partial: Path, engine: Engine, reference: Kept) -> None:
+    """Writes this rank's files."""
+    with saving(final):
+        engine.save(partial)
+        reference.save(partial)
+        random = partial / f"random-{world.from_environment().rank}.safetensors"
+        save_file(_random_state(), random)
+        follow_umask(random)
+
+
+def _complete(final: Path, partial: Path, facts: dict, damage: str | None) -> None:
+    """Writes the manifest and gives the checkpoint its name. damage: why one with this name cannot be used."""
+    with saving(final):
+        write_whole(partial / "checkpoint.json", json.dumps(checksums.sealed(facts), indent=1))
+        sync_folders(partial)
+        if final.exists():
+            console.say(f"{final} cannot be used ({damage}): it is now called {move_aside(final).name}")
+        os.replace(partial, final)
+        sync_folders(final.parent)
 
 
 def load(engine: Engine, reference: Kept, checkpoint: Path) -> tuple[int, Running]:
@@ -76,7 +127,7 @@ def load(engine: Engine, reference: Kept, checkpoint: Path) -> tuple[int, Runnin
     engine.load(checkpoint, rank)
     reference.load(checkpoint)
     _set_random_state(load_file(checkpoint / f"random-{rank}.safetensors"))
-    facts = describe(checkpoint)
+    facts = folders.describe(checkpoint)
     return facts["step"], Running(**facts["losses"])
 
 

@@ -5,31 +5,47 @@ run.json         the run's identity: another run is refused, the same run resume
 metrics.jsonl    a line per step and per evaluation (reports/record.py)
 curves.png       the same as curves (reports/curves.py)
 trackers.json, tensorboard/, wandb/   with --report_to (reports/trackers.py)
-checkpoints/step-000100/   written by runs/checkpoint.py
-    checkpoint.json        step, ranks, ZeRO stage, versions, options
+checkpoints/step-000100/   written by runs/checkpoint.py; no other name is a checkpoint's
+    checkpoint.json        step, ranks, ZeRO stage, versions, options, the run's hash; the manifest: every other file's
+                           size and checksum (runs/manifest.py)
     random-0.safetensors   one per rank: its random state
     reference-0.safetensors   of a reference that moves: its fp32 weights, under ZeRO-3 each rank's own
     deepspeed/             DeepSpeed's own files (engine/resume.py writes them, engine/shards.py reads tensors)
+checkpoints/step-000100.partial, .damaged   half of a save; a damaged checkpoint whose place a new one took
 evaluation.jsonl, generations.md, merged/   the held-out log-probabilities, answers, the exported model
+merged.json      the manifest of merged/
+running.lock, running.json   held by a process that trains here, and which one (runs/lock.py)
 summary.json     written at the very end
 """
 
+import hashlib
 import json
-from dataclasses import dataclass
+import re
+import time
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from dpo_ds import checksums
 from dpo_ds.config import NOT_IDENTITY, Options, to_yaml
 from dpo_ds.errors import UserError, files_of, one_line
-from dpo_ds.files import write_whole
-from dpo_ds.ranks import collectives, world
+from dpo_ds.files import in_words, move_aside, write_whole
+from dpo_ds.ranks import collectives, console
+from dpo_ds.runs import manifest
+from dpo_ds.runs.lock import LEFT_EARLY, Lock
 
-FILES = "files"  # the key of the hashes in run.json
+FILES = "files"  # the key of the hashes in run.json, and of a checkpoint's manifest in checkpoint.json
+MERGED = "merged.json"  # the manifest of merged/
+CHECKPOINT = re.compile(r"step-(\d{6,})")  # a checkpoint's name
 
 
 @dataclass(frozen=True)
 class Found:
-    resume_from: Path | None
+    """Where a run goes on."""
+
+    resume_from: Path | None  # None: from the beginning
     finished: bool
+    damaged: tuple[Path, ...] = ()  # the run's checkpoints after it, which cannot be used
+    lock: Lock | None = None  # on the run's folder, held by rank 0; None without a claim
 
 
 def identity(
@@ -48,6 +64,12 @@ def read_record(folder: Path) -> dict:
     return _read(folder / "run.json")
 
 
+def hash_of(identity: dict) -> str:
+    """What names a run in its checkpoints: the hash of what `identity` returned."""
+    given = {key: value for key, value in identity.items() if value is not None}
+    return hashlib.sha256(json.dumps(given, sort_keys=True).encode()).hexdigest()[:32]
+
+
 def started(folder: Path) -> str | None:
     """The date, ISO, on which the folder's run was first started (chat templates may print it); None without a run."""
     record = folder / "run.json"
@@ -55,11 +77,11 @@ def started(folder: Path) -> str | None:
 
 
 def check_folder(folder: Path, options: Options) -> None:
-    """Raises UserError if the folder belongs to no run, or if it holds a run and --resume never was given."""
+    """Raises UserError if the folder belongs to no run, is in use, or holds a run and --resume never was given."""
     with files_of("--output_dir", folder):
         if not folder.exists():
             return
-        if folder.is_dir() and not any(folder.iterdir()):
+        if folder.is_dir() and all(path.name in LEFT_EARLY for path in folder.iterdir()):
             return
     if not folder.is_dir():
         raise UserError(f"--output_dir {folder} is a file; name a folder")
@@ -67,42 +89,75 @@ def check_folder(folder: Path, options: Options) -> None:
         raise UserError(f"--output_dir {folder} holds files of something else: name an empty or new folder")
     if options.resume == "never":
         raise UserError(f"--output_dir {folder} holds a run, and --resume never was given: name another folder")
+    collectives.on_rank_0(Lock(folder).require_free)
 
 
 def open_folder(folder: Path, options: Options, this_run: dict, ranks: int) -> Found:
-    """Claims the folder for this run, or finds where this run stopped. Raises UserError if another run owns it."""
+    """Claims the folder for this run, and finds where this run stopped. All ranks call it together.
+
+    Raises UserError if another run owns the folder, another process uses it, or no checkpoint can be used.
+    """
     record = folder / "run.json"
     if record.is_file():
         _require_same(folder, _read(record), this_run)
-    resume_from = None
+    found = _where_to_go_on(folder, options, hash_of(this_run), ranks)
+    lock = Lock(folder)
+    collectives.wait_for_all()  # every rank must have looked before rank 0 writes
+    collectives.on_rank_0(lambda: _claim(folder, lock, options, this_run, found.damaged))
+    return replace(found, lock=lock)
+
+
+def _claim(folder: Path, lock: Lock, options: Options, this_run: dict, damaged: tuple[Path, ...]) -> None:
+    with files_of("--output_dir", folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.take()
+        for path in damaged:
+            console.say(f"{path} is now called {move_aside(path).name}")
+        write_whole(folder / "run.json", json.dumps(this_run, indent=1))
+        write_whole(folder / "options.yaml", to_yaml(options))
+
+
+def _where_to_go_on(folder: Path, options: Options, run: str, ranks: int) -> Found:
+    if collectives.on_rank_0((folder / "summary.json").is_file):
+        missing = merged_damage(folder) if options.export == "merged" else None
+        if missing is None:
+            return Found(None, finished=True)
+        console.say(f"this run is finished, but {folder / 'merged'} {missing}: it is exported again")
+    damaged: list[Path] = []
     if options.resume not in ("auto", "never"):
-        resume_from = Path(options.resume)
-        if not (resume_from / "checkpoint.json").is_file():
-            raise UserError(f"--resume {options.resume} is no checkpoint: name a folder checkpoints/step-… of a run")
-    elif complete := checkpoints(folder):
-        resume_from = complete[-1]
+        resume_from: Path | None = Path(options.resume)
+        if reason := damage(Path(options.resume), run=None):
+            raise UserError(
+                f"--resume {options.resume} is no checkpoint that can be used ({reason}): name a folder "
+                "checkpoints/step-… of a run"
+            )
+    else:
+        resume_from, damaged = newest_whole(folder, run)
     if resume_from is not None:
         wrote = describe(resume_from)["ranks"]
         if wrote != ranks:
             raise UserError(f"{resume_from} was written by {wrote} ranks and this run has {ranks}: start {wrote} ranks")
-    finished = (folder / "summary.json").is_file()
-    collectives.wait_for_all()  # every rank must have looked before rank 0 writes
-    if world.from_environment().speaks:
-        with files_of("--output_dir", folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            write_whole(record, json.dumps(this_run, indent=1))
-            write_whole(folder / "options.yaml", to_yaml(options))
-    return Found(resume_from, finished)
+    return Found(resume_from, False, tuple(damaged))
 
 
 def _read(path: Path) -> dict:
     """Reads a JSON object that a run wrote. Raises UserError if the file is damaged."""
     try:
+        return _object(path)
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}): name another folder") from None
+
+
+def _object(path: Path) -> dict:
+    """Reads a JSON object. Raises ValueError, with the reason, if there is none."""
+    try:
         found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError("missing") from None
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} is damaged ({one_line(error)}): name another folder") from None
+        raise ValueError(one_line(error)) from None
     if not isinstance(found, dict):
-        raise UserError(f"{path} is damaged (no JSON object): name another folder")
+        raise ValueError("no JSON object")
     return found
 
 
@@ -137,13 +192,114 @@ def _shown(value) -> str:
     return "not given" if value is None else str(value)
 
 
+def checkpoint_folder(folder: Path, step: int) -> Path:
+    """Where the run's checkpoint of a step is."""
+    return folder / "checkpoints" / f"step-{step:06d}"
+
+
 def checkpoints(folder: Path) -> list[Path]:
-    """The run's complete checkpoints, oldest first."""
-    return sorted(
-        path.parent for path in folder.glob("checkpoints/step-*/checkpoint.json") if ".partial" not in str(path)
-    )
+    """The folders with a checkpoint's name, oldest first, damaged ones included."""
+    found = [path for path in (folder / "checkpoints").glob("step-*") if _step_of(path) is not None and path.is_dir()]
+    return sorted(found, key=lambda path: _step_of(path) or 0)
+
+
+def half_saved(folder: Path) -> list[Path]:
+    """What a start leaves behind that is killed while it saves or removes a checkpoint."""
+    found = (folder / "checkpoints").glob("step-*.partial")
+    return [path for path in found if CHECKPOINT.fullmatch(path.name.removesuffix(".partial"))]
+
+
+def newest_whole(folder: Path, run: str) -> tuple[Path | None, list[Path]]:
+    """The run's newest checkpoint that is whole, and those after it, which are not. All ranks call it together.
+
+    run: the run's hash. Raises UserError if there are checkpoints and none is whole.
+    """
+    damaged: list[Path] = []
+    reason = None
+    for checkpoint in reversed(collectives.on_rank_0(lambda: checkpoints(folder))):
+        problem = damage(checkpoint, run)
+        if problem is None:
+            return checkpoint, damaged
+        console.say(f"{checkpoint} cannot be used: {problem}")
+        reason = reason or problem
+        damaged.append(checkpoint)
+    if damaged:
+        raise UserError(
+            f"no checkpoint in {folder / 'checkpoints'} can be used ({damaged[0].name}: {reason}): put a whole one "
+            "back, or move that folder away to start this run from the beginning"
+        )
+    return None, []
+
+
+def damage(checkpoint: Path, run: str | None) -> str | None:
+    """Why a checkpoint cannot be used; None if it is whole. All ranks call it together, and each reads its share.
+
+    run: the hash of the run that it must belong to; None: any.
+    """
+    began, problem = time.monotonic(), None
+    files: checksums.Files | None = {}
+    try:
+        facts = _object(checkpoint / "checkpoint.json")
+        problem, files = _contradiction(checkpoint, facts, run), facts.get(FILES)
+    except ValueError as error:
+        problem = f"its checkpoint.json is damaged ({error})"
+    with console.working(f"verifying {checkpoint}"):
+        if problem is None and files is not None:
+            problem = manifest.difference(checkpoint, files)
+        problem = next((found for found in collectives.gather(problem) if found is not None), None)
+    if problem is None and files is None:
+        console.say(f"{checkpoint} is of an older version of dpo_ds, without checksums: it cannot be verified")
+    elif problem is None and files:
+        size = in_words(manifest.size_of(files))
+        console.say(f"{checkpoint} is whole: {size} verified in {time.monotonic() - began:.1f} s")
+    return problem
+
+
+def merged_damage(folder: Path) -> str | None:
+    """What is wrong with the run's exported model; None if nothing is. All ranks call it together."""
+    missing, files = collectives.on_rank_0(lambda: _merged_files(folder))
+    if missing is None and files:
+        missing = manifest.difference(folder / "merged", files)
+    missing = next((found for found in collectives.gather(missing) if found is not None), None)
+    return missing
+
+
+def _merged_files(folder: Path) -> tuple[str | None, checksums.Files]:
+    """What is wrong with merged/ at first sight, and the files to compare: all but the model card, which people edit.
+    A run of an older version has no merged.json."""
+    if not (folder / "merged").is_dir():
+        return "is missing", {}
+    try:
+        record = _object(folder / MERGED) if (folder / MERGED).exists() else checksums.sealed({FILES: {}})
+    except ValueError as error:
+        return f"cannot be checked, because {MERGED} is damaged ({error})", {}
+    if not checksums.is_sealed(record):
+        return f"cannot be checked, because {MERGED} does not match its own checksum", {}
+    return None, {name: facts for name, facts in record[FILES].items() if name != "README.md"}
+
+
+def _contradiction(checkpoint: Path, facts: dict, run: str | None) -> str | None:
+    """What is wrong with the content of a checkpoint.json; None if nothing is."""
+    if FILES in facts and not checksums.is_sealed(facts):
+        return "checkpoint.json does not match its own checksum"
+    for key in ("step", "ranks", "stage", "options", "losses"):
+        if key not in facts:
+            return f"checkpoint.json has no {key}"
+    if not isinstance(facts.get(FILES, {}), dict):
+        return "checkpoint.json's list of files cannot be read"
+    if _step_of(checkpoint) not in (None, facts["step"]):
+        return f"checkpoint.json is of step {facts['step']}"
+    if run is not None and facts.get("run", run) != run:
+        return "it belongs to another run"
+    return None
+
+
+def _step_of(checkpoint: Path) -> int | None:
+    """The step in a checkpoint's name; None for other names."""
+    name = CHECKPOINT.fullmatch(checkpoint.name)
+    return int(name[1]) if name else None
 
 
 def describe(checkpoint: Path) -> dict:
-    """The content of checkpoint.json: step, ranks, ZeRO stage, versions, options."""
+    """The content of checkpoint.json: step, ranks, ZeRO stage, versions, options, the run's hash, the manifest."""
     return _read(checkpoint / "checkpoint.json")

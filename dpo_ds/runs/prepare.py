@@ -34,6 +34,7 @@ from dpo_ds.ranks.world import World
 from dpo_ds.runs import folders
 from dpo_ds.runs.data import read_pairs
 from dpo_ds.runs.loadable import Loadable, adapter_hashes_of, find_loadable, hashes_of, require_same_tokens
+from dpo_ds.runs.lock import Lock
 from dpo_ds.runs.table_file import TableFile
 
 # How far a micro-batch may grow for a group of many answers. A longer group is split.
@@ -66,8 +67,10 @@ class Run:
     adapter: Adapter | None  # that the policy starts from
     reference: Loadable  # the policy's own start, or another
     table: GivenTable | None  # --reference_table
+    identity: str  # the hash that names the run in its checkpoints; empty without a claim
     resume_from: Path | None
     finished: bool  # an earlier start of this run has finished it
+    lock: Lock | None  # on the run's folder; None without a claim
 
     @property
     def folder(self) -> Path:
@@ -152,9 +155,10 @@ def prepare(options: Options, here: World, plan: Plan | None = None, claim: bool
         reference = replace(reference, hashes=of_weights, adapter=of_reference)
     if digest is not None:
         files["--reference_table"] = {Path(str(decided.reference_table)).name: digest}
-    found = folders.Found(resume_from=None, finished=False)
+    found, run_hash = folders.Found(resume_from=None, finished=False), ""
     if claim:
         identity = folders.identity(decided, train_pairs.digest, eval_pairs.digest, date, files)
+        run_hash = folders.hash_of(identity)
         # This comes last because it writes to the folder: a run that cannot start leaves nothing behind.
         found = folders.open_folder(folder, decided, identity, here.size)
     return Run(
@@ -171,8 +175,10 @@ def prepare(options: Options, here: World, plan: Plan | None = None, claim: bool
         adapter=adapter,
         reference=reference,
         table=table,
+        identity=run_hash,
         resume_from=found.resume_from,
         finished=found.finished,
+        lock=found.lock,
     )
 
 

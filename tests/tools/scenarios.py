@@ -4,6 +4,8 @@ FILE is a JSON list of {"argv": [...]}. Each is prepared and trained as `python 
     "curves": true                        draws curves.png, which takes longer than a few small steps
     "shard_bytes": n                      the export writes shards of n bytes
     "stop_after": n                       the run ends after step n, as if killed; the next run of its folder resumes it
+    "fails": true                         a run that is refused or stopped prints why, and the next one starts
+    "file_limit": [rank, a, b, n]         from step a on, a rank's files have n bytes at most, until step b
     "nan_gradient_at": n                  the gradients of step n are NaN, but its loss is finite
     "uneven_routing": true                rank r's tokens go to Mixtral's experts 2r and 2r + 1
     "experts_implementation": "eager"     replaces the one that transformers would choose
@@ -13,6 +15,7 @@ how often dpo_ds waited for a tensor's values.
 
 import contextlib
 import json
+import resource
 import sys
 import threading
 from collections import Counter
@@ -26,10 +29,13 @@ from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
 import dpo_ds
 from dpo_ds.config import parse_options
 from dpo_ds.engine import join
+from dpo_ds.errors import RunStopped, UserError
 from dpo_ds.losses.objective import Objective
 from dpo_ds.ranks import console
+from dpo_ds.ranks.world import World
 from dpo_ds.reports.curves import Curves
 from dpo_ds.reports.watcher import Watcher
+from dpo_ds.runs.prepare import Run, prepare
 from dpo_ds.train import train
 
 WAITS = ("item", "tolist", "cpu", "numpy", "nonzero", "__float__", "__int__", "__bool__", "__index__")
@@ -100,6 +106,17 @@ class StopAfter(Watcher):
             raise Stopped
 
 
+class FileLimit(Watcher):
+    """The kernel's limit on the size of a file that this process writes: a full disk, for one rank and some steps."""
+
+    def __init__(self, start: int, end: int, most: int):
+        self.limits = {start: most, end: resource.RLIM_INFINITY}
+
+    def step_begins(self, step: int) -> None:
+        if step in self.limits:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (self.limits[step], resource.RLIM_INFINITY))
+
+
 def route_unevenly(rank: int | None) -> None:
     router = MixtralTopKRouter
     router.forward = PLAIN_ROUTER
@@ -122,9 +139,26 @@ PLAIN_IMPLEMENTATION = PreTrainedModel.get_correct_experts_implementation
 routed: set[int] = set()
 
 
+def start(run: Run, scenario: dict, calls: Calls, here: World) -> None:
+    """Trains a prepared run as the scenario says."""
+    watchers: list[Watcher] = [calls]
+    if "nan_gradient_at" in scenario:
+        watchers.append(SpoilGradients(scenario["nan_gradient_at"]))
+    if "file_limit" in scenario and scenario["file_limit"][0] == here.rank:
+        watchers.append(FileLimit(*scenario["file_limit"][1:]))
+    if "stop_after" in scenario:
+        watchers.append(StopAfter(scenario["stop_after"]))
+    route_unevenly(here.rank if "uneven_routing" in scenario else None)
+    experts = scenario.get("experts_implementation")
+    PreTrainedModel.get_correct_experts_implementation = (
+        (lambda self, wanted, experts=experts: experts) if experts else PLAIN_IMPLEMENTATION
+    )
+    with contextlib.suppress(Stopped):
+        train(run, watchers)
+
+
 def main() -> None:
     from dpo_ds import export
-    from dpo_ds.runs.prepare import prepare
 
     here = join.join()
     calls = Calls()
@@ -134,16 +168,15 @@ def main() -> None:
         Curves.draw = PLAIN_DRAW if "curves" in scenario else lambda self: None
         export.SHARD_BYTES = scenario.get("shard_bytes", SHARD_BYTES)
         routed.clear()
-        run = prepare(parse_options(scenario["argv"]), here)
-        spoil = [SpoilGradients(scenario["nan_gradient_at"])] if "nan_gradient_at" in scenario else []
-        watchers = [calls, *spoil, *([StopAfter(scenario["stop_after"])] if "stop_after" in scenario else [])]
-        route_unevenly(here.rank if "uneven_routing" in scenario else None)
-        experts = scenario.get("experts_implementation")
-        PreTrainedModel.get_correct_experts_implementation = (
-            (lambda self, wanted, experts=experts: experts) if experts else PLAIN_IMPLEMENTATION
-        )
-        with contextlib.suppress(Stopped):
-            train(run, watchers)
+        try:
+            run = prepare(parse_options(scenario["argv"]), here)
+            start(run, scenario, calls, here)
+        except (UserError, RunStopped) as error:
+            if "fails" not in scenario:
+                raise
+            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+            console.say(f"{type(error).__name__}: {error}")
+            continue
         if routed:
             print(f"rank {here.rank} routed to {sorted(routed)}", flush=True)
         if here.speaks:

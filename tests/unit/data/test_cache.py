@@ -253,6 +253,16 @@ def shorten(path):
     path.write_bytes(path.read_bytes()[:-40])
 
 
+def rewrite(path):
+    path.write_text(path.read_text().replace('"pairs": 5', '"pairs": 4'))
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
 DAMAGE = {
     "no manifest": ("manifest.json", lambda path: path.unlink()),
     "half a manifest": ("manifest.json", shorten),
@@ -267,16 +277,43 @@ DAMAGE = {
     "fewer answers": ("answers.npy", lambda path: np.save(path, np.load(path)[:-1])),
     "no array": ("prompts.npy", lambda path: path.write_text("none")),
 }
+# What only a checksum shows.
+SILENT = {
+    "a flipped byte of a token": ("tokens.int32", flip),
+    "a flipped byte of a length": ("answers.npy", flip),
+    "a flipped byte of a pair": ("pairs.npy", flip),
+    "an edited report": (
+        "manifest.json",
+        lambda path: path.write_text(path.read_text().replace('"rows": 5', '"rows": 6')),
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE | SILENT)
+def test_a_damaged_set_is_made_again(damage, tmp_path, capsys):
+    digest = made(tmp_path, plain_rows(5))[0].digest
+    assert made(tmp_path, plain_rows(5))[0].digest == digest and "made again" not in capsys.readouterr().out
+    (folder,) = folders(tmp_path)
+    name, harm = (DAMAGE | SILENT)[damage]
+    before = (folder / name).read_bytes()
+    harm(folder / name)
+    assert not (folder / name).exists() or (folder / name).read_bytes() != before
+    assert made(tmp_path, plain_rows(5))[0].digest == digest and folders(tmp_path) == [folder]
+    assert (folder / name).read_bytes() == before
+    (said,) = capsys.readouterr().out.splitlines()
+    assert said.startswith(f"dpo_ds: the tokenised pairs in {folder} are damaged ({name}") and said.endswith(
+        "made again"
+    )
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_a_damaged_set_says_which_folder_to_remove(damage, tmp_path):
+def test_a_set_that_is_damaged_while_it_is_used_says_which_folder_to_remove(damage, tmp_path):
     made(tmp_path)
     (folder,) = folders(tmp_path)
     name, harm = DAMAGE[damage]
     harm(folder / name)
     with pytest.raises(UserError, match="remove it") as error:
-        made(tmp_path)
+        PairSet.open(folder)
     assert str(folder) in str(error.value)
 
 

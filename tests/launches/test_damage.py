@@ -1,0 +1,371 @@
+"""Damaged checkpoints and exports: named, moved aside and replaced; never trained on, never executed, never deleted.
+
+Each case damages a copy of a finished run. All of them start in one launch, and must end with that run's weights.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import time
+from pathlib import Path
+
+import launching
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file
+
+from dpo_ds.runs import folders
+from dpo_ds.runs.lock import Lock
+
+STEPS, SAVE = 6, 2
+STAGES = {1: 0, 2: 3}  # by the number of ranks
+TIMED = ("tokens/s", "pairs/s", "TFLOP/s a rank")
+
+
+def rank_file(checkpoint: Path, rank: int = 0) -> Path:
+    """DeepSpeed's largest file of a rank."""
+    files = (checkpoint / "deepspeed").glob("*.pt")
+    own = [file for file in files if f"rank_{rank}_" in file.name or file.name.startswith("mp_")]
+    return max(own, key=lambda file: file.stat().st_size)
+
+
+def flip(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def edit(checkpoint: Path, **facts) -> None:
+    file = checkpoint / "checkpoint.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | facts))
+
+
+def swap(one: Path, other: Path) -> None:
+    third = one.with_name("third")
+    one.rename(third), other.rename(one), third.rename(other)
+
+
+def foreign(checkpoint: Path) -> None:
+    shutil.rmtree(checkpoint)
+    shutil.copytree(checkpoint.parents[2] / "other" / "checkpoints" / checkpoint.name, checkpoint)
+
+
+# name: (what is done to the newest checkpoint, the reason that is said, with how many ranks)
+DAMAGE = {
+    "flipped": (lambda c: flip(rank_file(c)), "does not match its checksum", (1, 2)),
+    "random-flipped": (lambda c: flip(c / "random-0.safetensors"), "does not match its checksum", (1,)),
+    "cut": (lambda c: os.truncate(rank_file(c), 1000), "has 1,000 bytes instead of", (1, 2)),
+    "emptied": (lambda c: os.truncate(rank_file(c), 0), "has 0 bytes instead of", (1,)),
+    "deleted": (lambda c: rank_file(c).unlink(), "is missing", (1, 2)),
+    "older": (
+        lambda c: shutil.copy(rank_file(c.with_name("step-000002")), rank_file(c)),
+        "does not match its checksum",
+        (1, 2),
+    ),
+    "swapped": (lambda c: swap(rank_file(c, 0), rank_file(c, 1)), "does not match its checksum", (2,)),
+    "copied": (lambda c: shutil.copy(rank_file(c, 0), rank_file(c, 1)), "does not match its checksum", (2,)),
+    "step-edited": (lambda c: edit(c, step=4), "checkpoint.json does not match its own checksum", (1, 2)),
+    "json-deleted": (lambda c: (c / "checkpoint.json").unlink(), "checkpoint.json is damaged (missing)", (1, 2)),
+    "json-cut": (lambda c: os.truncate(c / "checkpoint.json", 50), "checkpoint.json is damaged (", (1,)),
+    "foreign": (foreign, "it belongs to another run", (1, 2)),
+    "renamed": (
+        lambda c: (shutil.rmtree(c), shutil.copytree(c.with_name("step-000004"), c)),
+        "checkpoint.json is of step 4",
+        (1,),
+    ),
+}
+MERGED = {
+    "merged-deleted": (lambda m: shutil.rmtree(m), "merged is missing"),
+    "merged-flipped": (
+        lambda m: flip(m / "model.safetensors"),
+        "merged model.safetensors does not match its checksum",
+    ),
+    "merged-without-a-file": (lambda m: (m / "config.json").unlink(), "merged config.json is missing"),
+}
+CASES = [(name, ranks) for name, (_, _, counts) in DAMAGE.items() for ranks in counts]
+BOTH = pytest.mark.parametrize("ranks", STAGES)
+
+
+class Evil:
+    """A pickle of it makes a file when it is loaded."""
+
+    def __init__(self, made: Path):
+        self.made = made
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.made}",)
+
+
+def argv(place: Path, name: str, *more: str) -> list[str]:
+    return [
+        f"--model={place / 'llama'}", "--dataset=sample", f"--ds_config={place / 'config.json'}",
+        f"--output_dir={place / name}", f"--cache_dir={place / 'cache'}", f"--max_steps={STEPS}",
+        f"--save_every={SAVE}", "--eval_every=10", "--global_batch_pairs=4", "--eval_pairs=4", "--max_length=96",
+        "--learning_rate=1e-3", "--generations=0", *more,
+    ]  # fmt: skip
+
+
+def copied(place: Path, name: str, finished: bool = False) -> Path:
+    """A copy of the finished run; by default as it was just before its export. Returns its newest checkpoint."""
+    shutil.copytree(place / "base", place / name)
+    if not finished:
+        shutil.rmtree(place / name / "merged")
+        (place / name / "summary.json").unlink()
+    return place / name / "checkpoints" / f"step-{STEPS:06d}"
+
+
+def digests(folder: Path) -> dict[str, str]:
+    files = [file for file in folder.rglob("*") if file.is_file()]
+    return {str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+
+def without_manifest(checkpoint: Path) -> None:
+    """As a version of dpo_ds before the manifest wrote it."""
+    file = checkpoint / "checkpoint.json"
+    new = ("files", "checksum", "run")
+    file.write_text(json.dumps({k: v for k, v in json.loads(file.read_text()).items() if k not in new}))
+
+
+def infect(checkpoint: Path, files: str, made: Path) -> None:
+    """Puts a pickle that runs a command into some of DeepSpeed's files. No manifest tells."""
+    without_manifest(checkpoint)
+    for file in (checkpoint / "deepspeed").glob(files):
+        content = torch.load(file, weights_only=False)
+        torch.save({**content, "evil": Evil(made)}, file)
+
+
+class Launch:
+    """All cases of one number of ranks, and what the launch printed."""
+
+    def __init__(self, place: Path, ranks: int):
+        self.place, self.ranks = place, ranks
+        tiny.make("llama", place / "llama")
+        (place / "config.json").write_text(json.dumps({"zero_optimization": {"stage": STAGES[ranks]}}))
+        first = [{"argv": argv(place, "base")}, {"argv": argv(place, "other", "--seed=7")}]
+        launching.run_scenarios(ranks, first, place / "first.json")
+        self.damaged: dict[str, dict[str, str]] = {}
+        scenarios = [*self._damaged(), *self._named(), *self._merged(), *self._failing()]
+        self.output = launching.run_scenarios(ranks, scenarios, place / "second.json")
+
+    def _damaged(self):
+        for name, (harm, _, counts) in DAMAGE.items():
+            if self.ranks in counts:
+                checkpoint = copied(self.place, name)
+                harm(checkpoint)
+                self.damaged[name] = digests(checkpoint)
+                yield {"argv": argv(self.place, name)}
+
+    def _named(self):
+        checkpoint = copied(self.place, "run.partial")
+        yield {"argv": argv(self.place, "run.partial")}
+        checkpoint = copied(self.place, "backup")
+        checkpoint.rename(checkpoint.with_suffix(".bak"))
+        yield {"argv": argv(self.place, "backup")}
+        without_manifest(copied(self.place, "old"))
+        yield {"argv": argv(self.place, "old")}
+
+    def _merged(self):
+        copied(self.place, "finished", finished=True)
+        yield {"argv": argv(self.place, "finished")}
+        for name, (harm, _) in MERGED.items():
+            copied(self.place, name, finished=True)
+            harm(self.place / name / "merged")
+            yield {"argv": argv(self.place, name)}
+
+    def _failing(self):
+        limit = [self.ranks - 1, 3, 5, 30_000]  # the last rank's checkpoint of step 4 cannot be written
+        yield {"argv": argv(self.place, "kept", "--keep_last=1"), "file_limit": limit}
+        stopped = argv(self.place, "stopped", "--on_save_error=stop")
+        yield {"argv": stopped, "file_limit": limit, "fails": True}
+        yield {"argv": stopped}
+        unsaved = argv(self.place, "unsaved", "--export=none")
+        yield {"argv": unsaved, "file_limit": [0, 5, 9, 30_000], "fails": True}
+        for checkpoint in copied(self.place, "hopeless").parent.iterdir():
+            flip(rank_file(checkpoint))
+        yield {"argv": argv(self.place, "hopeless"), "fails": True}
+        hopeless = self.place / "hopeless" / "checkpoints" / "step-000004"
+        yield {"argv": argv(self.place, "elsewhere", f"--resume={hopeless}"), "fails": True}
+        for name, files in (("evil", "*model_states.pt"), ("evil-optimizer", "*optim_states.pt")):
+            checkpoint = copied(self.place, name)
+            if list((checkpoint / "deepspeed").glob(files)):
+                infect(checkpoint, files, self.place / "made")
+                yield {"argv": argv(self.place, name), "fails": True}
+
+
+@pytest.fixture(scope="module")
+def launches(tmp_path_factory):
+    made: dict[int, Launch] = {}
+
+    def launch(ranks: int) -> Launch:
+        if ranks not in made:
+            made[ranks] = Launch(tmp_path_factory.mktemp(f"damage-{ranks}"), ranks)
+        return made[ranks]
+
+    return launch
+
+
+def assert_as_base(place: Path, name: str) -> None:
+    """The run ended bit for bit where the undisturbed one did, and its record has the same lines."""
+    base, ended = (load_file(place / run / "merged" / "model.safetensors") for run in ("base", name))
+    assert all(torch.equal(ended[key], tensor) for key, tensor in base.items()) and base.keys() == ended.keys()
+    lines = [
+        [{k: v for k, v in line.items() if k not in TIMED} for line in launching.metrics(place / run)]
+        for run in ("base", name)
+    ]
+    assert lines[0] == lines[1]
+
+
+@pytest.mark.parametrize(("name", "ranks"), CASES)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(name, ranks, launches):
+    launch = launches(ranks)
+    checkpoint = launch.place / name / "checkpoints" / f"step-{STEPS:06d}"
+    said = [line for line in launch.output.splitlines() if f"{checkpoint} cannot be used: " in line]
+    assert len(said) == 1 and DAMAGE[name][1] in said[0], said
+    assert f"{checkpoint.with_name('step-000004')} is whole: " in launch.output
+    assert digests(checkpoint.with_name(f"{checkpoint.name}.damaged")) == launch.damaged[name]
+    assert folders.damage(checkpoint, None) is None, "the step's checkpoint was saved again"
+    assert_as_base(launch.place, name)
+
+
+@BOTH
+def test_only_the_runs_own_names_are_checkpoints(ranks, launches):
+    launch = launches(ranks)
+    assert f"from {launch.place}/run.partial/checkpoints/step-000006 ->" in launch.output
+    assert f"from {launch.place}/backup/checkpoints/step-000004 ->" in launch.output
+    assert (launch.place / "backup" / "checkpoints" / "step-000006.bak").is_dir()
+    for name in ("run.partial", "backup"):
+        assert_as_base(launch.place, name)
+
+
+@BOTH
+def test_a_checkpoint_without_a_manifest_is_taken_and_a_line_says_so(ranks, launches):
+    launch = launches(ranks)
+    old = launch.place / "old" / "checkpoints" / "step-000006"
+    assert f"{old} is of an older version of dpo_ds, without checksums: it cannot be verified" in launch.output
+    assert_as_base(launch.place, "old")
+
+
+@BOTH
+def test_a_finished_run_exports_again_what_is_missing_or_damaged(ranks, launches):
+    launch = launches(ranks)
+    assert f"this run is finished in {launch.place / 'finished'}: nothing to do" in launch.output
+    for name, (_, reason) in MERGED.items():
+        assert f"this run is finished, but {launch.place / name}/{reason}: it is exported again" in launch.output
+        assert_as_base(launch.place, name)
+        # The doctor's figures are of all the answers that any run has scored by now.
+        before, after = (json.loads((launch.place / run / "summary.json").read_text()) for run in ("base", name))
+        assert before | {"findings": None} == after | {"findings": None}
+        assert (launch.place / name / "merged.damaged").exists() == (name != "merged-deleted")
+
+
+@BOTH
+def test_a_save_that_fails_leaves_the_others_and_training_goes_on(ranks, launches):
+    launch = launches(ranks)
+    kept = launch.place / "kept"
+    assert f"{kept / 'checkpoints' / 'step-000004'} was not saved: " in launch.output
+    assert "training goes on, and the next checkpoint is tried when it is due" in launch.output
+    assert [path.name for path in (kept / "checkpoints").iterdir()] == ["step-000006"], "--keep_last 1"
+    assert_as_base(launch.place, "kept")
+
+
+@BOTH
+def test_a_save_that_fails_stops_the_run_if_it_is_to(ranks, launches):
+    launch = launches(ranks)
+    stopped = launch.place / "stopped" / "checkpoints"
+    lines = [line for line in launch.output.splitlines() if "SaveFailed: " in line]
+    assert len(lines) == 2 and f"{stopped / 'step-000004'} was not saved: " in lines[0]
+    assert f"from {stopped / 'step-000002'} ->" in launch.output
+    assert_as_base(launch.place, "stopped")
+    unsaved = launch.place / "unsaved"
+    assert f"{unsaved}/checkpoints/step-000006 was not saved: " in lines[1], "nothing else would keep the weights"
+    assert not (unsaved / "summary.json").exists()
+
+
+@BOTH
+def test_nothing_is_begun_again_in_silence(ranks, launches):
+    launch = launches(ranks)
+    place = launch.place / "hopeless" / "checkpoints"
+    assert f"UserError: no checkpoint in {place} can be used (step-000006: " in launch.output
+    assert sorted(path.name for path in place.iterdir()) == ["step-000002", "step-000004", "step-000006"]
+    assert f"UserError: --resume {place}/step-000004 is no checkpoint that can be used (deepspeed/" in launch.output
+    assert not (launch.place / "elsewhere").exists()
+
+
+@BOTH
+def test_a_pickle_that_runs_code_is_refused_and_not_executed(ranks, launches):
+    launch = launches(ranks)
+    refused = [line for line in launch.output.splitlines() if "UserError: " in line and "is damaged" in line]
+    assert len(refused) == ranks, refused  # ZeRO-3 has files of the optimizer's as well
+    assert not (launch.place / "made").exists()
+    infected = launch.place / "evil" / "checkpoints" / "step-000006" / "deepspeed"
+    torch.load(next(infected.glob("*model_states.pt")), weights_only=False)
+    assert (launch.place / "made").exists(), "the pickle does nothing: the test shows nothing"
+
+
+def test_the_export_command_refuses_a_damaged_checkpoint(launches):
+    place = launches(1).place
+    checkpoint = place / "hopeless" / "checkpoints" / "step-000004"
+    done = launching.run(1, "-m", "dpo_ds.export", f"--checkpoint={checkpoint}", f"--output_dir={place / 'exported'}",
+                         check=False)  # fmt: skip
+    assert done.returncode == 2 and f"--checkpoint {checkpoint} is no checkpoint that can be used (" in done.stdout
+    assert not (place / "exported").exists()
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """Returns a function that makes a file system of so many bytes."""
+    mounted = []
+
+    def make(size: int) -> Path:
+        place = tmp_path / f"disk-{len(mounted)}"
+        place.mkdir()
+        done = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", place], capture_output=True)
+        if done.returncode != 0:
+            pytest.skip("no file system can be mounted here")
+        mounted.append(place)
+        return place
+
+    yield make
+    for place in mounted:
+        subprocess.run(["umount", place], check=True)
+
+
+def test_a_full_disk_is_noticed_before_a_save_and_within_it(disk, launches):
+    """The run's checkpoints are on a small disk. There is room for none more, or for a little less than one."""
+    place, scenarios = launches(1).place, []
+    size = sum(file.stat().st_size for file in (place / "base/checkpoints/step-000002").rglob("*"))
+    for name, free in (("full", 100_000), ("nearly-full", size - 55_000)):
+        checkpoints = copied(place, name).parent
+        small = disk(size + 40_000 + free) / "checkpoints"
+        shutil.copytree(checkpoints / "step-000002", small / "step-000002")
+        shutil.rmtree(checkpoints)
+        checkpoints.symlink_to(small)
+        scenarios.append({"argv": argv(place, name)})
+    output = launching.run_scenarios(1, scenarios, place / "disks.json")
+    for name, reason in (("full", "was not saved: it takes about 1.6"), ("nearly-full", "No space left on device")):
+        said = [line for line in output.splitlines() if f"{place / name}/checkpoints/step-" in line and reason in line]
+        assert len(said) == 2, output[-5000:]
+        assert [path.name for path in (place / name / "checkpoints").iterdir()] == ["step-000002"]
+        assert_as_base(place, name)
+
+
+def test_the_second_start_of_a_run_is_refused(launches):
+    place = launches(1).place
+    words = ["-m", "dpo_ds.train", *argv(place, "twice", "--max_steps=100000")]
+    seen: list[subprocess.CompletedProcess] = []
+    process = subprocess.Popen(launching.command(1, *words), env=launching.environment(), stdout=subprocess.DEVNULL)
+    try:
+        while not (place / "twice" / "metrics.jsonl").is_file():
+            assert process.poll() is None
+            time.sleep(0.1)
+        seen.append(launching.run(1, *words, check=False))
+    finally:
+        process.kill()
+        process.wait()
+    owner = json.loads((place / "twice" / "running.json").read_text())
+    assert owner["process"] == process.pid and seen[0].returncode == 2
+    assert f"is in use by process {process.pid} on {owner['host']} since {owner['since']}" in seen[0].stdout
+    Lock(place / "twice").require_free()  # a killed process holds nothing
