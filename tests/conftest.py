@@ -12,7 +12,10 @@ os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path("~/.cache/dpo_ds-tests/to
 os.environ.setdefault("CXX", str(Path(__file__).resolve().parent / "tools" / "cxx.sh"))
 
 # The longest first, so that two workers end at about the same time (launch/test.sh keeps this order).
-LONGEST = ("test_models", "test_wheel", "test_nvme", "test_plan_measured", "test_resume", "test_curves", "test_export")
+LONGEST = (
+    *("test_models", "test_losses", "test_wheel", "test_damage", "test_nvme", "test_plan_measured", "test_resume"),
+    *("test_references", "test_curves", "test_export"),
+)
 
 
 @pytest.fixture
