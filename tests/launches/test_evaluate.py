@@ -63,11 +63,13 @@ def lines_of(folder) -> list[dict]:
 
 def scored(place, folder, policy, reference) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, np.ndarray]:
     """The oracle's logps [n, 2] of the evaluated pairs, their lengths [n, 2] and their weights."""
-    by_id = {}
-    for manifest in (place / "cache" / "tokens").glob("*/manifest.json"):
-        pairs = PairSet.open(manifest.parent)
-        by_id |= {pairs.pair_id(i): (pairs.pair(i), float(pairs.weights[i])) for i in range(len(pairs))}
-    found = [by_id[line["pair"]] for line in lines_of(folder)]
+    wanted = [line["pair"] for line in lines_of(folder)]
+    sets = [PairSet.open(manifest.parent) for manifest in (place / "cache" / "tokens").glob("*/manifest.json")]
+    for pairs in sorted(sets, key=len):  # the same pair may be in another, larger set with another weight
+        by_id = {pairs.pair_id(i): (pairs.pair(i), float(pairs.weights[i])) for i in range(len(pairs))}
+        if by_id.keys() >= {*wanted}:
+            break
+    found = [by_id[pair] for pair in wanted]
     tokens = [pair for pair, _ in found]
     with torch.no_grad():
         logps = [oracle.pairs_logps(model, tokens) for model in (policy, reference)]
