@@ -121,7 +121,7 @@ def folder_of(options: Options, policy: "Named") -> Path:
 
 
 def claim(folder: Path) -> None:
-    """Makes the report's folder. Raises UserError if it holds something else."""
+    """Raises UserError if the report's folder holds something else."""
     with files_of("--output_dir", folder):
         if folder.exists() and not folder.is_dir():
             raise UserError(f"--output_dir {folder} is a file; name a folder")

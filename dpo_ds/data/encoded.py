@@ -28,9 +28,6 @@ class Encoded:
     gaps: list[Gap] = field(default_factory=list)  # where in `prompt` its cut tokens stood: two places at most
 
 
-REPORTED = ("changed", "unused", "cut_prompt", "cut_answers")  # also of a row that is left out
-
-
 def with_pairs_that_differ(cut: Encoded) -> Encoded:
     """Without pairs whose answers are equal or hold nothing to learn, and without the answers that only they use."""
     learned = [

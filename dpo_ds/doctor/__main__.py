@@ -52,16 +52,14 @@ def main(argv: list[str]) -> None:
 
 def sampled(run: "Run") -> "np.ndarray | None":
     """The reference's logps of a sample of the training answers, and of those that the table has already."""
-    import numpy as np
-
+    from dpo_ds.doctor.pairs import spread
     from dpo_ds.references.table import sample_table
 
     if run.table is not None:
         return run.table.training
     if run.options.reference == "none":
         return None
-    count = len(run.train_pairs)
-    return sample_table(run, np.unique(np.linspace(0, count - 1, min(count, SAMPLE)).astype(np.int64)))
+    return sample_table(run, spread(len(run.train_pairs), SAMPLE))
 
 
 def of_run(run: "Run") -> "list[Check]":

@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 from dpo_ds.ranks import console
 
+# The advice of two checks, one of the pairs and one of a run.
+BY_LENGTH = "length alone may be learned: --loss rdpo, --loss simpo and --ld_alpha 0.5 weaken it"
+
 
 @dataclass(frozen=True)
 class Check:

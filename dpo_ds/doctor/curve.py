@@ -9,7 +9,7 @@ from array import array
 import numpy as np
 
 from dpo_ds.config import Options
-from dpo_ds.doctor.check import Check, report
+from dpo_ds.doctor.check import BY_LENGTH, Check, report
 from dpo_ds.reports.record import HELD_OUT, Reader, Record, is_evaluation
 
 LOOKS = 10  # at the run's figures, at even distances
@@ -187,7 +187,7 @@ class CurveReader(Reader):
             "rewards_by_length",
             f"held-out reward margins go with the differences in length (correlation {values[-1]:+.2f})",
             abs(values[-1]),
-            "length alone may be learned: --loss rdpo, --loss simpo and --ld_alpha 0.5 weaken it",
+            BY_LENGTH,
             most=MOST_BY_LENGTH,
             step=step,
         )

@@ -10,7 +10,7 @@ from collections import defaultdict
 import numpy as np
 
 from dpo_ds.data.pairs import PairSet
-from dpo_ds.doctor.check import Check, report
+from dpo_ds.doctor.check import BY_LENGTH, Check, report
 from dpo_ds.runs.prepare import Run
 from dpo_ds.scoring.sweep import Places
 
@@ -135,7 +135,7 @@ def _by_length(pairs: PairSet) -> Check:
         "length_decides",
         f"the longer answer is the chosen one in {longer:.1%} of the pairs",
         longer,
-        "length alone may be learned: --loss rdpo, --loss simpo and --ld_alpha 0.5 weaken it",
+        BY_LENGTH,
         1 - MOST_BY_LENGTH,
         MOST_BY_LENGTH,
     )
@@ -163,7 +163,7 @@ def _no_longer_different(pairs: PairSet, dropped: int, max_length: int) -> Check
 
 
 def _equal_starts(pairs: PairSet) -> Check:
-    sample = np.unique(np.linspace(0, len(pairs) - 1, min(len(pairs), MOST_PAIRS)).astype(np.int64)).tolist()
+    sample = spread(len(pairs), MOST_PAIRS).tolist()
     share = sum(_equal_tokens(*pairs.pair(i)[1:]) >= EQUAL_START for i in sample) / len(sample)
     return Check(
         "equal_beginnings",
@@ -223,6 +223,11 @@ class _Beginnings:
                 found.append(self.order[at])
             at = self.parent[at]
         return found
+
+
+def spread(count: int, most: int) -> np.ndarray:
+    """int64: at most so many places of `count`, at even distances."""
+    return np.unique(np.linspace(0, count - 1, min(count, most)).astype(np.int64))
 
 
 def _equal_tokens(one: np.ndarray, other: np.ndarray) -> int:

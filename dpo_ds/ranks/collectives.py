@@ -57,7 +57,7 @@ def one_after_another(work: Callable[[], T]) -> T:
             except Exception as error:
                 own_error = error
                 problem = Problem.of(error)
-        problem = _first(gather(problem))
+        problem = first(problem)
     if own_error is not None and not isinstance(own_error, UserError):
         raise own_error
     if problem is not None:
@@ -81,8 +81,8 @@ def together(work: Callable[[], T]) -> list[T]:
     found = gather((result, problem))
     if own_error is not None:
         raise own_error
-    if (first := _first([problem for _, problem in found])) is not None:
-        raise first.to_raise()
+    if (theirs := _first([problem for _, problem in found])) is not None:
+        raise theirs.to_raise()
     return [result for result, _ in found]  # type: ignore[misc]  # no rank had a problem
 
 
@@ -95,6 +95,11 @@ def gather(value: T) -> list[T]:
     values: list = [None] * world.from_environment().size
     torch.distributed.all_gather_object(values, value)
     return values
+
+
+def first(value: T | None) -> T | None:
+    """The value of the first rank that has one, on every rank; None if no rank has."""
+    return _first(gather(value))
 
 
 def _first(values: list[T | None]) -> T | None:

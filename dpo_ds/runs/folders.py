@@ -246,7 +246,7 @@ def damage(checkpoint: Path, run: str | None) -> str | None:
     with console.working(f"verifying {checkpoint}"):
         if problem is None and files is not None:
             problem = manifest.difference(checkpoint, files)
-        problem = next((found for found in collectives.gather(problem) if found is not None), None)
+        problem = collectives.first(problem)
     if problem is None and files is None:
         console.say(f"{checkpoint} is of an older version of dpo_ds, without checksums: it cannot be verified")
     elif problem is None and files:
@@ -260,8 +260,7 @@ def merged_damage(folder: Path) -> str | None:
     missing, files = collectives.on_rank_0(lambda: _merged_files(folder))
     if missing is None and files:
         missing = manifest.difference(folder / "merged", files)
-    missing = next((found for found in collectives.gather(missing) if found is not None), None)
-    return missing
+    return collectives.first(missing)
 
 
 def _merged_files(folder: Path) -> tuple[str | None, checksums.Files]:
