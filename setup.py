@@ -55,6 +55,7 @@ setup(
         "test": [
             "pytest>=8,<10",
             "pytest-xdist>=3.6",
+            "hypothesis>=6.100",
             "psutil>=5.9",
             "ruff>=0.9",
             "mypy>=1.18",

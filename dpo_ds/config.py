@@ -289,8 +289,15 @@ class Options:
         Help("When a checkpoint cannot be written, as on a full disk: go on and try again at the next, or stop."),
     ] = "continue"
     resume: Annotated[
-        str, Help("auto: resume where --output_dir stopped; never; or a checkpoint folder to start from.")
+        str,
+        Help(
+            "auto: resume where --output_dir stopped; never; or a checkpoint folder. From another run's checkpoint, a "
+            "new --output_dir may begin with another rate, schedule or number of steps."
+        ),
     ] = "auto"
+    resume_optimizer: Annotated[
+        bool, Help("Keep Adam's state when a run begins from another run's checkpoint (--resume).")
+    ] = True
     export: Annotated[
         Literal["merged", "none"], Help("Write a plain Hugging Face folder, LoRA merged in, at the end.")
     ] = "merged"
@@ -359,7 +366,17 @@ def _require_filled(options: Options, kind: type[Options]) -> None:
 
 # Fields that say where or how to run, not what to compute: two runs that differ only here are the same run.
 NOT_IDENTITY = frozenset(
-    {"output_dir", "cache_dir", "resume", "export", "generations", "save_every", "eval_every", "attention"}
+    {
+        "output_dir",
+        "cache_dir",
+        "resume",
+        "resume_optimizer",
+        "export",
+        "generations",
+        "save_every",
+        "eval_every",
+        "attention",
+    }
     | {"report_to", "step_patience", "max_bad_steps", "keep_last", "on_save_error"}
     | {"plan", "gpus", "gpu_memory", "host_memory", "nvme", "nvme_path"}
 )

@@ -23,14 +23,14 @@ from transformers.core_model_loading import revert_weight_conversion
 from dpo_ds import __version__, checksums
 from dpo_ds.config import Options
 from dpo_ds.engine.engine import Engine
-from dpo_ds.engine.shards import TAG, CheckpointWeights
+from dpo_ds.engine.slices import SliceReader
 from dpo_ds.errors import UserError, files_of
 from dpo_ds.files import follow_umask, move_aside, saving, scratch_folder, write_whole
 from dpo_ds.models import generation
-from dpo_ds.models.files import load_tokenizer
+from dpo_ds.models.files import fetch_weights, load_tokenizer, weights_hashes
 from dpo_ds.models.find import find_model
-from dpo_ds.models.lora import LanguageModel, plain_model
-from dpo_ds.models.model import torch_dtype
+from dpo_ds.models.lora import LanguageModel, add_lora, plain_model
+from dpo_ds.models.model import Model, torch_dtype
 from dpo_ds.ranks import collectives, console, world
 from dpo_ds.runs import folders, manifest
 from dpo_ds.runs.data import answer_end
@@ -255,18 +255,21 @@ def export_checkpoint(source: Path, folder: Path) -> Path:
     facts = folders.describe(source)
     options = Options(**facts["options"])
     found = find_model(options.model, options.trust_remote_code)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(found.config, trust_remote_code=options.trust_remote_code)
-        if options.lora:
-            from dpo_ds.models.lora import add_lora
-
-            model = add_lora(model, options)
-    dtype = torch_dtype(options.precision)
-    weights = CheckpointWeights(source / TAG, facts["stage"], facts["ranks"])
+    dtype, reader = torch_dtype(options.precision), SliceReader(source, "state")
+    if options.lora:
+        model = _adapted_base(found, options, facts["identity"]["files"]["--model"])
+    else:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(found.config, trust_remote_code=options.trust_remote_code)
+    frozen = dict(model.named_parameters())
 
     def fetch(names: list[str], wanted: bool) -> dict[str, torch.Tensor]:
-        tensors = {name: weights[f"model.{name}"] for name in names}
-        return {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()}
+        whole = {}
+        for name in names:
+            kind = next((k for k in ("weight", "buffer") if f"{k}/model.{name}" in reader), None)
+            tensor = frozen[name].detach() if kind is None else reader.whole(f"{kind}/model.{name}")
+            whole[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
+        return whole
 
     tokenizer, plain = load_tokenizer(found), plain_model(model)
     end = answer_end(options, tokenizer)
@@ -281,6 +284,27 @@ def export_checkpoint(source: Path, folder: Path) -> Path:
     with files_of("--output_dir", folder):
         write_folder(model, fetch, folder, papers)
     return folder
+
+
+def _adapted_base(found: Model, options: Options, hashes: dict[str, str]) -> LanguageModel:
+    """The base that LoRA adapters were trained on, with new adapters on it: a checkpoint does not hold frozen weights.
+
+    hashes: of the base's files when the run began. Raises UserError if they have changed.
+    """
+    folder, cache = fetch_weights(found), Path(options.cache_dir).expanduser()
+    if weights_hashes(folder, cache, options.trust_remote_code) != hashes:
+        raise UserError(
+            f"{options.model} has changed since the adapters were trained on it: put the old files back to export them"
+        )
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype=torch_dtype(options.precision),
+        trust_remote_code=options.trust_remote_code,
+        use_safetensors=True,
+    )
+    return add_lora(base, options)
 
 
 def model_card(options: Options, summary: dict, digest: str | None, stage: int) -> str:

@@ -66,7 +66,9 @@ class Trainer:
         torch.manual_seed(self.options.seed + self.here.rank)  # only LoRA's dropout uses it
         done = 0
         if self.run.resume_from:
-            done, self.learner.running = checkpoint.load(self.policy, self.reference, self.run.resume_from)
+            done, self.learner.running = checkpoint.load(
+                self.policy, self.reference, self.run.resume_from, self.run.keeps_optimizer
+            )
         steps = self.run.schedule.steps
         self.notify("starting", done, steps)
         with console.working("the first forward and backward"):

@@ -9,11 +9,14 @@ import deepspeed
 import torch
 
 from dpo_ds.engine.memory import clear_swap_folders, free_swap_buffers, release_memory
-from dpo_ds.engine.resume import load_checkpoint, save_checkpoint
+from dpo_ds.engine.state import load_state, save_state
 from dpo_ds.engine.tiers import swap_folders
 from dpo_ds.models.lora import LanguageModel
 from dpo_ds.scoring.packed import PackedBatch
 from dpo_ds.scoring.scorer import Scored
+
+SCHEDULED = "scheduled"
+COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")  # DeepSpeed's names
 
 
 class _Optimizer(Protocol):
@@ -98,22 +101,36 @@ class Engine:
 
     @property
     def checkpoint_bytes(self) -> int:
-        """About how many bytes a checkpoint takes: the weights, and of trained ones fp32 masters and Adam's state."""
-        total = 0
-        for parameter in self.model.parameters():
-            numbers = getattr(parameter, "ds_numel", parameter.numel())
-            masters = 4 if self.stage == 3 or parameter.itemsize < 4 else 0
-            whole = 0 if self.stage == 3 and parameter.requires_grad else parameter.itemsize
-            total += numbers * (whole + (masters + 8 if parameter.requires_grad else 0))
-        return total
+        """About how many bytes a checkpoint takes: of each trained number, its fp32 weight and Adam's two averages."""
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        return 12 * sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in trained)
 
-    def save(self, folder: Path) -> None:
-        """Writes the engine's part of a checkpoint, by all ranks together. Raises OSError on a rank that cannot."""
-        save_checkpoint(self.deepspeed, folder)
+    def save(self, folder: Path) -> dict[str, dict]:
+        """Writes this rank's part of a checkpoint. Returns its files' sizes and checksums. Raises OSError."""
+        return save_state(self.deepspeed, folder)
 
-    def load(self, folder: Path, rank: int) -> None:
-        """Restores weights, optimizer and schedule from what `save` wrote."""
-        load_checkpoint(self.deepspeed, folder, rank)
+    @property
+    def counts(self) -> dict[str, int]:
+        """What the engine counts: its steps, and those of the schedule, which waits in a step that is not applied."""
+        return {SCHEDULED: self.deepspeed.lr_scheduler.last_epoch} | {
+            name: getattr(self.deepspeed, name) for name in COUNTERS
+        }
+
+    def load(self, folder: Path, counts: dict[str, int], optimizer: bool = True) -> None:
+        """Restores weights, Adam's state unless `optimizer` is false, and the schedule, by all ranks together.
+
+        folder, counts: what an engine on any number of ranks, at any stage, saved and counted.
+        """
+        load_state(self.deepspeed, folder, optimizer)
+        for name in COUNTERS:
+            setattr(self.deepspeed, name, counts[name])
+        scheduler, done = self.deepspeed.lr_scheduler, counts[SCHEDULED]
+        rates = [rate * factor(done) for rate, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
+        for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+        scheduler.load_state_dict(
+            scheduler.state_dict() | {"last_epoch": done, "_step_count": done + 1, "_last_lr": rates}
+        )
 
     def weights(self) -> Callable[[list[str], bool], dict[str, torch.Tensor]]:
         """Returns a function fetch(names, wanted): the whole tensors of these parameters and buffers on the host, or

@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_local_fp32_param
-from safetensors.torch import load_file, save_file
 
 from dpo_ds.engine.engine import Engine
-from dpo_ds.files import follow_umask
+from dpo_ds.engine.slices import Slice, SliceReader, write
 from dpo_ds.ranks.world import World
+
+PREFIX = "reference"  # of the files' names
 
 
 class MovingWeights:
@@ -61,24 +62,33 @@ class MovingWeights:
             whole[0].partition(whole)
             whole[0].all_gather(whole)
 
-    def save(self, folder: Path, here: World) -> None:
-        """Writes this rank's numbers into a checkpoint's folder; where every rank holds the same, rank 0 does."""
-        if here.rank == 0 or self._partitioned():
-            file = folder / self._file(here)
-            save_file({name: exact.contiguous() for name, exact in self.exact.items()}, file)
-            follow_umask(file)
+    def save(self, folder: Path, here: World) -> dict[str, dict]:
+        """Writes this rank's numbers into a checkpoint's folder; where every rank holds the same, rank 0 does. Returns
+        the files' sizes and checksums. Raises OSError."""
+        partitioned = any(hasattr(parameter, "ds_tensor") for parameter in self.reference.values())
+        if here.rank > 0 and not partitioned:
+            return {}
+        slices, file = self._slices(here.rank), f"{PREFIX}-{here.rank}.safetensors"
+        return {file: write(folder / file, slices, (self.exact[s.name][: s.length] for s in slices), {})}
 
     def load(self, folder: Path, here: World) -> None:
-        """Restores what `save` wrote."""
-        for name, exact in load_file(folder / self._file(here)).items():
-            self.exact[name].copy_(exact)
+        """Restores what any number of ranks saved."""
+        reader = SliceReader(folder, PREFIX)
+        for part in self._slices(here.rank):
+            reader.read_into(self.exact[part.name][: part.length], part.name, part.start)
         self._apply()
 
-    def _file(self, here: World) -> str:
-        return f"reference-{here.rank if self._partitioned() else 0}.safetensors"
-
-    def _partitioned(self) -> bool:
-        return any(hasattr(parameter, "ds_tensor") for parameter in self.reference.values())
+    def _slices(self, rank: int) -> list[Slice]:
+        """Which numbers of each parameter this rank holds. ZeRO-3 pads the last rank's."""
+        slices = []
+        for name, parameter in self.reference.items():
+            held, whole = len(self.exact[name]), getattr(parameter, "ds_numel", parameter.numel())
+            start = held * rank if hasattr(parameter, "ds_tensor") else 0
+            length = max(0, min(held, whole - start))
+            slices.append(
+                Slice(name, tuple(getattr(parameter, "ds_shape", parameter.shape)), start, length, torch.float32)
+            )
+        return slices
 
 
 def _master(parameter: torch.Tensor) -> torch.Tensor:

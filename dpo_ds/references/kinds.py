@@ -37,8 +37,9 @@ class Reference(Protocol):
     def follow(self, steps_done: int) -> bool:
         """Called after each step. Returns whether the reference has changed, and with it all its logps."""
 
-    def save(self, folder: Path) -> None:
-        """Writes what has changed since the run's start into a checkpoint's folder, by all ranks together."""
+    def save(self, folder: Path) -> dict[str, dict]:
+        """Writes this rank's part of what has changed since the run's start into a checkpoint's folder. Returns the
+        files' sizes and checksums. Raises OSError."""
 
     def load(self, folder: Path) -> None:
         """Restores what `save` wrote. Called after `attach`, before the policy takes a step."""
@@ -56,8 +57,8 @@ class Fixed:
     def follow(self, steps_done: int) -> bool:
         return False
 
-    def save(self, folder: Path) -> None:
-        pass
+    def save(self, folder: Path) -> dict[str, dict]:
+        return {}
 
     def load(self, folder: Path) -> None:
         pass
@@ -140,8 +141,8 @@ class Moving(Live):
             self.weights.move(self.alpha)
         return due
 
-    def save(self, folder: Path) -> None:
-        self.weights.save(folder, world.from_environment())
+    def save(self, folder: Path) -> dict[str, dict]:
+        return self.weights.save(folder, world.from_environment())
 
     def load(self, folder: Path) -> None:
         self.weights.load(folder, world.from_environment())

@@ -1,4 +1,4 @@
-"""Saves and loads a run's checkpoints: DeepSpeed's files, each rank's random state, checkpoint.json.
+"""Saves and loads a run's checkpoints: the engine's state, each rank's random state, checkpoint.json.
 
 A checkpoint is written under another name, measured and synced to the disk by all ranks, and renamed at the end. So a
 folder with a checkpoint's name was whole once, and its manifest tells whether it still is.
@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dpo_ds import __version__, checksums
+from dpo_ds.checksums import Files
 from dpo_ds.engine.engine import Engine
 from dpo_ds.errors import SaveFailed
 from dpo_ds.files import follow_umask, in_words, move_aside, saving, sync_folders, write_whole
@@ -29,8 +30,8 @@ from dpo_ds.runs.prepare import Run
 class Kept(Protocol):
     """What a checkpoint holds beside the policy: a reference."""
 
-    def save(self, folder: Path) -> None:
-        """Writes it into the checkpoint's folder, by all ranks together."""
+    def save(self, folder: Path) -> Files:
+        """Writes this rank's part into the checkpoint's folder. Returns its files' sizes and checksums."""
 
     def load(self, folder: Path) -> None:
         """Restores what `save` wrote."""
@@ -45,22 +46,25 @@ def save(run: Run, engine: Engine, reference: Kept, step: int, running: Running)
     final, began = folders.checkpoint_folder(run.folder, step), time.monotonic()
     damage = None
     if on_rank_0(final.exists):
-        damage = folders.damage(final, run.identity)
+        damage = folders.damage(final, run.hash)
         if damage is None:
             return final
     partial = final.with_name(final.name + ".partial")
     try:
         on_rank_0(lambda: _make_place(final, partial, engine.checkpoint_bytes))
-        together(lambda: _write(final, partial, engine, reference))
-        files = manifest.measure(partial, final)
+        written = together(lambda: _write(final, partial, engine, reference))
+        known = {name: facts for files in written for name, facts in files.items()}
+        files = manifest.measure(partial, final, known)
         facts = {
             "step": step,
             "ranks": world.from_environment().size,
             "stage": engine.stage,
-            "run": run.identity,
+            "run": run.hash,
+            "identity": run.identity,
             "dpo_ds": __version__,
             "torch": torch.__version__,
             "options": vars(run.options),
+            "counts": engine.counts,
             "losses": asdict(running),
             folders.FILES: files,
         }
@@ -99,14 +103,13 @@ def _make_place(final: Path, partial: Path, size: int) -> None:
         raise SaveFailed(f"{final} was not saved: it takes about {in_words(size)}, and {in_words(free)} are free there")
 
 
-def _write(final: Path, partial: Path, engine: Engine, reference: Kept) -> None:
-    """Writes this rank's files."""
+def _write(final: Path, partial: Path, engine: Engine, reference: Kept) -> Files:
+    """Writes this rank's files. Returns the sizes and checksums of those that are measured already."""
     with saving(final):
-        engine.save(partial)
-        reference.save(partial)
         random = partial / f"random-{world.from_environment().rank}.safetensors"
         save_file(_random_state(), random)
         follow_umask(random)
+        return engine.save(partial) | reference.save(partial)
 
 
 def _complete(final: Path, partial: Path, facts: dict, damage: str | None) -> None:
@@ -120,14 +123,20 @@ def _complete(final: Path, partial: Path, facts: dict, damage: str | None) -> No
         sync_folders(final.parent)
 
 
-def load(engine: Engine, reference: Kept, checkpoint: Path) -> tuple[int, Running]:
-    """Restores weights, optimizer, schedule, a moving reference and random state. Returns the number of steps done, and
-    what the losses remember."""
-    rank = world.from_environment().rank
-    engine.load(checkpoint, rank)
+def load(engine: Engine, reference: Kept, checkpoint: Path, optimizer: bool = True) -> tuple[int, Running]:
+    """Restores weights, schedule, a moving reference and random state, and Adam's state unless `optimizer` is false.
+    Returns the number of steps done, and what the losses remember.
+
+    The checkpoint may be of another number of ranks, and of another ZeRO stage.
+    """
+    here, facts = world.from_environment(), folders.describe(checkpoint)
+    engine.load(checkpoint, facts["counts"], optimizer)
     reference.load(checkpoint)
-    _set_random_state(load_file(checkpoint / f"random-{rank}.safetensors"))
-    facts = folders.describe(checkpoint)
+    if facts["ranks"] == here.size:
+        _set_random_state(load_file(checkpoint / f"random-{here.rank}.safetensors"))
+    else:
+        console.say(f"{checkpoint} is of {facts['ranks']} ranks and goes on with {here.size}")
+        torch.manual_seed(torch.initial_seed() + facts["step"])  # not the dropout of the first steps again
     return facts["step"], Running(**facts["losses"])
 
 

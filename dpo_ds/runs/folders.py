@@ -1,7 +1,7 @@
 """The run's folder: which run it belongs to, its checkpoints, and where to resume.
 
 options.yaml     the options that the run uses; --config reads them back
-run.json         the run's identity: another run is refused, the same run resumes
+run.json         the run's identity (runs/identity.py): another run is refused, the same run resumes
 metrics.jsonl    a line per step and per evaluation (reports/record.py)
 curves.png       the same as curves (reports/curves.py)
 trackers.json, tensorboard/, wandb/   with --report_to (reports/trackers.py)
@@ -9,8 +9,8 @@ checkpoints/step-000100/   written by runs/checkpoint.py; no other name is a che
     checkpoint.json        step, ranks, ZeRO stage, versions, options, the run's hash; the manifest: every other file's
                            size and checksum (runs/manifest.py)
     random-0.safetensors   one per rank: its random state
+    state-0.safetensors    one per rank: its part of the fp32 weights and of Adam's state (engine/state.py)
     reference-0.safetensors   of a reference that moves: its fp32 weights, under ZeRO-3 each rank's own
-    deepspeed/             DeepSpeed's own files (engine/resume.py writes them, engine/shards.py reads tensors)
 checkpoints/step-000100.partial, .damaged   half of a save; a damaged checkpoint whose place a new one took
 evaluation.jsonl, generations.md, merged/   the held-out log-probabilities, answers, the exported model
 merged.json      the manifest of merged/
@@ -18,22 +18,22 @@ running.lock, running.json   held by a process that trains here, and which one (
 summary.json     written at the very end
 """
 
-import hashlib
 import json
 import re
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from dpo_ds import checksums
-from dpo_ds.config import NOT_IDENTITY, Options, to_yaml
+from dpo_ds.config import Options, to_yaml
 from dpo_ds.errors import UserError, files_of, one_line
 from dpo_ds.files import in_words, move_aside, write_whole
 from dpo_ds.ranks import collectives, console
 from dpo_ds.runs import manifest
+from dpo_ds.runs.identity import FILES, PARENT, allowed_changes, hash_of, require_same
 from dpo_ds.runs.lock import LEFT_EARLY, Lock
 
-FILES = "files"  # the key of the hashes in run.json, and of a checkpoint's manifest in checkpoint.json
+NEEDED = ("step", "ranks", "stage", "options", "losses", "counts", "run", "identity", FILES)  # in checkpoint.json
 MERGED = "merged.json"  # the manifest of merged/
 CHECKPOINT = re.compile(r"step-(\d{6,})")  # a checkpoint's name
 
@@ -46,28 +46,12 @@ class Found:
     finished: bool
     damaged: tuple[Path, ...] = ()  # the run's checkpoints after it, which cannot be used
     lock: Lock | None = None  # on the run's folder, held by rank 0; None without a claim
-
-
-def identity(
-    options: Options, train_digest: str, eval_digest: str, date: str, files: dict[str, dict[str, str]]
-) -> dict:
-    """The options, data and weights that two starts of the same run must share.
-
-    date: see `started`. files: the hashes of the files that each option names, {option: {file: sha256}}.
-    """
-    values = {key: value for key, value in vars(options).items() if key not in NOT_IDENTITY}
-    return {**values, "train_digest": train_digest, "eval_digest": eval_digest, "date": date, FILES: files}
+    run: dict = field(default_factory=dict)  # the run's identity
 
 
 def read_record(folder: Path) -> dict:
     """run.json of a run's folder: the options that decide what the run computes, its data and its files."""
     return _read(folder / "run.json")
-
-
-def hash_of(identity: dict) -> str:
-    """What names a run in its checkpoints: the hash of what `identity` returned."""
-    given = {key: value for key, value in identity.items() if value is not None}
-    return hashlib.sha256(json.dumps(given, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def started(folder: Path) -> str | None:
@@ -92,19 +76,51 @@ def check_folder(folder: Path, options: Options) -> None:
     collectives.on_rank_0(Lock(folder).require_free)
 
 
-def open_folder(folder: Path, options: Options, this_run: dict, ranks: int) -> Found:
+def open_folder(folder: Path, options: Options, this_run: dict, steps: int) -> Found:
     """Claims the folder for this run, and finds where this run stopped. All ranks call it together.
 
-    Raises UserError if another run owns the folder, another process uses it, or no checkpoint can be used.
+    steps: of the run's schedule. Raises UserError if another run owns the folder, another process uses it, or no
+    checkpoint can be used.
     """
     record = folder / "run.json"
-    if record.is_file():
-        _require_same(folder, _read(record), this_run)
-    found = _where_to_go_on(folder, options, hash_of(this_run), ranks)
+    began = collectives.on_rank_0(record.is_file)
+    given = None if options.resume in ("auto", "never") else Path(options.resume)
+    if given is not None:
+        _require_usable(given)
+        if not is_own(folder, given):
+            facts = describe(given)
+            this_run = this_run | {
+                PARENT: {"run": facts["run"], "step": facts["step"], "optimizer": options.resume_optimizer}
+            }
+            if not began:
+                _say_changes(given, facts["identity"], this_run, options.resume_optimizer)
+    if began:
+        require_same(folder, _read(record), this_run)
+    found = _where_to_go_on(folder, options, this_run, given)
+    if found.resume_from is not None and (done := describe(found.resume_from)["step"]) > steps:
+        raise UserError(
+            f"{found.resume_from} is of step {done}, but this run has {steps}: raise --max_steps or --epochs, or take "
+            "an earlier checkpoint"
+        )
     lock = Lock(folder)
     collectives.wait_for_all()  # every rank must have looked before rank 0 writes
     collectives.on_rank_0(lambda: _claim(folder, lock, options, this_run, found.damaged))
-    return replace(found, lock=lock)
+    return replace(found, lock=lock, run=this_run)
+
+
+def _require_usable(checkpoint: Path) -> None:
+    if reason := damage(checkpoint, run=None):
+        raise UserError(
+            f"--resume {checkpoint} is no checkpoint that can be used ({reason}): name a folder checkpoints/step-… of "
+            "a run"
+        )
+
+
+def _say_changes(checkpoint: Path, before: dict, now: dict, optimizer: bool) -> None:
+    """Says what a run that begins from another run's checkpoint changes."""
+    for change in allowed_changes(checkpoint, before, now):
+        console.say(f"--resume {checkpoint}: {change}")
+    console.say(f"--resume {checkpoint}: Adam's state is {'kept' if optimizer else 'not kept'}")
 
 
 def _claim(folder: Path, lock: Lock, options: Options, this_run: dict, damaged: tuple[Path, ...]) -> None:
@@ -117,27 +133,17 @@ def _claim(folder: Path, lock: Lock, options: Options, this_run: dict, damaged: 
         write_whole(folder / "options.yaml", to_yaml(options))
 
 
-def _where_to_go_on(folder: Path, options: Options, run: str, ranks: int) -> Found:
+def _where_to_go_on(folder: Path, options: Options, this_run: dict, given: Path | None) -> Found:
+    """given: the checkpoint of --resume. A run that began from another run's goes on from its own, once it has one."""
     if collectives.on_rank_0((folder / "summary.json").is_file):
         missing = merged_damage(folder) if options.export == "merged" else None
         if missing is None:
             return Found(None, finished=True)
         console.say(f"this run is finished, but {folder / 'merged'} {missing}: it is exported again")
-    damaged: list[Path] = []
-    if options.resume not in ("auto", "never"):
-        resume_from: Path | None = Path(options.resume)
-        if reason := damage(Path(options.resume), run=None):
-            raise UserError(
-                f"--resume {options.resume} is no checkpoint that can be used ({reason}): name a folder "
-                "checkpoints/step-… of a run"
-            )
-    else:
-        resume_from, damaged = newest_whole(folder, run)
-    if resume_from is not None:
-        wrote = describe(resume_from)["ranks"]
-        if wrote != ranks:
-            raise UserError(f"{resume_from} was written by {wrote} ranks and this run has {ranks}: start {wrote} ranks")
-    return Found(resume_from, False, tuple(damaged))
+    if given is not None and this_run.get(PARENT) is None:
+        return Found(given, finished=False)
+    own, damaged = newest_whole(folder, hash_of(this_run))
+    return Found(own or given, False, tuple(damaged))
 
 
 def _read(path: Path) -> dict:
@@ -161,40 +167,14 @@ def _object(path: Path) -> dict:
     return found
 
 
-def _require_same(folder: Path, recorded: dict, this_run: dict) -> None:
-    different = [
-        f"{key} is {_shown(recorded.get(key))} there and {_shown(this_run[key])} here"
-        for key in this_run
-        if key != FILES and recorded.get(key) != this_run[key]
-    ]
-    if different:
-        raise UserError(
-            f"--output_dir {folder} holds another run ({'; '.join(different)}): name another folder, or make the "
-            "options agree to go on with that run"
-        )
-    _require_same_files(folder, recorded.get(FILES), this_run[FILES])
-
-
-def _require_same_files(folder: Path, before: dict | None, now: dict[str, dict[str, str]]) -> None:
-    for option, hashes in now.items():
-        old = before.get(option, {}) if before is not None else {}
-        changed = sorted(name for name in {*old, *hashes} if old.get(name) != hashes.get(name))
-        if changed:
-            more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
-            raise UserError(
-                f"--output_dir {folder} holds a run that began with other files of {option}: {changed[0]}{more} "
-                "changed since, so it would go on from one model and compare with another: put the old files back, or "
-                "name another folder to begin again"
-            )
-
-
-def _shown(value) -> str:
-    return "not given" if value is None else str(value)
-
-
 def checkpoint_folder(folder: Path, step: int) -> Path:
     """Where the run's checkpoint of a step is."""
     return folder / "checkpoints" / f"step-{step:06d}"
+
+
+def is_own(folder: Path, checkpoint: Path) -> bool:
+    """Whether a checkpoint lies in this run's folder."""
+    return checkpoint.parent.resolve() == (folder / "checkpoints").resolve()
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -237,19 +217,17 @@ def damage(checkpoint: Path, run: str | None) -> str | None:
     run: the hash of the run that it must belong to; None: any.
     """
     began, problem = time.monotonic(), None
-    files: checksums.Files | None = {}
+    files: checksums.Files = {}
     try:
         facts = _object(checkpoint / "checkpoint.json")
-        problem, files = _contradiction(checkpoint, facts, run), facts.get(FILES)
+        problem, files = _contradiction(checkpoint, facts, run), facts.get(FILES, {})
     except ValueError as error:
         problem = f"its checkpoint.json is damaged ({error})"
     with console.working(f"verifying {checkpoint}"):
-        if problem is None and files is not None:
+        if problem is None:
             problem = manifest.difference(checkpoint, files)
         problem = collectives.first(problem)
-    if problem is None and files is None:
-        console.say(f"{checkpoint} is of an older version of dpo_ds, without checksums: it cannot be verified")
-    elif problem is None and files:
+    if problem is None:
         size = in_words(manifest.size_of(files))
         console.say(f"{checkpoint} is whole: {size} verified in {time.monotonic() - began:.1f} s")
     return problem
@@ -279,12 +257,11 @@ def _merged_files(folder: Path) -> tuple[str | None, checksums.Files]:
 
 def _contradiction(checkpoint: Path, facts: dict, run: str | None) -> str | None:
     """What is wrong with the content of a checkpoint.json; None if nothing is."""
-    if FILES in facts and not checksums.is_sealed(facts):
+    if FILES in facts and not checksums.is_sealed(facts):  # an old version had no list of files
         return "checkpoint.json does not match its own checksum"
-    for key in ("step", "ranks", "stage", "options", "losses"):
-        if key not in facts:
-            return f"checkpoint.json has no {key}"
-    if not isinstance(facts.get(FILES, {}), dict):
+    if missing := [key for key in NEEDED if key not in facts]:
+        return f"checkpoint.json has no {missing[0]}: another version of dpo_ds wrote it"
+    if not isinstance(facts[FILES], dict):
         return "checkpoint.json's list of files cannot be read"
     if _step_of(checkpoint) not in (None, facts["step"]):
         return f"checkpoint.json is of step {facts['step']}"

@@ -12,20 +12,20 @@ from dpo_ds.checksums import Files
 from dpo_ds.files import saving
 from dpo_ds.ranks import collectives, world
 
-# random-0.safetensors, zero_pp_rank_0_mp_rank_00_optim_states.pt, offloaded_tensors/rank00/0.tensor.swp
-NUMBERED = re.compile(r"(?:zero_pp_rank_|offloaded_tensors/rank|random-|reference-)(\d+)")
+NUMBERED = re.compile(r"(?:state|random|reference)-(\d+)\.safetensors")
 
 
-def measure(folder: Path, final: Path) -> Files:
+def measure(folder: Path, final: Path, known: Files | None = None) -> Files:
     """Measures all files of a folder, and syncs them to the disk. All ranks call it together.
 
-    final: the folder's name in messages. Raises SaveFailed, on every rank, if a file cannot be synced or read.
+    final: the folder's name in messages. known: files that were measured and synced while they were written; these are
+    not read again. Raises SaveFailed, on every rank, if a file cannot be synced or read.
     """
-    here = world.from_environment()
+    here, found = world.from_environment(), dict(known or {})
     sizes = collectives.on_rank_0(lambda: _sizes(folder, final))
-    own = share(sizes, here.rank, here.size)
-    measured = collectives.together(lambda: _measure(folder, own, final))
-    found = {name: facts for files in measured for name, facts in files.items()}
+    own = share({name: size for name, size in sizes.items() if name not in found}, here.rank, here.size)
+    for files in collectives.together(lambda: _measure(folder, own, final)):
+        found |= files
     return {name: found[name] for name in sizes}
 
 

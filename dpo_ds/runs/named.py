@@ -50,7 +50,7 @@ def _named(option: str, name: str) -> Named:
         return Named(option, name, Path(name).name, name) if base is None else _adapter(option, name, base)
     if (folder / "checkpoint.json").is_file():
         return _checkpoint(option, folder)
-    if folder.suffix == ".partial" or (folder / "deepspeed").is_dir():
+    if folder.suffix == ".partial" or (folder / "state-0.safetensors").is_file():
         raise UserError(f"{option} {name} is an unfinished checkpoint: name another one of its run")
     if (folder / "run.json").is_file():
         return _run(option, folder)
@@ -64,8 +64,8 @@ def _named(option: str, name: str) -> Named:
 def _checkpoint(option: str, folder: Path) -> Named:
     facts = describe(folder)
     run = folder.resolve().parents[1]
-    if not (folder / "deepspeed").is_dir():
-        raise UserError(f"{option} {folder} lacks its folder deepspeed: copy the checkpoint again")
+    if not (folder / "state-0.safetensors").is_file():
+        raise UserError(f"{option} {folder} lacks its state-0.safetensors: copy the checkpoint again")
     options = _options_of(facts.get("options"), f"{option} {folder}")
     return Named(
         option,

@@ -33,6 +33,7 @@ from dpo_ds.ranks.collectives import on_rank_0, one_after_another
 from dpo_ds.ranks.world import World
 from dpo_ds.runs import folders
 from dpo_ds.runs.data import read_pairs
+from dpo_ds.runs.identity import hash_of, identity
 from dpo_ds.runs.loadable import Loadable, adapter_hashes_of, find_loadable, hashes_of, require_same_tokens
 from dpo_ds.runs.lock import Lock
 from dpo_ds.runs.table_file import TableFile
@@ -67,7 +68,7 @@ class Run:
     adapter: Adapter | None  # that the policy starts from
     reference: Loadable  # the policy's own start, or another
     table: GivenTable | None  # --reference_table
-    identity: str  # the hash that names the run in its checkpoints; empty without a claim
+    identity: dict  # what makes another start the same run; empty without a claim
     resume_from: Path | None
     finished: bool  # an earlier start of this run has finished it
     lock: Lock | None  # on the run's folder; None without a claim
@@ -75,6 +76,17 @@ class Run:
     @property
     def folder(self) -> Path:
         return Path(self.options.output_dir)
+
+    @property
+    def hash(self) -> str:
+        """What names the run in its checkpoints."""
+        return hash_of(self.identity)
+
+    @property
+    def keeps_optimizer(self) -> bool:
+        """Whether Adam's state comes from the checkpoint. Only the first start from another run's can leave it out."""
+        begins = self.resume_from is not None and not folders.is_own(self.folder, self.resume_from)
+        return self.options.resume_optimizer or not begins
 
     @property
     def starts_equal(self) -> bool:
@@ -155,12 +167,11 @@ def prepare(options: Options, here: World, plan: Plan | None = None, claim: bool
         reference = replace(reference, hashes=of_weights, adapter=of_reference)
     if digest is not None:
         files["--reference_table"] = {Path(str(decided.reference_table)).name: digest}
-    found, run_hash = folders.Found(resume_from=None, finished=False), ""
+    found = folders.Found(resume_from=None, finished=False)
     if claim:
-        identity = folders.identity(decided, train_pairs.digest, eval_pairs.digest, date, files)
-        run_hash = folders.hash_of(identity)
+        this_run = identity(decided, ds_config, train_pairs.digest, eval_pairs.digest, date, files)
         # This comes last because it writes to the folder: a run that cannot start leaves nothing behind.
-        found = folders.open_folder(folder, decided, identity, here.size)
+        found = folders.open_folder(folder, decided, this_run, schedule.steps)
     return Run(
         options=decided,
         model=model,
@@ -175,7 +186,7 @@ def prepare(options: Options, here: World, plan: Plan | None = None, claim: bool
         adapter=adapter,
         reference=reference,
         table=table,
-        identity=run_hash,
+        identity=found.run,
         resume_from=found.resume_from,
         finished=found.finished,
         lock=found.lock,

@@ -17,6 +17,7 @@ import tiny
 import torch
 from safetensors.torch import load_file
 
+from dpo_ds import checksums
 from dpo_ds.runs import folders
 from dpo_ds.runs.lock import Lock
 
@@ -26,10 +27,8 @@ TIMED = ("tokens/s", "pairs/s", "TFLOP/s a rank")
 
 
 def rank_file(checkpoint: Path, rank: int = 0) -> Path:
-    """DeepSpeed's largest file of a rank."""
-    files = (checkpoint / "deepspeed").glob("*.pt")
-    own = [file for file in files if f"rank_{rank}_" in file.name or file.name.startswith("mp_")]
-    return max(own, key=lambda file: file.stat().st_size)
+    """A rank's part of the weights and of Adam's state."""
+    return checkpoint / f"state-{rank}.safetensors"
 
 
 def flip(file: Path) -> None:
@@ -122,19 +121,21 @@ def digests(folder: Path) -> dict[str, str]:
     return {str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
 
-def without_manifest(checkpoint: Path) -> None:
+def as_an_old_version(checkpoint: Path) -> None:
     """As a version of dpo_ds before the manifest wrote it."""
     file = checkpoint / "checkpoint.json"
-    new = ("files", "checksum", "run")
+    new = ("files", "checksum", "run", "counts", "identity")
     file.write_text(json.dumps({k: v for k, v in json.loads(file.read_text()).items() if k not in new}))
 
 
-def infect(checkpoint: Path, files: str, made: Path) -> None:
-    """Puts a pickle that runs a command into some of DeepSpeed's files. No manifest tells."""
-    without_manifest(checkpoint)
-    for file in (checkpoint / "deepspeed").glob(files):
-        content = torch.load(file, weights_only=False)
-        torch.save({**content, "evil": Evil(made)}, file)
+def infect(checkpoint: Path, made: Path) -> None:
+    """Puts a pickle that runs a command in the place of each rank's file, and makes the manifest agree."""
+    facts = json.loads((checkpoint / "checkpoint.json").read_text())
+    del facts["checksum"]
+    for file in checkpoint.glob("*.safetensors"):
+        torch.save({"evil": Evil(made)}, file)
+    facts["files"] = checksums.measured(checkpoint, facts["files"])
+    (checkpoint / "checkpoint.json").write_text(json.dumps(checksums.sealed(facts)))
 
 
 class Launch:
@@ -164,7 +165,7 @@ class Launch:
         checkpoint = copied(self.place, "backup")
         checkpoint.rename(checkpoint.with_suffix(".bak"))
         yield {"argv": argv(self.place, "backup")}
-        without_manifest(copied(self.place, "old"))
+        as_an_old_version(copied(self.place, "old"))
         yield {"argv": argv(self.place, "old")}
 
     def _merged(self):
@@ -188,11 +189,8 @@ class Launch:
         yield {"argv": argv(self.place, "hopeless"), "fails": True}
         hopeless = self.place / "hopeless" / "checkpoints" / "step-000004"
         yield {"argv": argv(self.place, "elsewhere", f"--resume={hopeless}"), "fails": True}
-        for name, files in (("evil", "*model_states.pt"), ("evil-optimizer", "*optim_states.pt")):
-            checkpoint = copied(self.place, name)
-            if list((checkpoint / "deepspeed").glob(files)):
-                infect(checkpoint, files, self.place / "made")
-                yield {"argv": argv(self.place, name), "fails": True}
+        infect(copied(self.place, "evil"), self.place / "made")
+        yield {"argv": argv(self.place, "evil"), "fails": True}
 
 
 @pytest.fixture(scope="module")
@@ -241,10 +239,11 @@ def test_only_the_runs_own_names_are_checkpoints(ranks, launches):
 
 
 @BOTH
-def test_a_checkpoint_without_a_manifest_is_taken_and_a_line_says_so(ranks, launches):
+def test_a_checkpoint_of_another_version_is_named_and_kept(ranks, launches):
     launch = launches(ranks)
     old = launch.place / "old" / "checkpoints" / "step-000006"
-    assert f"{old} is of an older version of dpo_ds, without checksums: it cannot be verified" in launch.output
+    assert f"{old} cannot be used: checkpoint.json has no counts: another version of dpo_ds wrote it" in launch.output
+    assert old.with_name("step-000006.damaged").is_dir()
     assert_as_base(launch.place, "old")
 
 
@@ -290,7 +289,8 @@ def test_nothing_is_begun_again_in_silence(ranks, launches):
     place = launch.place / "hopeless" / "checkpoints"
     assert f"UserError: no checkpoint in {place} can be used (step-000006: " in launch.output
     assert sorted(path.name for path in place.iterdir()) == ["step-000002", "step-000004", "step-000006"]
-    assert f"UserError: --resume {place}/step-000004 is no checkpoint that can be used (deepspeed/" in launch.output
+    unusable = f"UserError: --resume {place}/step-000004 is no checkpoint that can be used (state-0.safetensors "
+    assert unusable in launch.output
     assert not (launch.place / "elsewhere").exists()
 
 
@@ -298,10 +298,9 @@ def test_nothing_is_begun_again_in_silence(ranks, launches):
 def test_a_pickle_that_runs_code_is_refused_and_not_executed(ranks, launches):
     launch = launches(ranks)
     refused = [line for line in launch.output.splitlines() if "UserError: " in line and "is damaged" in line]
-    assert len(refused) == ranks, refused  # ZeRO-3 has files of the optimizer's as well
+    assert len(refused) == 1, refused
     assert not (launch.place / "made").exists()
-    infected = launch.place / "evil" / "checkpoints" / "step-000006" / "deepspeed"
-    torch.load(next(infected.glob("*model_states.pt")), weights_only=False)
+    torch.load(rank_file(launch.place / "evil" / "checkpoints" / "step-000006"), weights_only=False)
     assert (launch.place / "made").exists(), "the pickle does nothing: the test shows nothing"
 
 

@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from dpo_ds.config import Options
 from dpo_ds.data.pairs import Group, PairSet
 from dpo_ds.embedded import sample_file
-from dpo_ds.engine.shards import TAG, CheckpointWeights
+from dpo_ds.engine.slices import SliceReader
 from dpo_ds.models.lora import add_lora
 from dpo_ds.runs.folders import describe
 from dpo_ds.scoring.attention import SDPA, implementation
@@ -128,10 +128,11 @@ def lora_merge(model_id, place):
     base = AutoModelForCausalLM.from_pretrained(place / tiny.short(model_id), dtype=torch.float32)
     before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
     adapted = add_lora(base, Options(**facts["options"]))
-    stored = CheckpointWeights(folder / TAG, facts["stage"], facts["ranks"])
+    stored = SliceReader(folder, "state")
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
-            parameter.copy_(stored[f"model.{name}"])
+            if f"weight/model.{name}" in stored:  # the others were frozen
+                parameter.copy_(stored.whole(f"weight/model.{name}"))
     theirs = adapted.merge_and_unload().state_dict()
     ours = AutoModelForCausalLM.from_pretrained(run / "merged", dtype=torch.float32).state_dict()
     changed = set()

@@ -61,7 +61,7 @@ def test_killed_and_started_again_is_bit_identical(ranks, stage, more, place):
 
 
 def test_what_may_not_go_on_is_refused(place):
-    """After the runs above: another run's folder, other options, another number of ranks, --resume never."""
+    """After the runs above: another run's folder, other options, another run's checkpoint, --resume never."""
     straight = place / "straight-1"
     cases = [
         (
@@ -70,7 +70,14 @@ def test_what_may_not_go_on_is_refused(place):
         ),
         (argv(place, straight.name, 0, "--lora", "--lora_dropout=0.1", "--resume=never"), "name another folder"),
         (argv(place, "elsewhere", 0, f"--resume={place}"), "is no checkpoint"),
-        (argv(place, "elsewhere", 3, f"--resume={place}/straight-2/checkpoints/step-000004"), "was written by 2 ranks"),
+        (
+            argv(place, "elsewhere", 3, f"--resume={place}/straight-1/checkpoints/step-000004"),
+            "is of another run (lora is True there and False here",
+        ),
+        (
+            argv(place, "elsewhere", 3, f"--resume={place}/straight-2/checkpoints/step-000004", "--max_steps=3"),
+            "is of step 4, but this run has 3",
+        ),
     ]
     for words, message in cases:
         done = launching.run(1, *words, check=False)

@@ -33,7 +33,8 @@ def checkpoint(folder, number, run="this", **facts):
     place = folders.checkpoint_folder(folder, number)
     place.mkdir(parents=True)
     (place / "random-0.safetensors").write_text(f"of step {number}")
-    rest = {"ranks": 1, "stage": 0, "options": {}, "losses": {}, "run": run, "files": measure(place, place)}
+    rest = {"ranks": 1, "stage": 0, "options": {}, "losses": {}, "counts": {}, "run": run, "identity": {}}
+    rest["files"] = measure(place, place)
     write_whole(place / "checkpoint.json", json.dumps(sealed({"step": number, **rest, **facts})))
     return place
 
@@ -79,6 +80,14 @@ def test_a_checkpoint_json_that_contradicts_itself(facts, said, tmp_path):
 
 def test_the_runs_hash_knows_no_new_options(tmp_path):
     assert hash_of({"a": 1, "b": None}) == hash_of({"a": 1}) != hash_of({"a": 2})
+
+
+def test_a_checkpoint_of_another_version_is_named(tmp_path):
+    place = checkpoint(tmp_path, 4)
+    facts = json.loads((place / "checkpoint.json").read_text())
+    del facts["counts"], facts["checksum"]
+    (place / "checkpoint.json").write_text(json.dumps(sealed(facts)))
+    assert damage(place, "this") == "checkpoint.json has no counts: another version of dpo_ds wrote it"
 
 
 @pytest.mark.parametrize("name", sorted(LEFT_EARLY))

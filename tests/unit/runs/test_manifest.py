@@ -9,21 +9,14 @@ from dpo_ds.checksums import is_sealed, sealed
 from dpo_ds.errors import SaveFailed
 from dpo_ds.runs.manifest import difference, measure, share
 
-ZERO3 = [
-    *(
-        f"deepspeed/zero_pp_rank_{rank}_mp_rank_00_{kind}_states.pt"
-        for rank in range(16)
-        for kind in ("model", "optim")
-    ),
-    *(f"deepspeed/offloaded_tensors/rank{rank:02d}/0.tensor.swp" for rank in range(16)),
-    *(f"random-{rank}.safetensors" for rank in range(16)),
-]
+KINDS = ("state", "reference", "random")
+SIXTEEN = [f"{kind}-{rank}.safetensors" for rank in range(16) for kind in KINDS]
 
 
 @pytest.fixture
 def folder(tmp_path):
-    (tmp_path / "deepspeed").mkdir()
-    (tmp_path / "deepspeed" / "states.pt").write_bytes(bytes(range(256)) * 5000)
+    (tmp_path / "part").mkdir()
+    (tmp_path / "part" / "states").write_bytes(bytes(range(256)) * 5000)
     (tmp_path / "random-0.safetensors").write_bytes(b"random")
     (tmp_path / "empty").touch()
     return tmp_path
@@ -31,7 +24,7 @@ def folder(tmp_path):
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 16])
 def test_each_file_is_read_by_one_rank(ranks):
-    sizes = {name: 1 + n % 7 for n, name in enumerate([*ZERO3, *"abcdefgh"])}
+    sizes = {name: 1 + n % 7 for n, name in enumerate([*SIXTEEN, *"abcdefgh"])}
     shares = [share(sizes, rank, ranks) for rank in range(ranks)]
     assert sorted(name for names in shares for name in names) == sorted(sizes)
     assert all(share(dict(reversed(sizes.items())), rank, ranks) == names for rank, names in enumerate(shares))
@@ -39,10 +32,13 @@ def test_each_file_is_read_by_one_rank(ranks):
 
 def test_a_rank_reads_its_own_files():
     for rank in range(16):
-        names = share(dict.fromkeys(ZERO3, 5), rank, 16)
-        assert len(names) == 4 and all(
-            f"rank_{rank}_" in n or f"rank{rank:02d}" in n or f"-{rank}." in n for n in names
-        )
+        assert set(share(dict.fromkeys(SIXTEEN, 5), rank, 16)) == {f"{kind}-{rank}.safetensors" for kind in KINDS}
+
+
+def test_what_was_measured_while_it_was_written_is_not_read_again(folder):
+    known = {"part/states": {"bytes": 3, "xxh3_128": "as it was written"}}
+    files = measure(folder, folder, known)
+    assert files["part/states"] == known["part/states"] and files["empty"] == measure(folder, folder)["empty"]
 
 
 def test_files_without_a_number_fill_up_the_ranks_with_the_fewest_bytes():
@@ -62,10 +58,10 @@ def flip(file):
 @pytest.mark.parametrize(
     ("harm", "said"),
     [
-        (lambda f: flip(f / "deepspeed/states.pt"), "deepspeed/states.pt does not match its checksum"),
+        (lambda f: flip(f / "part/states"), "part/states does not match its checksum"),
         (
-            lambda f: os.truncate(f / "deepspeed/states.pt", 7),
-            "deepspeed/states.pt has 7 bytes instead of 1,280,000",
+            lambda f: os.truncate(f / "part/states", 7),
+            "part/states has 7 bytes instead of 1,280,000",
         ),
         (lambda f: (f / "empty").write_text("x"), "empty has 1 bytes instead of 0"),
         (lambda f: (f / "random-0.safetensors").unlink(), "random-0.safetensors is missing"),

@@ -24,7 +24,8 @@ def run(place: Path, **changes) -> Path:
 
 def checkpoint(place: Path, step: int, **changes) -> Path:
     folder = run(place, **changes) / "checkpoints" / f"step-{step:06d}"
-    (folder / "deepspeed").mkdir(parents=True)
+    folder.mkdir(parents=True)
+    (folder / "state-0.safetensors").touch()
     return write(folder / "checkpoint.json", {"step": step, "ranks": 1, "stage": 0, "options": {**RUN, **changes}})
 
 
@@ -111,11 +112,12 @@ def refused(name, **options) -> str:
 def test_refusals(tmp_path):
     assert "without a complete checkpoint" in refused(run(tmp_path))
     unfinished = tmp_path / "run" / "checkpoints" / "step-000001.partial"
-    (unfinished / "deepspeed").mkdir(parents=True)
+    unfinished.mkdir(parents=True)
+    (unfinished / "state-0.safetensors").touch()
     assert "is an unfinished checkpoint: name another" in refused(unfinished)
     whole = checkpoint(tmp_path, 3)
-    (whole / "deepspeed").rmdir()
-    assert "lacks its folder deepspeed" in refused(whole)
+    (whole / "state-0.safetensors").unlink()
+    assert "lacks its state-0.safetensors" in refused(whole)
     (whole / "checkpoint.json").write_text("{")
     assert "is damaged" in refused(whole)
     assert "an adapter of /gone/base, which is not there: name its base with --model BASE --adapter" in refused(
