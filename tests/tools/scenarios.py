@@ -175,6 +175,7 @@ def main() -> None:
     from dpo_ds import export
 
     here = join.join()
+    gc.freeze()  # an engine that is closed collects garbage; what was imported need not be searched each time
     calls = Calls()
     calls.count()
     for scenario in json.loads(Path(sys.argv[-1]).read_text()):
