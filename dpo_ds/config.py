@@ -284,6 +284,10 @@ class Options:
         int | None,
         Help("Keep only so many of the newest checkpoints; by default all. An older one goes once a new one is whole."),
     ] = None
+    keep_best: Annotated[
+        Literal["eval/loss", "eval/rewards/accuracies", "eval/rewards/margins"] | None,
+        Help("With --keep_last: keep the checkpoint with the best value of this metric as well."),
+    ] = None
     on_save_error: Annotated[
         Literal["continue", "stop"],
         Help("When a checkpoint cannot be written, as on a full disk: go on and try again at the next, or stop."),
@@ -377,7 +381,7 @@ NOT_IDENTITY = frozenset(
         "eval_every",
         "attention",
     }
-    | {"report_to", "step_patience", "max_bad_steps", "keep_last", "on_save_error"}
+    | {"report_to", "step_patience", "max_bad_steps", "keep_last", "keep_best", "on_save_error"}
     | {"plan", "gpus", "gpu_memory", "host_memory", "nvme", "nvme_path"}
 )
 

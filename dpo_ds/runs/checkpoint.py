@@ -23,6 +23,7 @@ from dpo_ds.files import follow_umask, in_words, move_aside, saving, sync_folder
 from dpo_ds.losses.compared import Running
 from dpo_ds.ranks import console, world
 from dpo_ds.ranks.collectives import on_rank_0, together
+from dpo_ds.reports.record import Record
 from dpo_ds.runs import folders, manifest
 from dpo_ds.runs.prepare import Run
 
@@ -81,15 +82,30 @@ def save(run: Run, engine: Engine, reference: Kept, step: int, running: Running)
 
 
 def _remove_older(run: Run, step: int, keep: int) -> None:
-    """Removes all but the newest `keep` checkpoints, counted back from that of `step`."""
+    """Removes all but the newest `keep` checkpoints, counted back from that of `step`, and the best."""
     found = folders.checkpoints(run.folder)
     older = found[: found.index(folders.checkpoint_folder(run.folder, step)) + 1]
+    best = None
+    if run.options.keep_best is not None:
+        best = best_checkpoint(run.folder, run.options.keep_best)
+        console.say(f"checkpoint {best} is the best by {run.options.keep_best}")
     for path in older[:-keep]:
+        if path == best:
+            continue
         try:
             # A kill within the removal must not leave half of a checkpoint under its name.
             shutil.rmtree(path.rename(path.with_name(path.name + ".partial")))
         except OSError as error:
             console.say(f"{path} could not be removed: {error.strerror}")
+
+
+def best_checkpoint(folder: Path, metric: str) -> Path | None:
+    """The run's checkpoint with the best value of a held-out metric at its step, the newest of equals; None if none was
+    evaluated."""
+    values = {line["step"]: line[metric] for line in Record(folder).lines() if line.get(metric) is not None}
+    sign = -1 if metric.endswith("loss") else 1
+    known = [path for path in folders.checkpoints(folder) if folders.step_of(path) in values]
+    return max(known, key=lambda path: (sign * values[folders.step_of(path)], folders.step_of(path)), default=None)
 
 
 def _make_place(final: Path, partial: Path, size: int) -> None:

@@ -179,8 +179,8 @@ def is_own(folder: Path, checkpoint: Path) -> bool:
 
 def checkpoints(folder: Path) -> list[Path]:
     """The folders with a checkpoint's name, oldest first, damaged ones included."""
-    found = [path for path in (folder / "checkpoints").glob("step-*") if _step_of(path) is not None and path.is_dir()]
-    return sorted(found, key=lambda path: _step_of(path) or 0)
+    found = [path for path in (folder / "checkpoints").glob("step-*") if step_of(path) is not None and path.is_dir()]
+    return sorted(found, key=lambda path: step_of(path) or 0)
 
 
 def half_saved(folder: Path) -> list[Path]:
@@ -263,14 +263,14 @@ def _contradiction(checkpoint: Path, facts: dict, run: str | None) -> str | None
         return f"checkpoint.json has no {missing[0]}: another version of dpo_ds wrote it"
     if not isinstance(facts[FILES], dict):
         return "checkpoint.json's list of files cannot be read"
-    if _step_of(checkpoint) not in (None, facts["step"]):
+    if step_of(checkpoint) not in (None, facts["step"]):
         return f"checkpoint.json is of step {facts['step']}"
     if run is not None and facts.get("run", run) != run:
         return "it belongs to another run"
     return None
 
 
-def _step_of(checkpoint: Path) -> int | None:
+def step_of(checkpoint: Path) -> int | None:
     """The step in a checkpoint's name; None for other names."""
     name = CHECKPOINT.fullmatch(checkpoint.name)
     return int(name[1]) if name else None

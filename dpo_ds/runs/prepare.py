@@ -147,6 +147,7 @@ def prepare(options: Options, here: World, plan: Plan | None = None, claim: bool
         eval_every=planned.eval_every if planned.eval_every is not None else max(1, schedule.steps // 10),
         generations=planned.generations if planned.generations is not None else _generations(planned),
     )
+    _require_judged(decided, len(eval_pairs))
     with console.working("fetching the weights"):
         weights = one_after_another(lambda: fetch_weights(model))
         reference = replace(policy, weights=weights)
@@ -191,6 +192,21 @@ def prepare(options: Options, here: World, plan: Plan | None = None, claim: bool
         finished=found.finished,
         lock=found.lock,
     )
+
+
+def _require_judged(options: Decided, held_out: int) -> None:
+    """Raises UserError if --keep_best is given and some checkpoints would have no evaluation."""
+    if options.keep_best is None:
+        return
+    if options.keep_last is None:
+        raise UserError("--keep_best without --keep_last keeps all checkpoints: add --keep_last 2, or leave it out")
+    if not held_out:
+        raise UserError("--keep_best needs held-out pairs: give --eval_dataset, or --eval_pairs above 0")
+    if options.save_every and (not options.eval_every or options.save_every % options.eval_every):
+        raise UserError(
+            f"--keep_best needs an evaluation at each checkpoint, but --save_every is {options.save_every} and "
+            f"--eval_every {options.eval_every}: make --save_every a multiple of it"
+        )
 
 
 def require_data(options: Options, pairs: PairSet) -> None:
