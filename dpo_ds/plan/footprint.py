@@ -227,10 +227,11 @@ class Footprint:
         yield self.part("host", "processes", PROCESS)
 
     def disk(self) -> Iterator[Part]:
-        frozen = self.shape.all - self.shape.trained if self.stage == 3 else self.shape.all
-        yield self.part("disk", "a checkpoint", self.state * self.shape.trained + self.item * frozen)
+        count = checkpoints_at_once(self.options)
+        several = f"{count} checkpoints" if count > 1 else "a checkpoint"
+        yield self.part("disk", several, count * (ADAM + MASTER) * self.shape.trained)
         if self.moves:
-            yield self.part("disk", "the reference in a checkpoint", FP32 * self.shape.all)
+            yield self.part("disk", f"the reference in {several}", count * FP32 * self.shape.all)
         yield self.part("disk", "the merged model", self.item * self.shape.model.parameters)
 
 
@@ -252,6 +253,14 @@ class ScoringFootprint(Footprint):
     @property
     def activations(self) -> str:
         return "activations of a forward pass"
+
+
+def checkpoints_at_once(options: Options) -> int:
+    """How many checkpoints are on the disk at the same time. An older one goes once a new one is whole. If all are
+    kept, a full disk is noticed at a save: training goes on without it (--on_save_error)."""
+    if not options.save_every or options.keep_last is None:
+        return 1
+    return options.keep_last + 1 + (options.keep_best is not None)
 
 
 def longest_pair(options: Options) -> int:
