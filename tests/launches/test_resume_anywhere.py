@@ -12,20 +12,18 @@ import tiny
 import torch
 from safetensors.torch import load_file
 
-HOP = 2  # steps in each layout
+HOP, FROM = 2, 4  # steps in each layout; the step from whose checkpoint other runs begin
 OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
 GATHERED = {"stage3_param_persistence_threshold": 0}
-# (ranks, zero_optimization, micro-batch); a launch runs the neighbours with as many ranks
+# (ranks, zero_optimization, micro-batch); neighbours with as many ranks share a launch
 LAYOUTS = [
     (1, {"stage": 0}, 4000),
     (2, {"stage": 3, **GATHERED}, 4000),
     (2, {"stage": 2, **OFFLOAD}, 400),
     (2, {"stage": 1}, 400),
+    (2, {"stage": 0}, 4000),
     (3, {"stage": 3, "sub_group_size": 5000}, 400),
-    (3, {"stage": 0}, 400),
     (1, {"stage": 3, "sub_group_size": 9000, **OFFLOAD}, 400),
-    (1, {"stage": 2}, 4000),
-    (2, {"stage": 3, **OFFLOAD}, 4000),
 ]
 STEPS = HOP * len(LAYOUTS)
 # name: (model, further options)
@@ -65,11 +63,28 @@ def place(tmp_path_factory):
         for name in RUNS:
             stop = {} if last else {"stop_after": HOP * (number + 1)}
             launches[-1][1].append({"argv": argv(place, name, number, name), **stop})
+    launches[-1][1].extend(begun_from(place))
     output = ""
     for number, (ranks, scenarios) in enumerate(launches):
         output += launching.run_scenarios(ranks, scenarios, place / f"launch-{number}.json")
     (place / "output").write_text(output)
     return place
+
+
+def begun_from(place) -> list[dict]:
+    """Other runs that begin from a checkpoint of the full run: with a longer schedule, and without Adam's state."""
+    checkpoint = place / "full" / "checkpoints" / f"step-{FROM:06d}"
+    words = [f"--resume={checkpoint}", f"--max_steps={STEPS + 4}", "--learning_rate=2e-3", "--export=none"]
+    longer = [*argv(place, "full", 0, "longer"), *words]
+    fresh = [*argv(place, "full", 0, "fresh"), *words, "--resume_optimizer=false"]
+    other = [*argv(place, "full", 0, "other"), *words, "--beta=0.5"]
+    return [
+        {"argv": longer, "stop_after": FROM + 3},  # after its first checkpoint
+        {"argv": longer},
+        {"argv": fresh},
+        {"argv": fresh[:-1], "fails": True},
+        {"argv": other, "fails": True},
+    ]
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -94,3 +109,26 @@ def test_the_export_is_the_undisturbed_runs(name, place):
     assert far < (0.05 if "bf16" in name else 2e-5), far
     start = load_file(place / tiny.short(RUNS[name][0]) / "model.safetensors")
     assert any(not torch.equal(moved[key].float(), start[key]) for key in moved), "nothing was learnt"
+
+
+def test_another_run_begins_from_a_checkpoint_with_what_it_may_change(place):
+    """The schedule goes on at its step; with Adam's state kept, the first step's loss and gradient are the old run's."""
+    output = (place / "output").read_text()
+    checkpoint = place / "full" / "checkpoints" / f"step-{FROM:06d}"
+    for change in (f"max_steps is {STEPS} there and {STEPS + 4} here", "learning_rate is 0.001 there and 0.002 here",
+                   "Adam's state is kept", "Adam's state is not kept"):  # fmt: skip
+        assert f"--resume {checkpoint}: {change}" in output
+    old, longer, fresh = (
+        {line["step"]: line for line in launching.metrics(place / name) if "loss" in line}
+        for name in ("full-straight", "longer", "fresh")
+    )
+    steps = list(range(FROM + 1, STEPS + 5))
+    assert list(longer) == list(fresh) == steps, "each step once, across the stop"
+    for run in (longer, fresh):
+        np.testing.assert_allclose(run[FROM + 1]["loss"], old[FROM + 1]["loss"], rtol=1e-6)
+        np.testing.assert_allclose(run[FROM + 1]["grad_norm"], old[FROM + 1]["grad_norm"], rtol=1e-4)
+        assert run[FROM + 1]["learning_rate"] > old[FROM + 1]["learning_rate"]
+    assert abs(longer[FROM + 2]["loss"] - fresh[FROM + 2]["loss"]) > 1e-6, "Adam's state makes another step"
+    assert f"from {place}/longer/checkpoints/step-{FROM + HOP:06d} ->" in output
+    assert "holds another run (it began from a checkpoint of another run, or with another --resume)" in output
+    assert f"UserError: --resume {checkpoint} is of another run (beta is not given there and 0.5 here): only" in output
