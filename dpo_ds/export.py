@@ -253,7 +253,7 @@ def export_checkpoint(source: Path, folder: Path) -> Path:
             "checkpoints/step-… of a run"
         )
     facts = folders.describe(source)
-    options = Options(**facts["options"])
+    options = folders.options_of(facts["options"], f"--checkpoint {source}")
     found = find_model(options.model, options.trust_remote_code)
     dtype, reader = torch_dtype(options.precision), SliceReader(source, "state")
     if options.lora:

@@ -25,7 +25,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from dpo_ds import checksums
-from dpo_ds.config import Options, to_yaml
+from dpo_ds.config import FIELDS, Options, to_yaml
 from dpo_ds.errors import UserError, files_of, one_line
 from dpo_ds.files import in_words, move_aside, write_whole
 from dpo_ds.ranks import collectives, console
@@ -52,6 +52,14 @@ class Found:
 def read_record(folder: Path) -> dict:
     """run.json of a run's folder: the options that decide what the run computes, its data and its files."""
     return _read(folder / "run.json")
+
+
+def options_of(record: object, what: str) -> Options:
+    """A run's options, from what it recorded. Options that this version does not know are left out."""
+    values = record if isinstance(record, dict) else {}
+    if not values.get("model"):
+        raise UserError(f"{what}: its record does not name a model: copy it again")
+    return Options(**{name: value for name, value in values.items() if name in FIELDS})
 
 
 def started(folder: Path) -> str | None:

@@ -12,10 +12,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dpo_ds import hub
-from dpo_ds.config import FIELDS, Options
+from dpo_ds.config import Options
 from dpo_ds.errors import UserError, one_line
 from dpo_ds.models.adapter import CONFIG as ADAPTER_CONFIG
-from dpo_ds.runs.folders import checkpoints, describe, read_record
+from dpo_ds.runs.folders import checkpoints, describe, options_of, read_record
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def _checkpoint(option: str, folder: Path) -> Named:
     run = folder.resolve().parents[1]
     if not (folder / "state-0.safetensors").is_file():
         raise UserError(f"{option} {folder} lacks its state-0.safetensors: copy the checkpoint again")
-    options = _options_of(facts.get("options"), f"{option} {folder}")
+    options = options_of(facts.get("options"), f"{option} {folder}")
     return Named(
         option,
         f"step {facts['step']} of the run {run.name}, from {folder}",
@@ -93,7 +93,7 @@ def _folder(option: str, folder: Path) -> Named:
     """A Hugging Face folder: a run's merged one, one that dpo_ds.export wrote, or any other."""
     run = folder.resolve().parent
     if folder.resolve().name == "merged" and (run / "run.json").is_file():
-        options = _options_of(read_record(run), f"{option} {folder}")
+        options = options_of(read_record(run), f"{option} {folder}")
         return Named(option, str(folder), run.name, str(folder), run=run, options=options)
     return Named(option, str(folder), folder.resolve().name, str(folder), base=_base_of_card(folder / "README.md"))
 
@@ -150,14 +150,6 @@ def _base_of_card(card: Path) -> str | None:
         return None
     base = re.search(r"^base_model: (.+)$", text, re.M)
     return base[1] if base and re.search(r"^tags: .*\bdpo_ds\b", text, re.M) else None
-
-
-def _options_of(record: object, what: str) -> Options:
-    """A run's options, from what it recorded. Options that this version does not know are left out."""
-    values = record if isinstance(record, dict) else {}
-    if not values.get("model"):
-        raise UserError(f"{what}: its record does not name a model: copy it again")
-    return Options(**{name: value for name, value in values.items() if name in FIELDS})
 
 
 # ---------------------------------------------------------------------------------------------------- the reference

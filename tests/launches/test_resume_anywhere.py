@@ -112,7 +112,7 @@ def test_the_export_is_the_undisturbed_runs(name, place):
 
 
 def test_another_run_begins_from_a_checkpoint_with_what_it_may_change(place):
-    """The schedule goes on at its step; with Adam's state kept, the first step's loss and gradient are the old run's."""
+    """The schedule goes on at its step; the first loss and gradient are the old run's."""
     output = (place / "output").read_text()
     checkpoint = place / "full" / "checkpoints" / f"step-{FROM:06d}"
     for change in (f"max_steps is {STEPS} there and {STEPS + 4} here", "learning_rate is 0.001 there and 0.002 here",
