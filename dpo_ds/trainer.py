@@ -147,8 +147,8 @@ class Trainer:
     def step(self, number: int, upcoming: Iterator[Dealt]) -> dict:
         """One optimizer step over all its pairs, on all ranks. Returns its metrics."""
         started = time.perf_counter()
-        self.notify("step_begins", number + 1)
         console.doing(f"step {number + 1}")
+        self.notify("step_begins", number + 1)
         first = next(upcoming)
         step, running = first.step, self.learner.running
         assert step.number == number

@@ -74,20 +74,25 @@ def run_main(main: Callable[[list[str]], object]) -> None:
     with signals.taken_over(complain):
         doing("starting")
         try:
-            main(sys.argv[1:])
-            lifeline.leave()
-        except UserError as error:
-            stop(str(error), 2)
-        except RunStopped as error:
-            stop(str(error), 1)
-        except Stopped as stopped:
+            _run(main)
+        except Stopped as stopped:  # also while it ends with an error
             end_stopped(stopped)
-        except KeyboardInterrupt:  # where signals are not taken over, as in a thread
-            raise SystemExit(130) from None
-        except Exception as error:
-            end_failed(error)
         finally:
             leave()
+
+
+def _run(main: Callable[[list[str]], object]) -> None:
+    try:
+        main(sys.argv[1:])
+        lifeline.leave()
+    except UserError as error:
+        stop(str(error), 2)
+    except RunStopped as error:
+        stop(str(error), 1)
+    except KeyboardInterrupt:  # where signals are not taken over, as in a thread
+        raise SystemExit(130) from None
+    except Exception as error:
+        end_failed(error)
 
 
 def end_failed(error: Exception) -> NoReturn:
@@ -110,7 +115,7 @@ def end_stopped(stopped: Stopped) -> NoReturn:
         lifeline.stopped(stopped.alone, stopped.code)
     if world.from_environment().speaks:
         complain(stopped.text)
-    raise SystemExit(stopped.code)
+    raise SystemExit(stopped.code) from None
 
 
 def lost_another(error: Exception) -> bool:

@@ -5,10 +5,12 @@ Without /proc nothing is found, and so nothing is watched.
 
 import contextlib
 import ctypes
+import functools
 import os
 import shlex
 import signal
 import sys
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -128,14 +130,21 @@ def end_with_parent(number: int, parent: int) -> None:
         os.kill(os.getpid(), number)
 
 
-def end_with_parent_from_now_on() -> None:
-    """Likewise for every process that this one forks, with SIGKILL: the kernel's setting is not inherited."""
+@functools.cache  # once is enough
+def forks_end_with_parent() -> None:
+    """Likewise for every process that this one forks in its main thread, and for theirs, with SIGKILL: the kernel's
+    setting is not inherited. It is about the thread that forks, and other threads may end earlier."""
     parents: list[int] = []
-    os.register_at_fork(
-        before=lambda: parents.append(os.getpid()),
-        after_in_parent=lambda: parents.clear(),
-        after_in_child=lambda: end_with_parent(signal.SIGKILL, parents[-1]),
-    )
+
+    def before() -> None:
+        main = threading.current_thread() is threading.main_thread()
+        parents[:] = [os.getpid()] if main else []
+
+    def in_child() -> None:
+        if parents:
+            end_with_parent(signal.SIGKILL, parents[0])
+
+    os.register_at_fork(before=before, after_in_child=in_child)
 
 
 def _prctl(what: int, value: int) -> None:

@@ -22,7 +22,9 @@ class Hang:
     def __init__(self, folder: Path, minutes: float):
         self.folder, self.minutes = folder / FOLDER, minutes
         self.here = world.from_environment()
-        self.since: float | None = None  # the last sign of life within `limited`
+        self.sign = 0  # how many signs of life there were; 0 outside `limited`
+        # Only the thread sets these: the last sign that it saw, the seconds since then, and when it looked last.
+        self.seen, self.waited, self.looked = 0, 0.0, 0.0
         self.written = False
         self.file = self.folder / f"rank-{self.here.rank}.txt"
         self.file.unlink(missing_ok=True)  # an earlier start's
@@ -43,29 +45,37 @@ class Hang:
         try:
             yield
         finally:
-            self.since = None
+            self.sign = 0
 
     def alive(self) -> None:
         """A sign of life."""
-        self.since = time.monotonic()
+        self.sign = self.seen + 1
 
     def _check(self) -> None:
-        since = self.since
-        if since is None:
+        # If the whole process was stopped meanwhile, as when a job is suspended, that time does not count.
+        now = time.monotonic()
+        passed, self.looked = min(now - self.looked, 10 * signals.TICK), now
+        if not self.sign or self.sign != self.seen:
+            self.seen, self.waited = self.sign, 0.0
             return
-        late = time.monotonic() - since - 60 * self.minutes
+        self.waited += passed
+        late = self.waited - 60 * self.minutes
         if late > 0 and not self.written:
             self.written = True
-            self.folder.mkdir(exist_ok=True)
-            with open(self.file, "w", encoding="utf-8") as file:
-                file.write(f"rank {self.here.rank} of {self.here.size}, no step for {self.minutes:g} minutes\n")
-                file.flush()
-                faulthandler.dump_traceback(file, all_threads=True)
+            with contextlib.suppress(OSError):  # a full disk must not keep the run from ending
+                self._write()
         if late > OTHERS:
             there = [rank for rank in range(self.here.size) if (self.folder / f"rank-{rank}.txt").exists()]
-            if self.here.rank == there[0]:
+            if self.here.rank in (0, *there[:1]):
                 signals.end_now(1, self._line(there))
             signals.end_in(OTHERS, 1)
+
+    def _write(self) -> None:
+        self.folder.mkdir(exist_ok=True)
+        with open(self.file, "w", encoding="utf-8") as file:
+            file.write(f"rank {self.here.rank} of {self.here.size}, no step for {self.minutes:g} minutes\n")
+            file.flush()
+            faulthandler.dump_traceback(file, all_threads=True)
 
     def _line(self, there: list[int]) -> str:
         missing = ", ".join(str(rank) for rank in range(self.here.size) if rank not in there)

@@ -133,10 +133,9 @@ def in_a_child(name: str, work: Callable[[], T], cores: frozenset[int] = frozens
 
 
 def _send_result(work: Callable[[], object], results, cores: frozenset[int], parent: int) -> None:
-    signals.uninstall()
     # If this rank is killed, its child is killed too, and so are the child's own, as the processes that tokenise.
     family.end_with_parent(signal.SIGKILL, parent)
-    family.end_with_parent_from_now_on()
+    family.forks_end_with_parent()
     if cores:
         os.sched_setaffinity(0, cores)
     try:

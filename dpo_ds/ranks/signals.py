@@ -16,6 +16,7 @@ import selectors
 import signal
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -94,6 +95,7 @@ class _Watch:
             if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup does
                 self.before[number] = signal.signal(number, lambda number, frame: None)  # the pipe has it
         signal.signal(WAKE, self._wake)
+        family.forks_end_with_parent()
         self.thread.start()
 
     def stop(self) -> None:
@@ -110,15 +112,21 @@ class _Watch:
 
     def _run(self) -> None:
         while not self.done.is_set():
-            for key, _ in self.selector.select(TICK):
-                key.data()
-            for launcher in self.launchers:
-                if not launcher.alive:
-                    self.ask(Request("the end of its launcher", code_of(signal.SIGTERM)))
-            for check in [*self.checks]:
-                check()
-            if time.monotonic() > self.ends_at:
-                self.end(self.end_code, self.last_line)
+            try:
+                self._look()
+            except Exception:  # without this thread, no signal would end the process
+                traceback.print_exc()
+
+    def _look(self) -> None:
+        """Waits for what comes next, until the next tick at most."""
+        for key, _ in self.selector.select(TICK):
+            key.data()
+        if self.asked is None and not all(launcher.alive for launcher in self.launchers):
+            self.ask(Request("the end of its launcher", code_of(signal.SIGTERM)))
+        for check in [*self.checks]:
+            check()
+        if time.monotonic() > self.ends_at:
+            self.end(self.end_code, self.last_line)
 
     def _receive(self) -> None:
         for number in os.read(self.read, 1000):
@@ -140,9 +148,8 @@ class _Watch:
             if self.seconds is None:
                 self.stop_at_once(request)
                 return
-            self.end_in(
-                self.seconds, request.code_alone, f"no step ended within {self.seconds:g} seconds: ended without saving"
-            )
+            late = f"the step and its checkpoint took more than {self.seconds:g} seconds: ended at once"
+            self.end_in(self.seconds, request.code_alone, late)
             if world.from_environment().speaks:
                 self.say(f"{request.why}: the run stops and saves after this step; a second signal ends it at once")
 
@@ -196,15 +203,18 @@ def taken_over(say: Callable[[str], None]) -> Iterator[None]:
             _watch = None
 
 
-def uninstall() -> None:
-    """In a forked child: SIGTERM ends it, in good order, and it leaves the other signals to its parent."""
+def _in_forked_child() -> None:
+    """A forked child leaves the signals to its parent. SIGTERM ends it, in good order."""
     global _watch
     if _watch is not None:
         _watch = None
-        signal.set_wakeup_fd(-1)
+        signal.set_wakeup_fd(-1)  # the pipe is the parent's
         for number in (*SIGNALS, *PASSED_ON.values(), WAKE):
             signal.signal(number, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, _end_child)
+
+
+os.register_at_fork(after_in_child=_in_forked_child)
 
 
 def _end_child(number: int, frame: object) -> None:
