@@ -44,9 +44,9 @@ ONE = [
     Stop("table", signal.SIGINT, "rank 0", 130, saves=False),
     Stop("step 2", signal.SIGHUP, "rank 0", 129),
     Stop("step 5", 0, "file", 0),
-    Stop("step 7", signal.SIGUSR1, "rank 0", 0),
     Stop("export", signal.SIGTERM, "rank 0", 143, saves=False),
 ]
+DIED = "(SIGKILL, as the kernel sends when memory runs out); the last that it did: step 10; start again"
 TWO = [
     Stop("table", signal.SIGUSR1, "rank 1", 0, saves=False),
     Stop("step 2", signal.SIGTERM, "command", 143),
@@ -55,7 +55,7 @@ TWO = [
     Stop("step 6", signal.SIGKILL, "launch", 137),
     Stop("step 7", signal.SIGTERM, "command", 1, TORCHRUN),
     Stop("step 9", signal.SIGTERM, "command", -15, THEIRS),  # it ends at once, and its ranks notice
-    Stop("step 10", signal.SIGKILL, "rank 1", 137, saves=False, said="(SIGKILL, "),
+    Stop("step 10", signal.SIGKILL, "rank 1", 137, saves=False, said=DIED),
 ]
 
 
