@@ -319,8 +319,16 @@ class Options:
             "commas. See docs/running.md."
         ),
     ] = "none"
-    step_patience: Annotated[
-        float, Help("Minutes that a rank waits for the others within a step; then the run stops.")
+    stop_seconds: Annotated[
+        float,
+        Help(
+            "Seconds in which a run that a signal or the file stop in its folder asks to stop may end its step and "
+            "save; then it ends at once."
+        ),
+    ] = 600.0
+    hang_minutes: Annotated[
+        float,
+        Help("Minutes without a step after which each rank's Python stacks are written and the run ends."),
     ] = 30.0
 
     def replace(self, **changes: Any) -> "Self":
@@ -370,18 +378,9 @@ def _require_filled(options: Options, kind: type[Options]) -> None:
 
 # Fields that say where or how to run, not what to compute: two runs that differ only here are the same run.
 NOT_IDENTITY = frozenset(
-    {
-        "output_dir",
-        "cache_dir",
-        "resume",
-        "resume_optimizer",
-        "export",
-        "generations",
-        "save_every",
-        "eval_every",
-        "attention",
-    }
-    | {"report_to", "step_patience", "max_bad_steps", "keep_last", "keep_best", "on_save_error"}
+    {"output_dir", "cache_dir", "resume", "resume_optimizer", "export", "generations", "save_every", "eval_every"}
+    | {"attention", "report_to", "stop_seconds", "hang_minutes", "max_bad_steps"}
+    | {"keep_last", "keep_best", "on_save_error"}
     | {"plan", "gpus", "gpu_memory", "host_memory", "nvme", "nvme_path"}
 )
 
@@ -575,7 +574,8 @@ def check(options: Options) -> None:
         "lora_alpha",
         "micro_batch_tokens",
         "max_bad_steps",
-        "step_patience",
+        "stop_seconds",
+        "hang_minutes",
         "keep_last",
     ):
         _require(options, name, lambda x: x > 0, "more than 0")

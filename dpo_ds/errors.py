@@ -17,6 +17,18 @@ class SaveFailed(RunStopped):
     """A checkpoint or an export could not be written. A run may go on without the checkpoint."""
 
 
+class Stopped(BaseException):
+    """The run was asked to stop, and does: one line and an exit code of its own. It is no Exception, so that code which
+    handles a library's errors lets it pass.
+
+    alone: what asked this rank; None if all ranks stop together.
+    """
+
+    def __init__(self, text: str, code: int, alone: str | None = None):
+        super().__init__(text)
+        self.text, self.code, self.alone = text, code, alone
+
+
 def one_line(said: BaseException | str, most: int | None = 300) -> str:
     """What a library or the user said, in one line of at most `most` characters. An error without words gives its
     type's name."""

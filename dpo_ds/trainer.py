@@ -4,17 +4,18 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NoReturn
 
 import numpy as np
 import torch
 
 from dpo_ds.ahead import ahead
-from dpo_ds.engine import join
 from dpo_ds.engine.engine import Engine
-from dpo_ds.errors import RunStopped, SaveFailed
+from dpo_ds.errors import RunStopped, SaveFailed, Stopped
 from dpo_ds.learner import Dealt, Learner, Step
 from dpo_ds.models.flops import Flops, peak_of
-from dpo_ds.ranks import collectives, console, world
+from dpo_ds.ranks import collectives, console, family, signals, world
+from dpo_ds.ranks.hang import Hang
 from dpo_ds.references.kinds import Reference
 from dpo_ds.reports.watcher import Watcher
 from dpo_ds.runs import bad_steps, checkpoint
@@ -24,6 +25,7 @@ from dpo_ds.scoring.sweep import score_set
 # Rounding error of a pair's margin, in nats (root mean square), between policy and reference when both are the same
 # model: rounding differs with the micro-batch that a pair is in. bf16: estimated for GPUs (benchmarks/gpu_layers.py).
 ROUNDING = {"fp32": 2e-4, "bf16": 0.3}
+STOP_FILE = "stop"  # in the run's folder: asks the run to stop
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,10 @@ class Trainer:
         self.starts_equal = run.starts_equal
         self.flops, self.peak = Flops(run.model, self.options), peak_of(policy.device)
         self.bad_steps = 0  # in a row
+        self.hang = Hang(run.folder, self.options.hang_minutes)
+        self.stop_file = run.folder / STOP_FILE
+        self.asked: signals.Request | None = None  # this rank was asked to stop
+        self.stopping = False  # some rank was, which all ranks learn in a step
         self.reference_moved = True  # since its held-out logps were computed
         nothing = np.zeros(0, dtype=np.float32)
         self.held_out_policy = self.held_out_reference = nothing  # the latest evaluation's
@@ -58,7 +64,8 @@ class Trainer:
     def train(self) -> Outcome:
         """Runs the remaining steps of the schedule."""
         try:
-            return Outcome(self._train(), self.held_out_policy, self.held_out_reference)
+            with self.hang.watched():
+                return Outcome(self._train(), self.held_out_policy, self.held_out_reference)
         finally:
             self.notify("ended")
 
@@ -75,11 +82,17 @@ class Trainer:
             self.learner.warm_up(min(done, steps - 1))  # a run that only has to export has no step left
         last = self.evaluate(0) if done == 0 else {}
         dealt = ahead(self.learner.pack, self.learner.micro_batches(done))
-        for number in range(done, steps):
-            with join.patience(self.options.step_patience):
-                last |= self.step(number, dealt)
-            last |= self.after_step(number + 1)
-            self.notify("step_settled", number + 1)
+        if self.here.speaks and self.stop_file.exists():
+            console.say(f"{self.stop_file} was there before training began, and is removed")
+            self.stop_file.unlink()
+        with signals.at_boundaries(self.options.stop_seconds):
+            for number in range(done, steps):
+                with self.hang.limited():
+                    last |= self.step(number, dealt)
+                last |= self.after_step(number + 1)
+                self.notify("step_settled", number + 1)
+                if self.stopping:
+                    self.stop(number + 1)
         return last | (self.evaluate(done) if done == steps else {})
 
     def notify(self, what: str, *facts) -> None:
@@ -99,9 +112,30 @@ class Trainer:
             self.save_checkpoint(steps_done, ended)
         return found
 
-    def save_checkpoint(self, steps_done: int, ended: bool) -> None:
+    def stop(self, steps_done: int) -> NoReturn:
+        """Saves a checkpoint and ends the run on all ranks, because one of them was asked to stop."""
+        request = collectives.first(self.asked)
+        assert request is not None
+        saved = self.save and self.save_checkpoint(steps_done, ended=False)
+        if self.here.speaks:
+            self.stop_file.unlink(missing_ok=True)
+        kept = "saved" if saved else "which could not be saved" if self.save else "not saved"
+        again = "" if self.options.resume == "auto" else " --resume auto"
+        raise Stopped(
+            f"stopped by {request.why} after step {steps_done} of {self.run.schedule.steps}, {kept}; to go on: "
+            f"{family.command()}{again}",
+            request.code,
+        )
+
+    def asked_by_file(self) -> signals.Request | None:
+        """The request that a file `stop` in the run's folder is; rank 0 looks."""
+        if not (self.here.speaks and self.stop_file.exists()):
+            return None
+        return signals.Request(f"the file {self.stop_file}", 0)
+
+    def save_checkpoint(self, steps_done: int, ended: bool) -> bool:
         """Saves a checkpoint. If that fails, the run goes on as --on_save_error says; but a run that has ended stops if
-        nothing else would keep its weights."""
+        nothing else would keep its weights. Returns whether it was saved."""
         try:
             with console.working(f"saving the checkpoint of step {steps_done}"):
                 checkpoint.save(self.run, self.policy, self.reference, steps_done, self.learner.running)
@@ -109,10 +143,13 @@ class Trainer:
             if self.options.on_save_error == "stop" or (ended and self.options.export == "none"):
                 raise
             console.complain(f"{error}; training goes on, and the next checkpoint is tried when it is due")
+            return False
+        return True
 
     def step(self, number: int, upcoming: Iterator[Dealt]) -> dict:
         """One optimizer step over all its pairs, on all ranks. Returns its metrics."""
         started = time.perf_counter()
+        console.doing(f"step {number + 1}")
         self.notify("step_begins", number + 1)
         first = next(upcoming)
         step, running = first.step, self.learner.running
@@ -120,9 +157,14 @@ class Trainer:
         sums = self.learner.learn(_rest_of_step(first, upcoming), lambda batch: self.notify("learned", batch))
         learning_rate = self.policy.learning_rate
         grad_norm, applied = self.policy.step()
+        self.asked = signals.asked() or self.asked_by_file()
         # dpo_ds's only collective in a step (DeepSpeed has its own for gradients), and the only wait for the device.
-        summed = collectives.sum_over_ranks(torch.cat([sums.metrics, sums.equal_loss[None], sums.square_slopes[None]]))
-        *totals, equal_loss, square_slopes, grad_norm = torch.cat([summed, grad_norm.to(summed).view(1)]).tolist()
+        asked = sums.equal_loss.new_full((1,), float(self.asked is not None))
+        own = [sums.metrics, sums.equal_loss[None], sums.square_slopes[None], asked]
+        summed = collectives.sum_over_ranks(torch.cat(own))
+        values = torch.cat([summed, grad_norm.to(summed).view(1)]).tolist()
+        *totals, equal_loss, square_slopes, stopping, grad_norm = values
+        self.stopping = stopping > 0
         values = [total / step.weight for total in totals]
         if not applied:
             self.learner.running = running
@@ -192,7 +234,10 @@ class Trainer:
             self.reference_moved = False
         everything, per_token = np.arange(len(pairs.answers)), self.options.ld_alpha is not None
         limit = self.options.micro_batch_tokens
-        logps = score_set(self.policy.score, pairs, everything, limit, "held-out pairs", per_token)
+        with self.hang.limited():
+            logps = score_set(
+                self.policy.score, pairs, everything, limit, "held-out pairs", per_token, lambda *_: self.hang.alive()
+            )
         self.held_out_policy = logps
         found = self.learner.held_out(logps, self.held_out_reference)
         metrics = {"step": steps_done, **{f"eval/{key}": value for key, value in found.items()}}

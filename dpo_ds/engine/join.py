@@ -7,16 +7,16 @@ import io
 import os
 import socket
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
 from dpo_ds.engine import ops
-from dpo_ds.errors import RunStopped, UserError
-from dpo_ds.ranks import collectives, process, world
+from dpo_ds.errors import UserError
+from dpo_ds.ranks import collectives, lifeline, process, world
 
-# The other ranks wait this long while one rank tokenises a large set or reads a large checkpoint.
+# The other ranks wait this long while one rank tokenises a large set or reads a large checkpoint. A rank that hangs in
+# a step is noticed earlier (ranks/hang.py), and one that ends at once (ranks/lifeline.py).
 PATIENCE = datetime.timedelta(hours=6)
 
 
@@ -66,38 +66,12 @@ def join() -> world.World:
     ops.build_in_turns(here.speaks)
     with contextlib.redirect_stdout(io.StringIO()):
         deepspeed.init_distributed(verbose=False, timeout=PATIENCE)
+    lifeline.tie()
     if torch.cuda.is_available():
         return here
     all_cores = process.take_cores()
     _unname_shared_memory(here)
     return dataclasses.replace(here, all_cores=all_cores)
-
-
-@contextlib.contextmanager
-def patience(minutes: float) -> Iterator[None]:
-    """Within it, a collective that waits longer than that for another rank is an error: RunStopped.
-
-    Afterwards ranks wait for each other as long as loading and saving may take.
-    """
-    _wait_at_most(datetime.timedelta(minutes=minutes))
-    try:
-        yield
-    except RuntimeError as error:  # gloo's and nccl's own words
-        if "timed out" not in str(error).lower() and "timeout" not in str(error).lower():
-            raise
-        raise RunStopped(
-            f"another rank did not answer for {minutes:g} minutes within a step: it hangs or its node is gone; start "
-            "again to go on from the last checkpoint (--step_patience sets the minutes)"
-        ) from error
-    finally:
-        _wait_at_most(PATIENCE)
-
-
-def _wait_at_most(time: datetime.timedelta) -> None:
-    """Sets what every process group allows a collective from here on."""
-    for group in list(torch.distributed.distributed_c10d._world.pg_map):
-        if group is not torch.distributed.GroupMember.NON_GROUP_MEMBER:
-            torch.distributed.distributed_c10d._set_pg_timeout(time, group)
 
 
 def _unname_shared_memory(here: world.World) -> None:

@@ -44,12 +44,12 @@ WORKAROUNDS = {
         "launches/test_commands.py::test_every_launcher_starts_the_same_run",
         "0.19.8",
     ),
-    "one-timeout": Workaround(
-        "torch",
-        "A process group has one timeout for all: changing it needs a private function.",
-        "dpo_ds.engine.join:patience",
-        "launches/test_patience.py::test_a_rank_that_hangs_is_noticed",
-        "2.13.0",
+    "launchers-and-signals": Workaround(
+        "deepspeed",
+        "The launchers kill ranks at a signal, or leave them running; a killed launch.py makes `deepspeed` end with 0.",
+        "dpo_ds.engine.launch:main",
+        "launches/test_signals.py::test_a_signal_stops_and_saves_and_the_same_command_goes_on",
+        "0.19.8",
     ),
     "renamed-collectives": Workaround(
         "deepspeed",

@@ -1,21 +1,27 @@
 """A run's messages to its user, and how a command ends."""
 
 import contextlib
+import faulthandler
+import os
 import socket
 import sys
 import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from typing import NoReturn
 
-from dpo_ds.errors import RunStopped, UserError
-from dpo_ds.ranks import world
+from dpo_ds.errors import RunStopped, Stopped, UserError, one_line
+from dpo_ds.ranks import lifeline, signals, world
 
 # Seconds that a rank above 0 waits before it reports an error. A launcher ends all ranks soon after one has ended, so a
 # rank that is still alive then has an error that rank 0 did not have.
 RANK_0_SPEAKS_FIRST = 5.0
 QUIET_SECONDS = 20.0  # the longest time that a working run prints nothing
-INTERRUPTED = "interrupted; the same command resumes from the last checkpoint (--save_every)"
+# Seconds that a rank waits which has lost another in a collective: the reason comes from elsewhere, and first.
+REASON_FIRST = 10.0
+# A folder of our launcher, in which each rank leaves a word on what it does.
+WORDS = "DPO_DS_WORDS"
 BUG = "this is a bug in dpo_ds or in a library, not in your options: please report it with the lines above"
 OUT_OF_GPU_MEMORY = "the GPU's memory ran out: lower --micro_batch_tokens, or set --gradient_checkpointing on"
 
@@ -24,6 +30,13 @@ def say(message: str) -> None:
     """One line to the user, from rank 0."""
     if world.from_environment().speaks:
         print(f"dpo_ds: {message}", flush=True)
+
+
+def doing(what: str) -> None:
+    """Leaves a word on what this rank does, for the line with which our launcher reports its death."""
+    if folder := os.environ.get(WORDS):
+        with contextlib.suppress(OSError), open(os.path.join(folder, os.environ["RANK"]), "w") as file:
+            file.write(what)
 
 
 @contextlib.contextmanager
@@ -36,6 +49,7 @@ def working(on: str) -> Iterator[None]:
         while not done.wait(QUIET_SECONDS):
             print(f"dpo_ds: {on}: {time.monotonic() - started:.0f} s so far", file=stream, flush=True)
 
+    doing(on)
     if world.from_environment().speaks:
         threading.Thread(target=report, daemon=True).start()
     try:
@@ -52,35 +66,79 @@ def complain(message: str) -> None:
 
 
 def run_main(main: Callable[[list[str]], object]) -> None:
-    """Runs a command's main. UserError ends with one line and exit code 2, RunStopped with one line and 1. Any other
-    error prints its traceback and asks the user to report it."""
+    """Runs a command's main, and takes the signals over. UserError ends with one line and exit code 2, RunStopped with
+    one line and 1, Stopped with one line and its code. Any other error prints its traceback and asks the user to
+    report it; one that another rank's end has caused does not."""
+    if not faulthandler.is_enabled():
+        faulthandler.enable()  # a crash of a library shows where
+    with signals.taken_over(complain):
+        doing("starting")
+        try:
+            _run(main)
+        except Stopped as stopped:  # also while it ends with an error
+            end_stopped(stopped)
+        finally:
+            leave()
+
+
+def _run(main: Callable[[list[str]], object]) -> None:
     try:
         main(sys.argv[1:])
+        lifeline.leave()
     except UserError as error:
         stop(str(error), 2)
     except RunStopped as error:
         stop(str(error), 1)
-    except KeyboardInterrupt:
-        if world.from_environment().speaks:
-            complain(f"error: {INTERRUPTED}")
+    except KeyboardInterrupt:  # where signals are not taken over, as in a thread
         raise SystemExit(130) from None
     except Exception as error:
-        torch = sys.modules.get("torch")
-        if torch is not None and isinstance(error, torch.OutOfMemoryError):
-            stop(OUT_OF_GPU_MEMORY, 1)
-        traceback.print_exc()
-        complain(f"error: {BUG}")
-        raise SystemExit(1) from None
-    finally:
-        leave()
+        end_failed(error)
 
 
-def stop(message: str, code: int) -> None:
+def end_failed(error: Exception) -> NoReturn:
+    """Ends a run for a reason that it did not expect."""
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(error, torch.OutOfMemoryError):
+        stop(OUT_OF_GPU_MEMORY, 1)
+    if lost_another(error):
+        time.sleep(REASON_FIRST)
+        stop(f"a collective failed, so another rank has ended or its node is gone: {one_line(error)}", 1)
+    traceback.print_exc()
+    fail(f"error: {BUG}", 1)
+
+
+def end_stopped(stopped: Stopped) -> NoReturn:
+    """Ends a run that was asked to stop."""
+    if stopped.alone is None:
+        lifeline.leave()
+    else:
+        lifeline.stopped(stopped.alone, stopped.code)
+    if world.from_environment().speaks:
+        complain(stopped.text)
+    raise SystemExit(stopped.code) from None
+
+
+def lost_another(error: Exception) -> bool:
+    """Whether an error is that of a collective: gloo's, NCCL's or torch's own words on a connection."""
+    torch = sys.modules.get("torch")
+    if torch is None or world.from_environment().size == 1:
+        return False
+    return isinstance(error, torch.distributed.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
+
+
+def stop(message: str, code: int) -> NoReturn:
     """Prints the reason and ends this process. Ranks above 0 wait first, so that rank 0 can end the run."""
     if not world.from_environment().speaks:
         time.sleep(RANK_0_SPEAKS_FIRST)
-    complain(f"error: {message}")
-    raise SystemExit(code)
+    fail(f"error: {message}", code)
+
+
+def fail(line: str, code: int) -> NoReturn:
+    """Prints why this process ends, tells the other ranks to end, and ends."""
+    complain(line)
+    doing(line)
+    lifeline.failed(code)
+    raise SystemExit(code) from None
 
 
 def leave() -> None:

@@ -13,12 +13,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from dpo_ds.errors import RunStopped, UserError
+from dpo_ds.errors import RunStopped, Stopped, UserError
+from dpo_ds.ranks import family, signals
 from dpo_ds.ranks.world import from_environment
 
 T = TypeVar("T")
 
-PR_SET_PDEATHSIG = 1  # of prctl.h
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 # torch rounds page-locked blocks up to a power of two (16.4 GiB take 32), but with this setting only those up to 1 MB.
 EXACT_PINNED = "pinned_max_round_threshold_mb:1"
@@ -108,13 +108,19 @@ def in_a_child(name: str, work: Callable[[], T], cores: frozenset[int] = frozens
     """
     context = multiprocessing.get_context("fork")
     results, childs_end = context.Pipe(duplex=False)
-    child = context.Process(target=_send_result, args=(work, childs_end, cores))
+    child = context.Process(target=_send_result, args=(work, childs_end, cores, os.getpid()))
     child.start()
     childs_end.close()
     try:
         result, error, where = results.recv()
+    except Stopped:
+        child.terminate()
+        child.join(signals.GRACE / 2)
+        raise
     except EOFError:
         child.join()
+        if child.exitcode == signals.code_of(signal.SIGTERM):
+            signals.stop_now(signal.SIGTERM)
         raise RunStopped(
             f"{name}: its process ended with exit code {child.exitcode} (-9: killed, most often for lack of memory)"
         ) from None
@@ -126,9 +132,10 @@ def in_a_child(name: str, work: Callable[[], T], cores: frozenset[int] = frozens
     return result
 
 
-def _send_result(work: Callable[[], object], results, cores: frozenset[int]) -> None:
-    with contextlib.suppress(OSError, AttributeError):  # if this rank is killed, its child is killed too
-        ctypes.CDLL("libc.so.6").prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+def _send_result(work: Callable[[], object], results, cores: frozenset[int], parent: int) -> None:
+    # If this rank is killed, its child is killed too, and so are the child's own, as the processes that tokenise.
+    family.end_with_parent(signal.SIGKILL, parent)
+    family.forks_end_with_parent()
     if cores:
         os.sched_setaffinity(0, cores)
     try:
