@@ -14,7 +14,7 @@ os.environ.setdefault("CXX", str(Path(__file__).resolve().parent / "tools" / "cx
 # The longest first, so that two workers end at about the same time (launch/test.sh keeps this order).
 LONGEST = (
     *("test_models", "test_losses", "test_wheel", "test_damage", "test_nvme", "test_plan_measured", "test_resume"),
-    *("test_references", "test_curves", "test_export"),
+    *("test_references", "test_signals", "test_curves", "test_export"),
 )
 
 

@@ -87,9 +87,9 @@ class Node:
             return
         first = min(bad, key=lambda rank: rank.process.returncode)  # death by a signal first
         code = first.process.returncode
-        stops = {128 + number: number for number in signals.SIGNALS}
-        if code in stops:
-            self.leave(stops[code])
+        number = -code if code < 0 else code - 128
+        if number in signals.SIGNALS:  # by itself, or before it took signals over
+            self.leave(number)
         else:
             self.report(first)
             self.kill()
@@ -123,7 +123,7 @@ class Node:
         how = f"exit code {code}"
         if code < 0:
             memory = ", as the kernel sends when memory runs out" if -code == signal.SIGKILL else ""
-            how = f"signal {-code} ({signal.Signals(-code).name}{memory})"
+            how = f"signal {-code} ({_name(-code)}{memory})"
         with contextlib.suppress(OSError):
             if last := one_line((self.words / rank.number).read_text(), None):
                 how += f"; the last that it did: {last}"
@@ -133,12 +133,15 @@ class Node:
         )
 
 
+def _name(number: int) -> str:
+    return signal.Signals(number).name if number in [*signal.Signals] else signal.strsignal(number) or "unknown"
+
+
 def exit_code(code: int) -> int:
     """A process's exit code, from what subprocess says: death by a signal becomes 128 + its number, and a rank that
     alone was asked to stop and be started again 0."""
-    if code in [128 + number for number in signals.REQUEUE]:
-        return 0
-    return 128 - code if code < 0 else code
+    code = 128 - code if code < 0 else code
+    return 0 if code in [128 + number for number in signals.REQUEUE] else code
 
 
 def main() -> None:

@@ -102,10 +102,11 @@ class _Watch:
         self.done.set()
         os.write(self.write, bytes([WAKE]))
         self.thread.join()
-        signal.signal(WAKE, signal.SIG_IGN)
         signal.set_wakeup_fd(-1)
         for number, handler in self.before.items():
             signal.signal(number, handler)
+        for number in (WAKE, *PASSED_ON.values()):  # one that comes late must not kill a run that has ended well
+            signal.signal(number, signal.SIG_IGN)
         self.selector.close()
         os.close(self.read)
         os.close(self.write)

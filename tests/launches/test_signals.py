@@ -35,7 +35,6 @@ class Stop:
     code: int
     launcher: str = OURS
     saves: bool = True
-    times: int = 1
     said: str = "; to go on: "
 
 
@@ -51,6 +50,7 @@ TWO = [
     Stop("table", signal.SIGUSR1, "rank 1", 0, saves=False),
     Stop("step 2", signal.SIGTERM, "command", 143),
     Stop("step 3", signal.SIGINT, "group", 130),
+    Stop("step 4", signal.SIGHUP, "launch", 129),
     Stop("step 5", signal.SIGUSR2, "rank 1", 0),
     Stop("step 6", signal.SIGKILL, "launch", 137),
     Stop("step 7", signal.SIGTERM, "command", 1, TORCHRUN),

@@ -14,7 +14,9 @@ from dpo_ds.ranks import family
 from dpo_ds.ranks.process import in_a_child
 
 
-@pytest.mark.parametrize(("code", "ends"), [(0, 0), (2, 2), (143, 143), (-9, 137), (138, 0), (140, 0), (-15, 143)])
+@pytest.mark.parametrize(
+    ("code", "ends"), [(0, 0), (2, 2), (143, 143), (-9, 137), (138, 0), (140, 0), (-15, 143), (-10, 0)]
+)
 def test_what_a_ranks_end_makes_of_the_launchers(code, ends):
     assert exit_code(code) == ends
 
