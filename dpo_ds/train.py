@@ -91,7 +91,7 @@ def _train(run: "Run", watchers: "Sequence[Watcher]", save: bool) -> dict:
             )
         rehearse(run, policy)
         reference.attach(policy)
-        watching = [*watchers_of(run.folder, run.options, [curve]), *watchers]
+        watching = [*watchers_of(run.folder, run.options, [curve], run.own_checkpoint), *watchers]
         outcome = Trainer(run, policy, reference, watching, save).train()
         # A start that only had to export has trained no step, but the record has the last one's metrics.
         metrics = last_metrics(run.folder) | outcome.metrics

@@ -22,6 +22,7 @@ from dpo_ds.files import follow_umask, in_words, move_aside, saving, sync_folder
 from dpo_ds.losses.compared import Running
 from dpo_ds.ranks import console, world
 from dpo_ds.ranks.collectives import on_rank_0, together
+from dpo_ds.reports.record import Record
 from dpo_ds.runs import folders, manifest
 from dpo_ds.runs.prepare import Run
 
@@ -52,6 +53,7 @@ def save(run: Run, engine: Engine, reference: Kept, step: int, running: Running)
     try:
         on_rank_0(lambda: _make_place(final, partial, engine.checkpoint_bytes))
         together(lambda: _write(final, partial, engine, reference))
+        on_rank_0(lambda: _copy_record(run.folder, final, partial))
         files = manifest.measure(partial, final)
         facts = {
             "step": step,
@@ -107,6 +109,12 @@ def _write(final: Path, partial: Path, engine: Engine, reference: Kept) -> None:
         random = partial / f"random-{world.from_environment().rank}.safetensors"
         save_file(_random_state(), random)
         follow_umask(random)
+
+
+def _copy_record(folder: Path, final: Path, partial: Path) -> None:
+    """Copies metrics.jsonl: a run that goes on needs it whole."""
+    with saving(final):
+        Record(folder).copy_to(partial)
 
 
 def _complete(final: Path, partial: Path, facts: dict, damage: str | None) -> None:

@@ -77,6 +77,12 @@ class Run:
         return Path(self.options.output_dir)
 
     @property
+    def own_checkpoint(self) -> Path | None:
+        """The checkpoint from which the run goes on, if it is its own: --resume may name another run's."""
+        found = self.resume_from
+        return found if found is not None and found.parent.parent.resolve() == self.folder.resolve() else None
+
+    @property
     def starts_equal(self) -> bool:
         """Whether the policy is the same model as the reference before the first step."""
         if self.table is not None:
