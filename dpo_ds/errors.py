@@ -14,6 +14,10 @@ class RunStopped(Exception):
     """A run cannot go on, for a reason that a traceback would not show: one line, exit code 1."""
 
 
+class Nonsense(RunStopped):
+    """A run's own figures show that it has ruined its weights, or cannot learn from its pairs."""
+
+
 class SaveFailed(RunStopped):
     """A checkpoint or an export could not be written. A run may go on without the checkpoint."""
 

@@ -6,6 +6,7 @@ them what they have missed.
 
 import contextlib
 import gzip
+import itertools
 import json
 import math
 from collections.abc import Iterator, Sequence
@@ -190,6 +191,11 @@ def _gap(texts: list[bytes], step: int) -> str | None:
     if not missing or not seen:  # a run that was started from another run's checkpoint has no line of its steps
         return None
     return f"has no line of {len(missing)} of {step} steps, from step {missing[0]} to {missing[-1]}"
+
+
+def first_lines(folder: Path, most: int = 10) -> list[dict]:
+    """The first lines of a run's record."""
+    return [*itertools.islice(Record(folder).lines(), most)]
 
 
 def last_metrics(folder: Path) -> dict:

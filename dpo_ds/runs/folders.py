@@ -15,6 +15,7 @@ checkpoints/step-000100.partial, .damaged   half of a save; a damaged checkpoint
 evaluation.jsonl, generations.md, merged/   the held-out log-probabilities, answers, the exported model
 merged.json      the manifest of merged/
 running.lock, running.json   held by a process that trains here, and which one (runs/lock.py)
+stopped.json     the run's own figures have stopped it (runs/stopped.py); stopped/ has the files of such a run
 summary.json     written at the very end
 """
 
@@ -30,7 +31,7 @@ from dpo_ds.config import NOT_IDENTITY, Options, to_yaml
 from dpo_ds.errors import UserError, files_of, one_line
 from dpo_ds.files import in_words, move_aside, write_whole
 from dpo_ds.ranks import collectives, console
-from dpo_ds.runs import manifest
+from dpo_ds.runs import manifest, stopped
 from dpo_ds.runs.lock import LEFT_EARLY, Lock
 
 FILES = "files"  # the key of the hashes in run.json, and of a checkpoint's manifest in checkpoint.json
@@ -98,23 +99,40 @@ def open_folder(folder: Path, options: Options, this_run: dict, ranks: int) -> F
     Raises UserError if another run owns the folder, another process uses it, or no checkpoint can be used.
     """
     record = folder / "run.json"
+    again = False
     if record.is_file():
-        _require_same(folder, _read(record), this_run)
-    found = _where_to_go_on(folder, options, hash_of(this_run), ranks)
+        again = _begins_again(folder, _read(record), this_run)
+    found = Found(None, False) if again else _where_to_go_on(folder, options, hash_of(this_run), ranks)
     lock = Lock(folder)
     collectives.wait_for_all()  # every rank must have looked before rank 0 writes
-    collectives.on_rank_0(lambda: _claim(folder, lock, options, this_run, found.damaged))
+    collectives.on_rank_0(lambda: _claim(folder, lock, options, this_run, found.damaged, again))
     return replace(found, lock=lock)
 
 
-def _claim(folder: Path, lock: Lock, options: Options, this_run: dict, damaged: tuple[Path, ...]) -> None:
+def _begins_again(folder: Path, recorded: dict, this_run: dict) -> bool:
+    """Whether this run takes the place of another one, which its own figures have stopped. Raises UserError if the
+    folder's run is another one that they have not."""
+    try:
+        _require_same(folder, recorded, this_run)
+    except UserError:
+        if not stopped.is_stopped(folder):
+            raise
+        return True
+    return False
+
+
+def _claim(folder: Path, lock: Lock, options: Options, this_run: dict, damaged: tuple[Path, ...], again: bool) -> None:
     with files_of("--output_dir", folder):
         folder.mkdir(parents=True, exist_ok=True)
         lock.take()
         for path in damaged:
             console.say(f"{path} is now called {move_aside(path).name}")
+        if again:
+            aside = stopped.put_aside(folder)
+            console.say(f"the run in {folder} was stopped by its own figures: its files are now in {aside}")
         write_whole(folder / "run.json", json.dumps(this_run, indent=1))
         write_whole(folder / "options.yaml", to_yaml(options))
+        stopped.go_on(folder)
 
 
 def _where_to_go_on(folder: Path, options: Options, run: str, ranks: int) -> Found:

@@ -589,6 +589,6 @@ def test_a_log_probability_that_is_not_finite_stops_and_names_the_pair(pairs):
         logps = sums(batch)
         return torch.where(logps == bad, torch.nan, logps)
 
-    with pytest.raises(RunStopped, match=f"of 1 answers are not finite, of the pairs {pairs.pair_id(9)}"):
+    with pytest.raises(RunStopped, match=f"of 1 answers are not finite, in row {pairs.rows[9]}$"):
         score_set(not_finite, pairs, np.arange(32), 250, "title", keep=lambda chunk, _: kept.extend(chunk))
     assert kept == list(range(16))
