@@ -14,6 +14,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from dpo_ds.checksums import is_sealed, sealed
 from dpo_ds.errors import SaveFailed, one_line
 
 TEMPORARY = ".tmp"  # ends the name under which write_whole writes
@@ -134,14 +135,14 @@ def remembered_sha256(path: Path, memory: Path) -> str:
     record = memory / f"{hashlib.sha256(str(real).encode()).hexdigest()[:32]}.json"
     try:
         found = json.loads(record.read_text(encoding="utf-8"))
-        if found["facts"] == facts:
+        if is_sealed(found) and found["facts"] == facts:
             return str(found["sha256"])
-    except (OSError, ValueError, KeyError, TypeError):  # never written, or damaged
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # never written, or damaged
         pass
     digest = sha256_of(real)
     if _facts(real) == facts and time.time() - max(facts["written"], facts["changed"]) / 1e9 > SETTLED:
         memory.mkdir(parents=True, exist_ok=True)
-        write_whole(record, json.dumps({"path": str(real), "facts": facts, "sha256": digest}))
+        write_whole(record, json.dumps(sealed({"path": str(real), "facts": facts, "sha256": digest})))
     return digest
 
 

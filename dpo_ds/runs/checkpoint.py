@@ -23,7 +23,7 @@ from dpo_ds.losses.compared import Running
 from dpo_ds.ranks import console, world
 from dpo_ds.ranks.collectives import on_rank_0, together
 from dpo_ds.reports.record import Record
-from dpo_ds.runs import folders, manifest
+from dpo_ds.runs import folders, identity_file, manifest
 from dpo_ds.runs.prepare import Run
 
 
@@ -53,7 +53,7 @@ def save(run: Run, engine: Engine, reference: Kept, step: int, running: Running)
     try:
         on_rank_0(lambda: _make_place(final, partial, engine.checkpoint_bytes))
         together(lambda: _write(final, partial, engine, reference))
-        on_rank_0(lambda: _copy_record(run.folder, final, partial))
+        on_rank_0(lambda: _copy_records(run.folder, final, partial))
         files = manifest.measure(partial, final)
         facts = {
             "step": step,
@@ -111,9 +111,10 @@ def _write(final: Path, partial: Path, engine: Engine, reference: Kept) -> None:
         follow_umask(random)
 
 
-def _copy_record(folder: Path, final: Path, partial: Path) -> None:
-    """Copies metrics.jsonl: a run that goes on needs it whole."""
+def _copy_records(folder: Path, final: Path, partial: Path) -> None:
+    """Copies metrics.jsonl and run.json: a run that goes on needs them whole."""
     with saving(final):
+        identity_file.copy_to(folder, partial)
         Record(folder).copy_to(partial)
 
 

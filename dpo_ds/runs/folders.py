@@ -1,13 +1,14 @@
 """The run's folder: which run it belongs to, its checkpoints, and where to resume.
 
 options.yaml     the options that the run uses; --config reads them back
-run.json         the run's identity: another run is refused, the same run resumes
+run.json         the run's identity: another run is refused, the same run resumes (runs/identity_file.py)
 metrics.jsonl    a line per step and per evaluation (reports/record.py)
 curves.png       the same as curves (reports/curves.py)
 trackers.json, tensorboard/, wandb/   with --report_to (reports/trackers.py)
 checkpoints/step-000100/   written by runs/checkpoint.py; no other name is a checkpoint's
     checkpoint.json        step, ranks, ZeRO stage, versions, options, the run's hash; the manifest: every other file's
                            size and checksum (runs/manifest.py)
+    run.json, metrics.jsonl.gz   copies, for the case that the run's own are damaged
     random-0.safetensors   one per rank: its random state
     reference-0.safetensors   of a reference that moves: its fp32 weights, under ZeRO-3 each rank's own
     deepspeed/             DeepSpeed's own files (engine/resume.py writes them, engine/shards.py reads tensors)
@@ -27,11 +28,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dpo_ds import checksums
-from dpo_ds.config import NOT_IDENTITY, Options, to_yaml
+from dpo_ds.config import NOT_IDENTITY, Options, to_yaml, with_checksum
 from dpo_ds.errors import UserError, files_of, one_line
 from dpo_ds.files import in_words, move_aside, write_whole
 from dpo_ds.ranks import collectives, console
-from dpo_ds.runs import manifest, stopped
+from dpo_ds.runs import identity_file, manifest, stopped
 from dpo_ds.runs.lock import LEFT_EARLY, Lock
 
 FILES = "files"  # the key of the hashes in run.json, and of a checkpoint's manifest in checkpoint.json
@@ -62,7 +63,7 @@ def identity(
 
 def read_record(folder: Path) -> dict:
     """run.json of a run's folder: the options that decide what the run computes, its data and its files."""
-    return _read(folder / "run.json")
+    return identity_file.read(folder, checkpoints(folder))
 
 
 def hash_of(identity: dict) -> str:
@@ -73,8 +74,8 @@ def hash_of(identity: dict) -> str:
 
 def started(folder: Path) -> str | None:
     """The date, ISO, on which the folder's run was first started (chat templates may print it); None without a run."""
-    record = folder / "run.json"
-    return _read(record).get("date") if record.is_file() else None
+    own = checkpoints(folder)
+    return identity_file.read(folder, own, speak=False).get("date") if identity_file.is_there(folder, own) else None
 
 
 def check_folder(folder: Path, options: Options) -> None:
@@ -86,7 +87,7 @@ def check_folder(folder: Path, options: Options) -> None:
             return
     if not folder.is_dir():
         raise UserError(f"--output_dir {folder} is a file; name a folder")
-    if not (folder / "run.json").is_file():
+    if not identity_file.is_there(folder, checkpoints(folder)):
         raise UserError(f"--output_dir {folder} holds files of something else: name an empty or new folder")
     if options.resume == "never":
         raise UserError(f"--output_dir {folder} holds a run, and --resume never was given: name another folder")
@@ -98,10 +99,9 @@ def open_folder(folder: Path, options: Options, this_run: dict, ranks: int) -> F
 
     Raises UserError if another run owns the folder, another process uses it, or no checkpoint can be used.
     """
-    record = folder / "run.json"
     again = False
-    if record.is_file():
-        again = _begins_again(folder, _read(record), this_run)
+    if identity_file.is_there(folder, checkpoints(folder)):
+        again = _begins_again(folder, read_record(folder), this_run)
     found = Found(None, False) if again else _where_to_go_on(folder, options, hash_of(this_run), ranks)
     lock = Lock(folder)
     collectives.wait_for_all()  # every rank must have looked before rank 0 writes
@@ -130,14 +130,14 @@ def _claim(folder: Path, lock: Lock, options: Options, this_run: dict, damaged: 
         if again:
             aside = stopped.put_aside(folder)
             console.say(f"the run in {folder} was stopped by its own figures: its files are now in {aside}")
-        write_whole(folder / "run.json", json.dumps(this_run, indent=1))
-        write_whole(folder / "options.yaml", to_yaml(options))
+        identity_file.write(folder, this_run)
+        write_whole(folder / "options.yaml", with_checksum(to_yaml(options)))
         stopped.go_on(folder)
 
 
 def _where_to_go_on(folder: Path, options: Options, run: str, ranks: int) -> Found:
     if collectives.on_rank_0((folder / "summary.json").is_file):
-        missing = merged_damage(folder) if options.export == "merged" else None
+        missing = merged_damage(folder, run) if options.export == "merged" else None
         if missing is None:
             return Found(None, finished=True)
         console.say(f"this run is finished, but {folder / 'merged'} {missing}: it is exported again")
@@ -273,25 +273,33 @@ def damage(checkpoint: Path, run: str | None) -> str | None:
     return problem
 
 
-def merged_damage(folder: Path) -> str | None:
-    """What is wrong with the run's exported model; None if nothing is. All ranks call it together."""
-    missing, files = collectives.on_rank_0(lambda: _merged_files(folder))
+def merged_damage(folder: Path, run: str) -> str | None:
+    """What is wrong with the run's exported model; None if nothing is. All ranks call it together.
+
+    run: the run's hash.
+    """
+    missing, files = collectives.on_rank_0(lambda: _merged_files(folder, run))
     if missing is None and files:
         missing = manifest.difference(folder / "merged", files)
     return collectives.first(missing)
 
 
-def _merged_files(folder: Path) -> tuple[str | None, checksums.Files]:
+def _merged_files(folder: Path, run: str) -> tuple[str | None, checksums.Files]:
     """What is wrong with merged/ at first sight, and the files to compare: all but the model card, which people edit.
     A run of an older version has no merged.json."""
     if not (folder / "merged").is_dir():
         return "is missing", {}
     try:
-        record = _object(folder / MERGED) if (folder / MERGED).exists() else checksums.sealed({FILES: {}})
+        if not (folder / MERGED).exists():
+            console.say(f"{folder / 'merged'} has no {MERGED}: it cannot be verified")
+            return None, {}
+        record = _object(folder / MERGED)
     except ValueError as error:
         return f"cannot be checked, because {MERGED} is damaged ({error})", {}
     if not checksums.is_sealed(record):
         return f"cannot be checked, because {MERGED} does not match its own checksum", {}
+    if record.get("run", run) != run:
+        return "is another run's", {}
     return None, {name: facts for name, facts in record[FILES].items() if name != "README.md"}
 
 
