@@ -25,7 +25,7 @@ from dpo_ds.config import Options
 from dpo_ds.engine.engine import Engine
 from dpo_ds.engine.shards import TAG, CheckpointWeights
 from dpo_ds.errors import SaveFailed, UserError, files_of
-from dpo_ds.files import follow_umask, move_aside, saving, scratch_folder, write_whole
+from dpo_ds.files import follow_umask, move_aside, saving, scratch_folder, write_whole, writing
 from dpo_ds.models import generation
 from dpo_ds.models.files import load_tokenizer
 from dpo_ds.models.find import find_model
@@ -196,9 +196,13 @@ def papers_of(run: Run, model: LanguageModel, summary: dict, stage: int) -> Pape
 def rehearse(run: Run, policy: Engine) -> None:
     """Writes the papers once into a folder that goes again, before the first step: a config or a tokenizer that cannot
     be saved must not be found out at the end of the run."""
-    if world.from_environment().speaks and run.options.export == "merged":
-        with scratch_folder(run.folder, "rehearsal") as folder:
+
+    def write() -> None:
+        with writing(run.folder), scratch_folder(run.folder, "rehearsal") as folder:
             papers_of(run, policy.model, {}, policy.stage).write(folder)
+
+    if run.options.export == "merged":
+        collectives.on_rank_0(write)
 
 
 def write_folder(model: LanguageModel, fetch: Fetch, folder: Path, papers: Papers, run: Run | None = None) -> None:
@@ -253,7 +257,8 @@ def export_engine(run: Run, policy: Engine, summary: dict) -> Path:
         console.say(f"{folder} cannot be used: it {problem}; it is now called {aside.name}")
     with console.working("writing the merged checkpoint"):
         papers = papers_of(run, policy.model, summary, policy.stage)
-        write_folder(policy.model, policy.weights(), folder, papers, run)
+        with writing(folder):
+            write_folder(policy.model, policy.weights(), folder, papers, run)
     console.say(f"merged checkpoint: {folder}")
     return folder
 

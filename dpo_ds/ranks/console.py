@@ -8,7 +8,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 
-from dpo_ds.errors import RunStopped, UserError
+from dpo_ds.errors import FULL, MAKE_ROOM, RunStopped, UserError, reason_of
 from dpo_ds.ranks import world
 
 # Seconds that a rank above 0 waits before it reports an error. A launcher ends all ranks soon after one has ended, so a
@@ -65,6 +65,8 @@ def run_main(main: Callable[[list[str]], object]) -> None:
             complain(f"error: {INTERRUPTED}")
         raise SystemExit(130) from None
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in FULL:
+            stop(f"{error.filename or 'a file'} cannot be written: {reason_of(error)}; {MAKE_ROOM}", 1)
         torch = sys.modules.get("torch")
         if torch is not None and isinstance(error, torch.OutOfMemoryError):
             stop(OUT_OF_GPU_MEMORY, 1)
