@@ -15,9 +15,7 @@ from dpo_ds.reports.record import HELD_OUT, is_evaluation
 # Of ln V: chosen answers as improbable as text that is drawn blindly, and that far below the start. In nats a token,
 # with ln V = 6.9: at most 0.3 below the start with 1e-3; tiny-gpt2 from -0.2 to -10 with 1e-2, to -478 with 1.
 BLINDLY, FALL = 0.98, 0.5
-GRADIENT = (
-    1e4  # times the largest norm of the first steps: at most 60 (LoRA), and with 1 up to 29,000
-)
+GRADIENT = 1e4  # times the largest norm of the first steps: at most 60 (LoRA), and with 1 up to 29,000
 FIRST_STEPS = 3
 WEIGHT = 100.0  # times the largest weight of the start: below 3, and with 1e3 above 1,000
 LOSS = 1e4  # times the first loss, as size, or 1: at most 1, and with 1e3 above 100,000
