@@ -31,7 +31,7 @@ from dpo_ds.scoring.packed import PackedBatch
 from dpo_ds.scoring.rotary import depends_on_length
 from dpo_ds.scoring.sweep import Places, Score, score_set
 
-FORMAT = 2
+FORMAT = 3
 
 
 class Table:
