@@ -44,6 +44,11 @@ def checksum(file: Path) -> str:
     return digest.hexdigest()
 
 
+def of_bytes(content: bytes) -> str:
+    """The xxh3_128 of bytes, in hex."""
+    return xxhash.xxh3_128(content).hexdigest()
+
+
 def sealed(record: dict) -> dict:
     """The record, which JSON can hold, with its own checksum."""
     return {**record, CHECKSUM: _of(record)}
@@ -55,4 +60,4 @@ def is_sealed(record: dict) -> bool:
 
 
 def _of(record: dict) -> str:
-    return xxhash.xxh3_128(json.dumps(record, sort_keys=True).encode()).hexdigest()
+    return of_bytes(json.dumps(record, sort_keys=True).encode())

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, get_args, g
 
 import yaml
 
+from dpo_ds.checksums import of_bytes
 from dpo_ds.errors import UserError, one_line
 
 if TYPE_CHECKING:
@@ -515,7 +516,9 @@ def _flags_of_config(argv: list[str]) -> list[str]:
 
 def _read_yaml(path: str) -> dict:
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        text = Path(path).read_text(encoding="utf-8")
+        _require_checksum(text, path)
+        content = yaml.safe_load(text)
     except OSError as error:
         raise UserError(f"--config {path}: {error.strerror}; name a YAML file of options") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -675,6 +678,24 @@ def _require_number(name: str, text: str) -> None:
         fine = False
     if not fine:
         raise UserError(f"--{name} is {one_line(text, None)}, but must be 0, a number above it, or model")
+
+
+MARK = "# A run wrote the lines below. Take this line away where you change one: "  # then comes their checksum
+
+
+def with_checksum(text: str) -> str:
+    """The text of an options.yaml, after a line with its checksum."""
+    return f"{MARK}{of_bytes(text.encode())}\n{text}"
+
+
+def _require_checksum(text: str, path: str) -> None:
+    """Raises UserError if a file begins as one that a run wrote, and is not as the run wrote it."""
+    first, _, rest = text.partition("\n")
+    if first.startswith(MARK) and first.removeprefix(MARK) != of_bytes(rest.encode()):
+        raise UserError(
+            f"--config {path} is not as a run wrote it: if you changed it, take its first line away; else it is "
+            "damaged, and the command that started the run writes it again"
+        )
 
 
 def to_yaml(options: Options) -> str:

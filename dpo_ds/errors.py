@@ -1,6 +1,7 @@
 """The errors that end in one line: what the user can correct, and why a run must stop. All else is a bug."""
 
 import contextlib
+import errno
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +12,10 @@ class UserError(Exception):
 
 class RunStopped(Exception):
     """A run cannot go on, for a reason that a traceback would not show: one line, exit code 1."""
+
+
+class Nonsense(RunStopped):
+    """A run's own figures show that it has ruined its weights, or cannot learn from its pairs."""
 
 
 class SaveFailed(RunStopped):
@@ -36,6 +41,15 @@ def one_line(said: BaseException | str, most: int | None = 300) -> str:
     return line or (type(said).__name__ if isinstance(said, BaseException) else "")
 
 
+FULL = (errno.ENOSPC, errno.EDQUOT)  # of an OSError: no room on the disk, or none that this user may take
+MAKE_ROOM = "free some space there, and give the same command again"
+
+
+def reason_of(error: OSError) -> str:
+    """Why a file could not be read or written, in a few words."""
+    return error.strerror or one_line(error)
+
+
 @contextlib.contextmanager
 def said_of(option: str) -> Iterator[None]:
     """Makes a UserError about --model inside the block one about another option that names a model."""
@@ -52,6 +66,5 @@ def files_of(option: str, path: Path | str) -> Iterator[None]:
         yield
     except OSError as error:
         where = f" ({error.filename})" if error.filename and str(error.filename) != str(path) else ""
-        raise UserError(
-            f"{option} {path}: {error.strerror or one_line(error)}{where}; name a place that can be read and written"
-        ) from error
+        remedy = MAKE_ROOM if error.errno in FULL else "name a place that can be read and written"
+        raise UserError(f"{option} {path}: {reason_of(error)}{where}; {remedy}") from error

@@ -24,8 +24,8 @@ from dpo_ds import __version__, checksums
 from dpo_ds.config import Options
 from dpo_ds.engine.engine import Engine
 from dpo_ds.engine.slices import SliceReader
-from dpo_ds.errors import UserError, files_of
-from dpo_ds.files import follow_umask, move_aside, saving, scratch_folder, write_whole
+from dpo_ds.errors import SaveFailed, UserError, files_of
+from dpo_ds.files import follow_umask, move_aside, saving, scratch_folder, write_whole, writing
 from dpo_ds.models import generation
 from dpo_ds.models.files import fetch_weights, load_tokenizer, weights_hashes
 from dpo_ds.models.find import find_model
@@ -196,39 +196,60 @@ def papers_of(run: Run, model: LanguageModel, summary: dict, stage: int) -> Pape
 def rehearse(run: Run, policy: Engine) -> None:
     """Writes the papers once into a folder that goes again, before the first step: a config or a tokenizer that cannot
     be saved must not be found out at the end of the run."""
-    if world.from_environment().speaks and run.options.export == "merged":
-        with scratch_folder(run.folder, "rehearsal") as folder:
+
+    def write() -> None:
+        with writing(run.folder), scratch_folder(run.folder, "rehearsal") as folder:
             papers_of(run, policy.model, {}, policy.stage).write(folder)
 
+    if run.options.export == "merged":
+        collectives.on_rank_0(write)
 
-def write_folder(model: LanguageModel, fetch: Fetch, folder: Path, papers: Papers, record: Path | None = None) -> None:
+
+def write_folder(model: LanguageModel, fetch: Fetch, folder: Path, papers: Papers, run: Run | None = None) -> None:
     """Writes the Hugging Face folder under another name and renames it at the end, so it is never incomplete.
 
-    record: the file to write the folder's manifest to, if any.
+    run: whose folder it is, to write the manifest to. Raises SaveFailed, on every rank, if a file cannot be written.
     """
     here = world.from_environment()
     partial = folder.with_name(folder.name + ".partial")
-    if here.speaks:
+    try:
+        collectives.on_rank_0(lambda: _make_anew(partial, folder))
+        with saving(folder):
+            write_weights(model, fetch, partial, papers.dtype.itemsize, here.rank, here.size)
+        collectives.on_rank_0(lambda: _write_papers(papers, partial, folder))
+        files = manifest.measure(partial, folder)
+        collectives.on_rank_0(lambda: _complete(partial, folder, files, run))
+    except SaveFailed:
+        if here.speaks:  # what half of an export took is what the next one needs
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _make_anew(partial: Path, folder: Path) -> None:
+    with saving(folder):
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-    collectives.wait_for_all()
+
+
+def _write_papers(papers: Papers, partial: Path, folder: Path) -> None:
     with saving(folder):
-        write_weights(model, fetch, partial, papers.dtype.itemsize, here.rank, here.size)
-    if here.speaks:
         papers.write(partial)
-    files = manifest.measure(partial, folder)
-    if here.speaks:
-        if record is not None:
-            write_whole(record, json.dumps(checksums.sealed({folders.FILES: files}), indent=1))
+
+
+def _complete(partial: Path, folder: Path, files: checksums.Files, run: Run | None) -> None:
+    """Writes the manifest and gives the folder its name."""
+    with saving(folder):
+        if run is not None:
+            record = checksums.sealed({"run": run.hash, folders.FILES: files})
+            write_whole(run.folder / folders.MERGED, json.dumps(record, indent=1))
         partial.rename(folder)
-    collectives.wait_for_all()
 
 
 def export_engine(run: Run, policy: Engine, summary: dict) -> Path:
     """Exports a live policy to the run's merged/ folder, by all ranks together."""
     folder = run.folder / "merged"
     if collectives.on_rank_0(folder.exists):
-        problem = folders.merged_damage(run.folder)
+        problem = folders.merged_damage(run.folder, run.hash)
         if problem is None:
             console.say(f"{folder} is there already from an earlier start of this run, and is kept")
             return folder
@@ -236,7 +257,8 @@ def export_engine(run: Run, policy: Engine, summary: dict) -> Path:
         console.say(f"{folder} cannot be used: it {problem}; it is now called {aside.name}")
     with console.working("writing the merged checkpoint"):
         papers = papers_of(run, policy.model, summary, policy.stage)
-        write_folder(policy.model, policy.weights(), folder, papers, run.folder / folders.MERGED)
+        with writing(folder):
+            write_folder(policy.model, policy.weights(), folder, papers, run)
     console.say(f"merged checkpoint: {folder}")
     return folder
 

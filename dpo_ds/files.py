@@ -5,6 +5,7 @@ import hashlib
 import itertools
 import json
 import os
+import re
 import shutil
 import socket
 import time
@@ -14,7 +15,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from dpo_ds.errors import SaveFailed, one_line
+from dpo_ds.checksums import is_sealed, sealed
+from dpo_ds.errors import MAKE_ROOM, RunStopped, SaveFailed, one_line, reason_of
 
 TEMPORARY = ".tmp"  # ends the name under which write_whole writes
 
@@ -28,9 +30,10 @@ def write_whole(path: Path, text: str) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError:  # a full disk leaves an empty file
+    except OSError as error:  # a full disk leaves an empty file
         with contextlib.suppress(OSError):
             temporary.unlink()
+        error.filename = error.filename or str(path)  # a write names none
         raise
 
 
@@ -39,9 +42,32 @@ def saving(final: Path) -> Iterator[None]:
     """Turns what writing raises inside the block into SaveFailed. final: what was to be saved."""
     try:
         yield
-    except (OSError, SafetensorError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else one_line(error)
+    except SaveFailed:
+        raise
+    except Exception as error:
+        if (reason := _why_not_written(error)) is None:
+            raise
         raise SaveFailed(f"{final} was not saved: {reason}") from error
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turns what writing raises inside the block into RunStopped, with the remedy. path: what is written."""
+    try:
+        with saving(path):
+            yield
+    except SaveFailed as error:  # also one that was raised inside
+        raise RunStopped(f"{error}; {MAKE_ROOM}") from error
+
+
+def _why_not_written(error: Exception) -> str | None:
+    """Why a library could not write a file, in words; None if it is another error."""
+    if isinstance(error, OSError):
+        return reason_of(error)
+    if isinstance(error, SafetensorError):
+        return one_line(error)
+    # Of tokenizers, which has no type of its own for it: "No space left on device (os error 28)"
+    return one_line(error) if re.search(r"\(os error \d+\)$", str(error)) else None
 
 
 def in_words(size: float) -> str:
@@ -134,14 +160,14 @@ def remembered_sha256(path: Path, memory: Path) -> str:
     record = memory / f"{hashlib.sha256(str(real).encode()).hexdigest()[:32]}.json"
     try:
         found = json.loads(record.read_text(encoding="utf-8"))
-        if found["facts"] == facts:
+        if is_sealed(found) and found["facts"] == facts:
             return str(found["sha256"])
-    except (OSError, ValueError, KeyError, TypeError):  # never written, or damaged
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # never written, or damaged
         pass
     digest = sha256_of(real)
     if _facts(real) == facts and time.time() - max(facts["written"], facts["changed"]) / 1e9 > SETTLED:
         memory.mkdir(parents=True, exist_ok=True)
-        write_whole(record, json.dumps({"path": str(real), "facts": facts, "sha256": digest}))
+        write_whole(record, json.dumps(sealed({"path": str(real), "facts": facts, "sha256": digest})))
     return digest
 
 

@@ -103,6 +103,16 @@ class Learner:
             graphs = [values for values in (found.answers, found.tokens, found.balance) if values is not None]
             self.policy.backward(0.0 * torch.cat([values.view(-1) for values in graphs]).sum(), last=False)
 
+    def chosen_again(self, dealt: Dealt) -> float:
+        """The mean log-probability of a token of all ranks' chosen answers in these micro-batches, with the weights as
+        they are now. All ranks call it together."""
+        scored = self.policy.score(dealt.batch)
+        policy = self._of_pairs(Scored(scored, scored), dealt.batch)
+        weights = dealt.facts.weights
+        per_token = policy[:, 0] / dealt.facts.lengths[:, 0]
+        total, count = collectives.sum_over_ranks(torch.stack([(weights * per_token).sum(), weights.sum()])).tolist()
+        return total / count
+
     def learn(self, own: Sequence[Dealt] | Iterator[Dealt], learned: Callable[[PackedBatch], None]) -> Sums:
         """Adds the gradients of this rank's micro-batches of one step. `learned` is called after each backward.
 

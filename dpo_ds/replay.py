@@ -49,7 +49,7 @@ def replay(bad: "BadStep") -> int:
                 folder, what = export_checkpoint(Path(bad.checkpoint), Path(place) / "weights"), bad.checkpoint
         scorer = _scorer(folder, bad)
         console.say(f"weights: {what}")
-        console.say("pair                              row      tokens  log p chosen  log p rejected  gradient norm")
+        console.say(f"{'pair':24s}  tokens  log p chosen  log p rejected  gradient norm")
         broken = sum([not _score(scorer, pair) for pair in bad.pairs])
     if broken:
         console.say(f"{broken} pairs are not finite with these weights: look at them, or leave them out of the data")
@@ -92,7 +92,8 @@ def _score(scorer: "Scorer", pair: "BadPair") -> bool:
     values = [float(chosen.detach()), float(rejected.detach()), norm]
     finite = all(map(math.isfinite, values))
     mark = "" if finite else "   <- not finite"
-    console.say(f"{pair.id}  {pair.row:7d}  {tokens:8d}  {values[0]:12.3f}  {values[1]:14.3f}  {norm:13.4g}{mark}")
+    where = f"row {pair.row}" + (f" of the data set {pair.source + 1}" if pair.source else "")
+    console.say(f"{where:24s}  {tokens:6d}  {values[0]:12.3f}  {values[1]:14.3f}  {norm:13.4g}{mark}")
     return finite
 
 

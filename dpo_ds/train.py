@@ -70,7 +70,7 @@ def _train(run: "Run", watchers: "Sequence[Watcher]", save: bool) -> dict:
     from dpo_ds.doctor.pairs import examine
     from dpo_ds.engine.build import policy_engine
     from dpo_ds.export import export_engine, rehearse
-    from dpo_ds.files import write_whole
+    from dpo_ds.files import write_whole, writing
     from dpo_ds.references.kinds import reference_of
     from dpo_ds.reports.evaluation import write_logps
     from dpo_ds.reports.progress import watchers_of
@@ -91,12 +91,14 @@ def _train(run: "Run", watchers: "Sequence[Watcher]", save: bool) -> dict:
             )
         rehearse(run, policy)
         reference.attach(policy)
-        watching = [*watchers_of(run.folder, run.options, [curve]), *watchers]
+        watching = [*watchers_of(run.folder, run.options, [curve], run.own_checkpoint), *watchers]
         outcome = Trainer(run, policy, reference, watching, save).train()
         # A start that only had to export has trained no step, but the record has the last one's metrics.
         metrics = last_metrics(run.folder) | outcome.metrics
         if len(run.eval_pairs) and speaks:
-            write_logps(run.folder / "evaluation.jsonl", run.eval_pairs, outcome.policy_logps, outcome.reference_logps)
+            file = run.folder / "evaluation.jsonl"
+            with writing(file):
+                write_logps(file, run.eval_pairs, outcome.policy_logps, outcome.reference_logps)
         if run.options.export == "merged":
             export_engine(run, policy, metrics)
         policy.close()
@@ -104,13 +106,15 @@ def _train(run: "Run", watchers: "Sequence[Watcher]", save: bool) -> dict:
         generate(run)
         found = [finding.as_json() for finding in (*findings, *curve.findings)]
         summary = {**finite(metrics), "clipped_share": curve.clipped, "findings": found}
-        write_whole(run.folder / "summary.json", json.dumps(summary, indent=1))
+        with writing(run.folder / "summary.json"):
+            write_whole(run.folder / "summary.json", json.dumps(summary, indent=1))
     collectives.wait_for_all()
     return metrics
 
 
 def generate(run: "Run") -> None:
     """Shows answers to the first held-out prompts before and after training, if --generations and the export are on."""
+    from dpo_ds.files import writing
     from dpo_ds.reports.answers import Answers
     from dpo_ds.reports.evaluation import show_generations
     from dpo_ds.runs.data import answer_end
@@ -121,7 +125,7 @@ def generate(run: "Run") -> None:
         prompts = [run.eval_pairs.pair(n)[0].tolist() for n in range(count)]
         end = answer_end(run.options, run.tokenizer)
         answers = Answers(run.tokenizer, end, run.model.context, run.options.trust_remote_code)
-        with console.working("answering held-out prompts"):
+        with console.working("answering held-out prompts"), writing(run.folder / "generations.md"):
             adapter = None if run.adapter is None else run.adapter.folder
             show_generations(run.folder / "generations.md", answers, prompts, run.weights, merged, adapter)
 

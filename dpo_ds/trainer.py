@@ -11,15 +11,17 @@ import torch
 
 from dpo_ds.ahead import ahead
 from dpo_ds.engine.engine import Engine
-from dpo_ds.errors import RunStopped, SaveFailed, Stopped
+from dpo_ds.errors import Nonsense, RunStopped, SaveFailed, Stopped
 from dpo_ds.learner import Dealt, Learner, Step
 from dpo_ds.models.flops import Flops, peak_of
 from dpo_ds.ranks import collectives, console, family, signals, world
 from dpo_ds.ranks.hang import Hang
 from dpo_ds.references.kinds import Reference
+from dpo_ds.reports.record import first_lines
 from dpo_ds.reports.watcher import Watcher
-from dpo_ds.runs import bad_steps, checkpoint
+from dpo_ds.runs import bad_steps, checkpoint, stopped
 from dpo_ds.runs.prepare import Run
+from dpo_ds.runs.sense import Sense, remedy
 from dpo_ds.scoring.sweep import score_set
 
 # Rounding error of a pair's margin, in nats (root mean square), between policy and reference when both are the same
@@ -57,6 +59,8 @@ class Trainer:
         self.stop_file = run.folder / STOP_FILE
         self.asked: signals.Request | None = None  # this rank was asked to stop
         self.stopping = False  # some rank was, which all ranks learn in a step
+        self.sense: Sense  # set once training starts
+        self.latest: Dealt | None = None  # a micro-batch of the last step
         self.reference_moved = True  # since its held-out logps were computed
         nothing = np.zeros(0, dtype=np.float32)
         self.held_out_policy = self.held_out_reference = nothing  # the latest evaluation's
@@ -66,18 +70,23 @@ class Trainer:
         try:
             with self.hang.watched():
                 return Outcome(self._train(), self.held_out_policy, self.held_out_reference)
+        except Nonsense as error:
+            if self.here.speaks:
+                stopped.mark(self.run.folder, str(error))
+            raise
         finally:
             self.notify("ended")
 
     def _train(self) -> dict:
         torch.manual_seed(self.options.seed + self.here.rank)  # only LoRA's dropout uses it
-        done = 0
+        done, self.sense = 0, Sense(self.run.model.vocabulary, self.policy.largest_weight())
         if self.run.resume_from:
             done, self.learner.running = checkpoint.load(
                 self.policy, self.reference, self.run.resume_from, self.run.keeps_optimizer
             )
         steps = self.run.schedule.steps
         self.notify("starting", done, steps)
+        self.sense.remember(collectives.on_rank_0(lambda: first_lines(self.run.folder)))
         with console.working("the first forward and backward"):
             self.learner.warm_up(min(done, steps - 1))  # a run that only has to export has no step left
         last = self.evaluate(0) if done == 0 else {}
@@ -109,6 +118,7 @@ class Trainer:
         due = ended or (self.options.eval_every and steps_done % self.options.eval_every == 0)
         found = self.evaluate(steps_done) if due else {}
         if self.save and (ended or (self.options.save_every and steps_done % self.options.save_every == 0)):
+            self.check_weights(steps_done, evaluated=bool(found))
             self.save_checkpoint(steps_done, ended)
         return found
 
@@ -187,6 +197,11 @@ class Trainer:
         }
         self.notify("step_ended", metrics)
         self.check(step, values[0], grad_norm, applied)
+        self.latest = first
+        if problem := self.sense.of_step(metrics):
+            self.stop_by_figures(
+                number + 1, problem, bad_steps.noted(self.run, number + 1, values[0], grad_norm, step.pairs)
+            )
         if number == 0 and self.starts_equal and applied:
             self.check_first_loss(values[0], equal_loss / step.weight, math.sqrt(square_slopes / 2) / step.weight)
         return metrics
@@ -198,16 +213,15 @@ class Trainer:
         if applied:
             return
         if self.here.speaks:
-            file = bad_steps.write(self.run, step.number + 1, loss, grad_norm, step.pairs)
             console.say(
                 f"step {step.number + 1}: its loss ({loss:.6g}) or gradients (norm {grad_norm:.6g}) are not finite, so "
-                f"it changed nothing; to see its pairs: python -m dpo_ds.replay {file}"
+                f"it changed nothing{bad_steps.noted(self.run, step.number + 1, loss, grad_norm, step.pairs)}"
             )
         if self.bad_steps == self.options.max_bad_steps:
-            raise RunStopped(
+            raise Nonsense(
                 f"{self.bad_steps} steps in a row have a loss or gradients that are not finite; the weights are those "
-                f"of step {step.number + 1 - self.bad_steps}: lower --learning_rate, or look at the pairs in "
-                f"{self.run.folder / bad_steps.FOLDER}, and start again from an earlier checkpoint with --resume"
+                f"of step {step.number + 1 - self.bad_steps}: look at the pairs in "
+                f"{self.run.folder / bad_steps.FOLDER}, or {remedy(self.options)}"
             )
 
     def check_first_loss(self, loss: float, equal: float, slope: float) -> None:
@@ -242,7 +256,22 @@ class Trainer:
         found = self.learner.held_out(logps, self.held_out_reference)
         metrics = {"step": steps_done, **{f"eval/{key}": value for key, value in found.items()}}
         self.notify("evaluated", metrics)
+        if problem := self.sense.of_evaluation(metrics):
+            self.stop_by_figures(steps_done, problem)
         return metrics
+
+    def check_weights(self, steps_done: int, evaluated: bool) -> None:
+        """Stops the run rather than let it save ruined weights over good work. An update shows in the next step's
+        figures only; so without an evaluation, a micro-batch of the last step is scored once more."""
+        problem = self.sense.of_weights(self.policy.largest_weight())
+        if problem is None and not evaluated and self.latest is not None:
+            problem = self.sense.of_chosen(self.learner.chosen_again(self.latest))
+        if problem:
+            self.stop_by_figures(steps_done, problem)
+
+    def stop_by_figures(self, steps_done: int, problem: str, pairs: str = "") -> NoReturn:
+        """Stops the run, whose figures make no sense. pairs: how to look at the step's pairs."""
+        raise Nonsense(f"step {steps_done}: {problem}; nothing more is saved; {remedy(self.options)}{pairs}")
 
 
 def _rest_of_step(first: Dealt, upcoming: Iterator[Dealt]) -> Iterator[Dealt]:

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-FORMAT = 9  # raise it when the cached files change, or the code that decides their content
+FORMAT = 10  # raise it when the cached files change, or the code that decides their content
 SMALL = 20_000  # rows; for fewer, starting processes costs more than it saves
 BATCH = 1000  # rows that are in memory at a time
 
@@ -56,10 +56,11 @@ def tokenize_pairs(
     folder = cache_folder / _key([split.rows for split in sources], encoder.tokenizer, options)[:32]
     if folder.is_dir() and (problem := _damage(folder)):
         console.say(f"the tokenised pairs in {folder} are damaged ({problem}): they are made again")
-        shutil.rmtree(folder)
+        with files_of("--cache_dir", cache_folder):
+            shutil.rmtree(folder)
     if not folder.is_dir():
         with files_of("--cache_dir", cache_folder), scratch_folder(cache_folder, folder.name) as partial:
-            _Writer(partial, join).write(sources, reading, encoder, num_proc)
+            _Writer(partial, folder.name, join).write(sources, reading, encoder, num_proc)
             try:
                 partial.rename(folder)
             except OSError:
@@ -75,6 +76,8 @@ def _damage(folder: Path) -> str | None:
         manifest = json.loads((folder / "manifest.json").read_text())
         if not is_sealed(manifest):
             return "manifest.json does not match its own checksum"
+        if manifest["key"] != folder.name:
+            return "they are those of other rows or options"
     except (OSError, ValueError, AttributeError) as error:
         return f"manifest.json: {one_line(error)}"
     return difference(folder, manifest["files"], manifest["files"])
@@ -233,6 +236,7 @@ class _Writer:
     """Writes the arrays of a PairSet. Tokens go to the disk as they come; the rest is a few dozen bytes a row."""
 
     folder: Path
+    key: str  # what decides the tokens
     join: bool
     columns: dict[str, list[np.ndarray]] = field(default_factory=lambda: defaultdict(list))
     total: int = 0  # tokens so far
@@ -254,6 +258,7 @@ class _Writer:
         for name, array in arrays.items():
             np.save(self.folder / f"{name}.npy", array)
         manifest = {
+            "key": self.key,
             "pairs": len(arrays["pairs"]),
             "answers": len(arrays["answers"]),
             "groups": len(arrays["prompts"]),

@@ -276,6 +276,17 @@ def read_manifest(folder: Path) -> dict:
         raise UserError(f"{folder} is an incomplete set of tokenised pairs; remove it: {error!r}") from error
 
 
+def named_rows(pairs: PairSet, places: ArrayLike, most: int = 5) -> str:
+    """The rows of the data that these pairs are from, in words: row 3; rows 3, 8 and 4 more; row 3 of the data set 2.
+    Rows count from 0, as in the report on the data."""
+    chosen = np.asarray(places, dtype=np.int64)
+    several = len(np.unique(pairs.sources)) > 1
+    rows = sorted({(int(pairs.sources[i]), int(pairs.rows[i])) for i in chosen})
+    names = [f"{row} of the data set {source + 1}" if several else str(row) for source, row in rows[:most]]
+    more = f" and {len(rows) - most} more" if len(rows) > most else ""
+    return f"row{'s' if len(rows) > 1 else ''} {', '.join(names)}{more}"
+
+
 def too_small(micro_batch_tokens: int, longest: int) -> str:
     return (
         f"--micro_batch_tokens {micro_batch_tokens} cannot hold the longest pair, which packs to {longest} tokens: "

@@ -1,17 +1,20 @@
 """A DeepSpeed engine as the rest of the package sees it: it scores packed batches, learns from them, gives weights."""
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
 import deepspeed
 import torch
+from deepspeed.runtime.zero.offload_config import OffloadDeviceEnum
 
 from dpo_ds.engine.memory import clear_swap_folders, free_swap_buffers, release_memory
 from dpo_ds.engine.state import load_state, save_state
 from dpo_ds.engine.tiers import swap_folders
 from dpo_ds.models.lora import LanguageModel
+from dpo_ds.ranks import collectives
 from dpo_ds.scoring.packed import PackedBatch
 from dpo_ds.scoring.scorer import Scored
 
@@ -148,6 +151,20 @@ class Engine:
             return whole
 
         return fetch
+
+    def largest_weight(self) -> float:
+        """The largest weight of all ranks, as size; NaN if one is NaN. All ranks call it together.
+
+        Partitions that are kept on NVMe are not read.
+        """
+        found = [torch.zeros(2, device=self.device)]
+        for parameter in self.model.parameters():
+            held = getattr(parameter, "ds_tensor", parameter)
+            if held.numel() and getattr(held, "final_location", None) != OffloadDeviceEnum.nvme:
+                found.append(torch.stack(held.detach().aminmax()).to(found[0]))
+        own = torch.stack(found).abs().max()  # NaN comes through
+        largest = collectives.gather(float(own))
+        return math.nan if any(map(math.isnan, largest)) else max(largest)
 
     @property
     def learning_rate(self) -> float:

@@ -3,11 +3,15 @@
 While torch builds an op, a file `lock` lies in the op's folder, and other processes wait for its removal. A killed
 process leaves the file behind, and every later run would wait for ever without a message. Therefore dpo_ds takes a file
 lock of the kernel's first, which ends with its process. A `lock` file that no live process uses is then deleted.
+
+A compiled op that was damaged would end the process that loads it, or compute something else. So its checksum is kept
+beside it, and what does not match is compiled again.
 """
 
 import contextlib
 import functools
 import itertools
+import json
 import os
 import sys
 import time
@@ -16,12 +20,15 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from dpo_ds.checksums import Files, difference, is_sealed, measured, sealed
 from dpo_ds.errors import files_of
+from dpo_ds.files import write_whole
 from dpo_ds.ranks import console
 
 # Seconds of waiting for another process before the first message, and between later ones.
 FIRST_WORD, NEXT_WORD = 5.0, 30.0
 FOLDER = "TORCH_EXTENSIONS_DIR"
+CHECKSUMS = "dpo_ds.json"  # in an op's folder
 
 
 def build_in_turns(speaks: bool) -> None:
@@ -43,12 +50,16 @@ def build_in_turns(speaks: bool) -> None:
             folder.mkdir(parents=True, exist_ok=True)
         with _turn(folder, speaks):
             _await_others(folder, speaks)
+            _remove_damaged(folder, speaks)
             if any(folder.glob("*.so")):
-                return plain(self, verbose)
-            if speaks:
-                _say(f"DeepSpeed's {self.name} is compiled for this machine, once; it can take minutes ({folder})")
-            with console.working(f"compiling DeepSpeed's {self.name}"):
-                return plain(self, verbose)
+                loaded = plain(self, verbose)
+            else:
+                if speaks:
+                    _say(f"DeepSpeed's {self.name} is compiled for this machine, once; it can take minutes ({folder})")
+                with console.working(f"compiling DeepSpeed's {self.name}"):
+                    loaded = plain(self, verbose)
+            _keep_checksums(folder)
+            return loaded
 
     OpBuilder.jit_load = jit_load
 
@@ -63,6 +74,33 @@ def folder_of_versions() -> Path:
     python = f"py{sys.version_info.major}{sys.version_info.minor}"
     versions = f"{python}-torch{torch.__version__}-deepspeed{deepspeed.__version__}"
     return root if root.name == versions else root / versions  # a child process inherits the folder
+
+
+def _remove_damaged(folder: Path, speaks: bool) -> None:
+    """Removes a compiled op, and what it was linked from, if it is not as its compiler left it."""
+    files = _checksums(folder)
+    if files and (problem := difference(folder, files, files)):
+        if speaks:
+            _say(f"the compiled op in {folder} is damaged ({problem}): it is compiled again")
+        for file in (*folder.glob("*.so"), *folder.glob("*.o"), folder / CHECKSUMS):
+            file.unlink(missing_ok=True)
+
+
+def _keep_checksums(folder: Path) -> None:
+    """Writes the checksums of the op that was compiled here. A folder that cannot be written keeps none."""
+    names = sorted(file.name for file in folder.glob("*.so"))
+    if names and sorted(_checksums(folder)) != names:
+        with contextlib.suppress(OSError):
+            write_whole(folder / CHECKSUMS, json.dumps(sealed({"files": measured(folder, names)})))
+
+
+def _checksums(folder: Path) -> Files:
+    """Nothing where none were kept, as by an older version, or where they are damaged themselves."""
+    try:
+        record = json.loads((folder / CHECKSUMS).read_text(encoding="utf-8"))
+        return record["files"] if is_sealed(record) else {}
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+        return {}
 
 
 @contextlib.contextmanager

@@ -118,5 +118,10 @@ class Model:
         return asked
 
     @property
+    def vocabulary(self) -> int:
+        """The number of tokens that the model tells apart."""
+        return self.config.get_text_config().vocab_size
+
+    @property
     def hidden_size(self) -> int:
         return self.config.get_text_config().hidden_size

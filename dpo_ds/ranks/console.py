@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from typing import NoReturn
 
-from dpo_ds.errors import RunStopped, Stopped, UserError, one_line
+from dpo_ds.errors import FULL, MAKE_ROOM, RunStopped, Stopped, UserError, one_line, reason_of
 from dpo_ds.ranks import lifeline, signals, world
 
 # Seconds that a rank above 0 waits before it reports an error. A launcher ends all ranks soon after one has ended, so a
@@ -97,6 +97,8 @@ def _run(main: Callable[[list[str]], object]) -> None:
 
 def end_failed(error: Exception) -> NoReturn:
     """Ends a run for a reason that it did not expect."""
+    if isinstance(error, OSError) and error.errno in FULL:
+        stop(f"{error.filename or 'a file'} cannot be written: {reason_of(error)}; {MAKE_ROOM}", 1)
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(error, torch.OutOfMemoryError):
         stop(OUT_OF_GPU_MEMORY, 1)

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from filelock import FileLock
 
+from dpo_ds.checksums import is_sealed, of_bytes, sealed
 from dpo_ds.config import Planned
 from dpo_ds.data.pairs import PairSet
 from dpo_ds.engine.build import reference_engine
@@ -23,21 +24,21 @@ from dpo_ds.engine.engine import Engine
 from dpo_ds.errors import files_of
 from dpo_ds.files import sha256_of, write_whole
 from dpo_ds.ranks import console, world
-from dpo_ds.ranks.collectives import array_from_rank_0
+from dpo_ds.ranks.collectives import array_from_rank_0, one_after_another
 from dpo_ds.runs.loadable import Loadable
 from dpo_ds.runs.prepare import Run
 from dpo_ds.scoring.packed import PackedBatch
 from dpo_ds.scoring.rotary import depends_on_length
 from dpo_ds.scoring.sweep import Places, Score, score_set
 
-FORMAT = 2
+FORMAT = 3
 
 
 class Table:
     """A reference table on disk, which only rank 0 opens. Rows are NaN until they are scored.
 
-    While a table is being filled, it has no manifest, and rows that are not NaN are valid. Otherwise the manifest's
-    hash must match, or the table is computed again.
+    A whole table has a manifest with its facts and its hash. While it is being filled, it has a journal instead: a line
+    for each chunk of rows, with their checksum. Rows that no line vouches for are scored again.
     """
 
     def __init__(self, cache: Path, facts: dict, rows: int):
@@ -45,41 +46,107 @@ class Table:
         self.folder = cache / "reference" / self.key[:32]
         self.facts, self.rows = facts, rows
         self.path, self.manifest = self.folder / "logps.npy", self.folder / "table.json"
+        self.journal = self.folder / "rows.jsonl"
         with files_of("--cache_dir", cache):
             self.folder.mkdir(parents=True, exist_ok=True)
         # The run that fills the table holds this lock. Another run that needs the table waits and then uses it.
         self.lock = FileLock(self.folder / "lock")
 
     def read(self) -> np.ndarray:
-        """The rows, float32 [rows]; all NaN if there is no valid table."""
-        if self.path.is_file():
-            try:
-                logps = np.load(self.path)
-                whole = logps.shape == (self.rows,)
-                if self.manifest.is_file():
-                    whole &= json.loads(self.manifest.read_text())["sha256"] == sha256_of(self.path)
-            except (ValueError, EOFError, KeyError, TypeError):  # the array or the manifest is damaged
-                whole = False
-            if whole:
-                return logps
-            console.say(f"the reference table {self.folder} does not match its hash and is computed again")
-            self.path.unlink()
-        self.manifest.unlink(missing_ok=True)
+        """The rows, float32 [rows]; NaN where there is no valid one. What is damaged is named and removed."""
+        problem, logps = self._read() if self.path.is_file() else ("", self._empty())
+        if problem is not None:
+            if problem:
+                console.say(f"the reference table {self.folder} {problem} and is computed again")
+            with files_of("--cache_dir", self.folder):
+                for file in (self.path, self.manifest, self.journal):
+                    file.unlink(missing_ok=True)
+        return logps
+
+    def _read(self) -> tuple[str | None, np.ndarray]:
+        """What is wrong with the table as a whole, and its rows."""
+        try:
+            logps = np.load(self.path)
+        except (OSError, ValueError, EOFError):
+            return "does not match its hash", self._empty()
+        if logps.shape != (self.rows,) or logps.dtype != np.float32:
+            return "does not match its hash", self._empty()
+        if self.manifest.is_file():
+            problem = self._contradiction()
+            return problem, logps if problem is None else self._empty()
+        valid, damaged = self._vouched_for(logps)
+        left = np.where(valid, logps, np.float32(np.nan))
+        if not valid.any():
+            return "has no rows that can be verified", left
+        if damaged:
+            console.say(f"{damaged} rows of the reference table {self.folder} are damaged: they are computed again")
+        return None, left
+
+    def _empty(self) -> np.ndarray:
         return np.full(self.rows, np.nan, dtype=np.float32)
 
-    def open_to_fill(self) -> np.memmap:
-        """The rows, writable."""
-        if not self.path.is_file():
+    def _contradiction(self) -> str | None:
+        """What is wrong with a table that has a manifest."""
+        try:
+            manifest = json.loads(self.manifest.read_text(encoding="utf-8"))
+            if not is_sealed(manifest) or manifest["sha256"] != sha256_of(self.path):
+                return "does not match its hash"
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return "does not match its hash"
+        if any(manifest.get(name) != fact for name, fact in self.facts.items()):
+            return "is of other weights or answers"
+        return None
+
+    def _vouched_for(self, logps: np.ndarray) -> tuple[np.ndarray, int]:
+        """Which rows of a table that is not finished are as they were written, and how many are not."""
+        valid, damaged = np.zeros(self.rows, dtype=bool), 0
+        for text in self.journal.read_bytes().splitlines() if self.journal.is_file() else ():
+            try:
+                line = json.loads(text)
+                if not is_sealed(line):
+                    continue
+            except (ValueError, AttributeError):  # cut off by a kill, or damaged
+                continue
+            places = np.concatenate([np.arange(start, end) for start, end in line["rows"]])
+            whole = line["xxh3_128"] == of_bytes(logps[places].tobytes())
+            valid[places] |= whole
+            damaged += 0 if whole else len(places)
+        return valid, damaged
+
+    def open_to_fill(self, known: np.ndarray) -> np.memmap:
+        """The rows, writable. known: those that `read` has returned. Raises UserError if the disk has no room."""
+        with files_of("--cache_dir", self.folder):
             fresh = self.path.with_suffix(".tmp.npy")
-            np.save(fresh, self.read())
-            fresh.rename(self.path)
-        self.manifest.unlink(missing_ok=True)
+            np.save(fresh, known)
+            self.journal.unlink(missing_ok=True)
+            self.manifest.unlink(missing_ok=True)
+            fresh.replace(self.path)
+            if len(places := np.flatnonzero(np.isfinite(known))):
+                self._vouch(places, known[places])
         return np.load(self.path, mmap_mode="r+")
 
+    def write(self, rows: np.memmap, places: np.ndarray, values: np.ndarray) -> None:
+        """Writes a chunk. Raises UserError if the disk has no room."""
+        rows[places] = values
+        with files_of("--cache_dir", self.folder):
+            rows.flush()
+            self._vouch(places, values)
+
+    def _vouch(self, places: np.ndarray, values: np.ndarray) -> None:
+        ends = np.flatnonzero(np.diff(places) != 1)  # of ranges
+        starts, stops = places[np.r_[0, ends + 1]], places[np.r_[ends, len(places) - 1]] + 1
+        digest = of_bytes(values.astype(np.float32).tobytes())
+        line = sealed({"rows": np.stack([starts, stops], axis=1).tolist(), "xxh3_128": digest})
+        with open(self.journal, "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
     def close(self) -> None:
-        scored = int(np.isfinite(np.load(self.path)).sum())
-        facts = {**self.facts, "rows": self.rows, "scored": scored, "sha256": sha256_of(self.path)}
-        write_whole(self.manifest, json.dumps(facts, indent=1))
+        """The table is filled as far as it was asked for."""
+        with files_of("--cache_dir", self.folder):
+            scored = int(np.isfinite(np.load(self.path)).sum())
+            facts = {**self.facts, "rows": self.rows, "scored": scored, "sha256": sha256_of(self.path)}
+            write_whole(self.manifest, json.dumps(sealed(facts), indent=1))
+            self.journal.unlink()
 
 
 @dataclass(frozen=True)
@@ -172,15 +239,14 @@ def _table(model: Loadable, options: Planned, score: Score, wanted: Wanted) -> n
             console.say(f"{title}: all {needed.sum()} answers found in the table")
             return logps
         console.say(f"{title}: {len(left)} of {needed.sum()} answers to score")
-        rows = table.open_to_fill() if table else None
+        filled: list[np.memmap] = []
+        one_after_another(lambda: filled.append(table.open_to_fill(logps)) if table else None)
 
         def keep(answers: np.ndarray, scored: np.ndarray) -> None:
-            if rows is not None:
-                rows[places.of(answers)] = scored
-                rows.flush()
+            if table is not None:
+                table.write(filled[0], places.of(answers), scored)
 
         limit = options.micro_batch_tokens
         logps[places.of(left)] = score_set(score, pairs, left, limit, title, per_token, keep)
-        if table:
-            table.close()
+        one_after_another(lambda: table.close() if table else None)
     return logps

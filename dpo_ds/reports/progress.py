@@ -56,9 +56,14 @@ class Progress(Watcher):
         self.bar.close()
 
 
-def watchers_of(folder: Path, options: Options, readers: Sequence[Reader] = ()) -> list[Watcher]:
-    """The watchers of every run, on rank 0 alone: its record with what reads it (`readers` as well), and progress."""
+def watchers_of(
+    folder: Path, options: Options, readers: Sequence[Reader] = (), checkpoint: Path | None = None
+) -> list[Watcher]:
+    """The watchers of every run, on rank 0 alone: its record with what reads it (`readers` as well), and progress.
+
+    checkpoint: that from which the run goes on.
+    """
     if not world.from_environment().speaks:
         return []
     own = [Curves(folder, options.max_grad_norm), *readers_of(folder, options)]
-    return [Recorder(folder, [*own, *readers]), Progress()]
+    return [Recorder(folder, [*own, *readers], checkpoint), Progress()]

@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 
 from dpo_ds.config import Options
-from dpo_ds.data.pairs import PairSet
-from dpo_ds.errors import UserError, one_line
+from dpo_ds.data.pairs import PairSet, named_rows
+from dpo_ds.errors import UserError, one_line, reason_of
 from dpo_ds.files import write_whole
+from dpo_ds.ranks import world
 from dpo_ds.runs.folders import checkpoints
 from dpo_ds.runs.prepare import Run
 
@@ -36,6 +37,18 @@ class BadStep:
     checkpoint: str | None  # the newest that the run had then; None: the model's own weights
     options: Options
     pairs: list[BadPair]
+
+
+def noted(run: Run, step: int, loss: float, grad_norm: float, pairs: np.ndarray) -> str:
+    """Writes the step's file, on rank 0. Returns the end of a message: the rows of its pairs, and the command that
+    shows more. A full disk must not take the message away."""
+    said = f"; its pairs are of {named_rows(run.train_pairs, pairs)}"
+    if not world.from_environment().speaks:
+        return said
+    try:
+        return f"{said}; to see them: python -m dpo_ds.replay {write(run, step, loss, grad_norm, pairs)}"
+    except OSError as error:
+        return f"{said} ({run.folder / FOLDER} cannot be written: {reason_of(error)})"
 
 
 def write(run: Run, step: int, loss: float, grad_norm: float, pairs: np.ndarray) -> Path:

@@ -24,7 +24,7 @@ from dpo_ds.losses.compared import Running
 from dpo_ds.ranks import console, world
 from dpo_ds.ranks.collectives import on_rank_0, together
 from dpo_ds.reports.record import Record
-from dpo_ds.runs import folders, manifest
+from dpo_ds.runs import folders, identity_file, manifest
 from dpo_ds.runs.prepare import Run
 
 
@@ -54,6 +54,7 @@ def save(run: Run, engine: Engine, reference: Kept, step: int, running: Running)
     try:
         on_rank_0(lambda: _make_place(final, partial, engine.checkpoint_bytes))
         written = together(lambda: _write(final, partial, engine, reference))
+        on_rank_0(lambda: _copy_records(run.folder, final, partial))
         known = {name: facts for files in written for name, facts in files.items()}
         files = manifest.measure(partial, final, known)
         facts = {
@@ -126,6 +127,13 @@ def _write(final: Path, partial: Path, engine: Engine, reference: Kept) -> Files
         save_file(_random_state(), random)
         follow_umask(random)
         return engine.save(partial) | reference.save(partial)
+
+
+def _copy_records(folder: Path, final: Path, partial: Path) -> None:
+    """Copies metrics.jsonl and run.json: a run that goes on needs them whole."""
+    with saving(final):
+        identity_file.copy_to(folder, partial)
+        Record(folder).copy_to(partial)
 
 
 def _complete(final: Path, partial: Path, facts: dict, damage: str | None) -> None:

@@ -1,13 +1,14 @@
 """The run's folder: which run it belongs to, its checkpoints, and where to resume.
 
 options.yaml     the options that the run uses; --config reads them back
-run.json         the run's identity (runs/identity.py): another run is refused, the same run resumes
+run.json         the run's identity (runs/identity.py, identity_file.py): another run is refused, the same run resumes
 metrics.jsonl    a line per step and per evaluation (reports/record.py)
 curves.png       the same as curves (reports/curves.py)
 trackers.json, tensorboard/, wandb/   with --report_to (reports/trackers.py)
 checkpoints/step-000100/   written by runs/checkpoint.py; no other name is a checkpoint's
     checkpoint.json        step, ranks, ZeRO stage, versions, options, the run's hash; the manifest: every other file's
                            size and checksum (runs/manifest.py)
+    run.json, metrics.jsonl.gz   copies, for the case that the run's own are damaged
     random-0.safetensors   one per rank: its random state
     state-0.safetensors    one per rank: its part of the fp32 weights and of Adam's state (engine/state.py)
     reference-0.safetensors   of a reference that moves: its fp32 weights, under ZeRO-3 each rank's own
@@ -15,6 +16,7 @@ checkpoints/step-000100.partial, .damaged   half of a save; a damaged checkpoint
 evaluation.jsonl, generations.md, merged/   the held-out log-probabilities, answers, the exported model
 merged.json      the manifest of merged/
 running.lock, running.json   held by a process that trains here, and which one (runs/lock.py)
+stopped.json     the run's own figures have stopped it (runs/stopped.py); stopped/ has the files of such a run
 summary.json     written at the very end
 """
 
@@ -25,11 +27,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from dpo_ds import checksums
-from dpo_ds.config import FIELDS, Options, to_yaml
+from dpo_ds.config import FIELDS, Options, to_yaml, with_checksum
 from dpo_ds.errors import UserError, files_of, one_line
 from dpo_ds.files import in_words, move_aside, write_whole
 from dpo_ds.ranks import collectives, console
-from dpo_ds.runs import manifest
+from dpo_ds.runs import identity_file, manifest, stopped
 from dpo_ds.runs.identity import FILES, PARENT, allowed_changes, hash_of, require_same
 from dpo_ds.runs.lock import LEFT_EARLY, Lock
 
@@ -51,7 +53,7 @@ class Found:
 
 def read_record(folder: Path) -> dict:
     """run.json of a run's folder: the options that decide what the run computes, its data and its files."""
-    return _read(folder / "run.json")
+    return identity_file.read(folder, checkpoints(folder))
 
 
 def options_of(record: object, what: str) -> Options:
@@ -64,8 +66,8 @@ def options_of(record: object, what: str) -> Options:
 
 def started(folder: Path) -> str | None:
     """The date, ISO, on which the folder's run was first started (chat templates may print it); None without a run."""
-    record = folder / "run.json"
-    return _read(record).get("date") if record.is_file() else None
+    own = checkpoints(folder)
+    return identity_file.read(folder, own, speak=False).get("date") if identity_file.is_there(folder, own) else None
 
 
 def check_folder(folder: Path, options: Options) -> None:
@@ -77,7 +79,7 @@ def check_folder(folder: Path, options: Options) -> None:
             return
     if not folder.is_dir():
         raise UserError(f"--output_dir {folder} is a file; name a folder")
-    if not (folder / "run.json").is_file():
+    if not identity_file.is_there(folder, checkpoints(folder)):
         raise UserError(f"--output_dir {folder} holds files of something else: name an empty or new folder")
     if options.resume == "never":
         raise UserError(f"--output_dir {folder} holds a run, and --resume never was given: name another folder")
@@ -90,21 +92,21 @@ def open_folder(folder: Path, options: Options, this_run: dict, steps: int) -> F
     steps: of the run's schedule. Raises UserError if another run owns the folder, another process uses it, or no
     checkpoint can be used.
     """
-    record = folder / "run.json"
-    began = collectives.on_rank_0(record.is_file)
+    began = identity_file.is_there(folder, checkpoints(folder))
     given = None if options.resume in ("auto", "never") else Path(options.resume)
     if given is not None:
         _require_usable(given)
         if not is_own(folder, given):
-            facts = describe(given)
-            this_run = this_run | {
-                PARENT: {"run": facts["run"], "step": facts["step"], "optimizer": options.resume_optimizer}
-            }
-            if not began:
-                _say_changes(given, facts["identity"], this_run, options.resume_optimizer)
-    if began:
-        require_same(folder, _read(record), this_run)
-    found = _where_to_go_on(folder, options, this_run, given)
+            this_run = _with_parent(this_run, given, options.resume_optimizer)
+    again = began and _begins_again(folder, read_record(folder), this_run)
+    if given is not None and (again or not began):
+        if is_own(folder, given):
+            raise UserError(
+                f"--resume {given} is of the run that stopped in {folder}: name a new --output_dir to begin from it "
+                "with other options"
+            )
+        _say_changes(given, this_run)
+    found = Found(given, False) if again else _where_to_go_on(folder, options, this_run, given)
     if found.resume_from is not None and (done := describe(found.resume_from)["step"]) > steps:
         raise UserError(
             f"{found.resume_from} is of step {done}, but this run has {steps}: raise --max_steps or --epochs, or take "
@@ -112,7 +114,7 @@ def open_folder(folder: Path, options: Options, this_run: dict, steps: int) -> F
         )
     lock = Lock(folder)
     collectives.wait_for_all()  # every rank must have looked before rank 0 writes
-    collectives.on_rank_0(lambda: _claim(folder, lock, options, this_run, found.damaged))
+    collectives.on_rank_0(lambda: _claim(folder, lock, options, this_run, found.damaged, again))
     return replace(found, lock=lock, run=this_run)
 
 
@@ -124,27 +126,49 @@ def _require_usable(checkpoint: Path) -> None:
         )
 
 
-def _say_changes(checkpoint: Path, before: dict, now: dict, optimizer: bool) -> None:
-    """Says what a run that begins from another run's checkpoint changes."""
-    for change in allowed_changes(checkpoint, before, now):
+def _with_parent(this_run: dict, checkpoint: Path, optimizer: bool) -> dict:
+    """The identity of a run that begins from another run's checkpoint."""
+    facts = describe(checkpoint)
+    return this_run | {PARENT: {"run": facts["run"], "step": facts["step"], "optimizer": optimizer}}
+
+
+def _say_changes(checkpoint: Path, this_run: dict) -> None:
+    """Says what a run that begins from another run's checkpoint changes. Raises UserError if it may not."""
+    for change in allowed_changes(checkpoint, describe(checkpoint)["identity"], this_run):
         console.say(f"--resume {checkpoint}: {change}")
-    console.say(f"--resume {checkpoint}: Adam's state is {'kept' if optimizer else 'not kept'}")
+    console.say(f"--resume {checkpoint}: Adam's state is {'kept' if this_run[PARENT]['optimizer'] else 'not kept'}")
 
 
-def _claim(folder: Path, lock: Lock, options: Options, this_run: dict, damaged: tuple[Path, ...]) -> None:
+def _begins_again(folder: Path, recorded: dict, this_run: dict) -> bool:
+    """Whether this run takes the place of another one, which its own figures have stopped. Raises UserError if the
+    folder's run is another one that they have not."""
+    try:
+        require_same(folder, recorded, this_run)
+    except UserError:
+        if not stopped.is_stopped(folder):
+            raise
+        return True
+    return False
+
+
+def _claim(folder: Path, lock: Lock, options: Options, this_run: dict, damaged: tuple[Path, ...], again: bool) -> None:
     with files_of("--output_dir", folder):
         folder.mkdir(parents=True, exist_ok=True)
         lock.take()
         for path in damaged:
             console.say(f"{path} is now called {move_aside(path).name}")
-        write_whole(folder / "run.json", json.dumps(this_run, indent=1))
-        write_whole(folder / "options.yaml", to_yaml(options))
+        if again:
+            aside = stopped.put_aside(folder)
+            console.say(f"the run in {folder} was stopped by its own figures: its files are now in {aside}")
+        identity_file.write(folder, this_run)
+        write_whole(folder / "options.yaml", with_checksum(to_yaml(options)))
+        stopped.go_on(folder)
 
 
 def _where_to_go_on(folder: Path, options: Options, this_run: dict, given: Path | None) -> Found:
     """given: the checkpoint of --resume. A run that began from another run's goes on from its own, once it has one."""
     if collectives.on_rank_0((folder / "summary.json").is_file):
-        missing = merged_damage(folder) if options.export == "merged" else None
+        missing = merged_damage(folder, hash_of(this_run)) if options.export == "merged" else None
         if missing is None:
             return Found(None, finished=True)
         console.say(f"this run is finished, but {folder / 'merged'} {missing}: it is exported again")
@@ -241,25 +265,33 @@ def damage(checkpoint: Path, run: str | None) -> str | None:
     return problem
 
 
-def merged_damage(folder: Path) -> str | None:
-    """What is wrong with the run's exported model; None if nothing is. All ranks call it together."""
-    missing, files = collectives.on_rank_0(lambda: _merged_files(folder))
+def merged_damage(folder: Path, run: str) -> str | None:
+    """What is wrong with the run's exported model; None if nothing is. All ranks call it together.
+
+    run: the run's hash.
+    """
+    missing, files = collectives.on_rank_0(lambda: _merged_files(folder, run))
     if missing is None and files:
         missing = manifest.difference(folder / "merged", files)
     return collectives.first(missing)
 
 
-def _merged_files(folder: Path) -> tuple[str | None, checksums.Files]:
+def _merged_files(folder: Path, run: str) -> tuple[str | None, checksums.Files]:
     """What is wrong with merged/ at first sight, and the files to compare: all but the model card, which people edit.
     A run of an older version has no merged.json."""
     if not (folder / "merged").is_dir():
         return "is missing", {}
     try:
-        record = _object(folder / MERGED) if (folder / MERGED).exists() else checksums.sealed({FILES: {}})
+        if not (folder / MERGED).exists():
+            console.say(f"{folder / 'merged'} has no {MERGED}: it cannot be verified")
+            return None, {}
+        record = _object(folder / MERGED)
     except ValueError as error:
         return f"cannot be checked, because {MERGED} is damaged ({error})", {}
     if not checksums.is_sealed(record):
         return f"cannot be checked, because {MERGED} does not match its own checksum", {}
+    if record.get("run", run) != run:
+        return "is another run's", {}
     return None, {name: facts for name, facts in record[FILES].items() if name != "README.md"}
 
 

@@ -83,10 +83,15 @@ class Run:
         return hash_of(self.identity)
 
     @property
+    def own_checkpoint(self) -> Path | None:
+        """The checkpoint from which the run goes on, if it is its own: --resume may name another run's."""
+        found = self.resume_from
+        return found if found is not None and folders.is_own(self.folder, found) else None
+
+    @property
     def keeps_optimizer(self) -> bool:
         """Whether Adam's state comes from the checkpoint. Only the first start from another run's can leave it out."""
-        begins = self.resume_from is not None and not folders.is_own(self.folder, self.resume_from)
-        return self.options.resume_optimizer or not begins
+        return self.options.resume_optimizer or self.own_checkpoint is not None
 
     @property
     def starts_equal(self) -> bool:

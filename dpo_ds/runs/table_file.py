@@ -6,7 +6,7 @@ A row for each answer, training pairs' first:
     pairs     list<string>   the ids of the pairs that it is in
     length    int64          its learned tokens
     logps     list<float32>  their sum, or in a run of LD-DPO the value of each
-The file's metadata holds, under "dpo_ds", what decided the values, and a hash of them.
+The file's metadata holds, under "dpo_ds", what decided the values, a hash of them, and a checksum of all that.
 """
 
 import hashlib
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from dpo_ds.checksums import is_sealed, sealed
 from dpo_ds.data.pairs import PairSet
 from dpo_ds.errors import UserError, files_of, one_line
 from dpo_ds.scoring.sweep import Places
@@ -24,7 +25,7 @@ from dpo_ds.scoring.sweep import Places
 if TYPE_CHECKING:
     import pyarrow
 
-FORMAT = 1
+FORMAT = 2  # 1 had no checksum of its facts
 COLUMNS = ("answer", "pairs", "length", "logps")
 
 
@@ -47,12 +48,12 @@ def write_table(path: Path, sets: list[tuple[PairSet, np.ndarray]], facts: dict)
             columns["logps"].append(logps[start : start + int(places.sizes[answer])])
     kinds = (pa.string(), pa.list_(pa.string()), pa.int64(), pa.list_(pa.float32()))
     table = pa.table({name: pa.array(columns[name], kind) for name, kind in zip(COLUMNS, kinds, strict=True)})
-    metadata = {"format": FORMAT, **facts, "sha256": _digest(table)}
+    metadata = sealed({"format": FORMAT, **facts, "sha256": _digest(table)})
     table = table.replace_schema_metadata({"dpo_ds": json.dumps(metadata)})
     with files_of("--output", path):
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(path.name + ".partial")
-        pq.write_table(table, partial)
+        pq.write_table(table, partial, write_page_checksum=True)
         partial.replace(path)
 
 
@@ -64,14 +65,15 @@ class TableFile:
         table = self._read()
         try:
             self.facts = json.loads((table.schema.metadata or {})[b"dpo_ds"])
-            known = self.facts["format"] == FORMAT and set(COLUMNS) <= set(table.column_names)
+            known = self.facts["format"] in (1, FORMAT) and set(COLUMNS) <= set(table.column_names)
         except (KeyError, ValueError, TypeError):
             known = False
         if not known:
             raise UserError(
                 f"--reference_table {path} is no table of this version: write it with dpo_ds.score --output FILE"
             )
-        if self.facts.get("sha256") != _digest(table):
+        sound = self.facts["format"] == 1 or is_sealed(self.facts)
+        if not sound or self.facts.get("sha256") != _digest(table):
             raise UserError(f"--reference_table {path} does not match its own hash: copy it again")
         if self.facts.get("precision") != precision:
             raise UserError(
@@ -97,7 +99,7 @@ class TableFile:
         import pyarrow.parquet as pq
 
         try:
-            return pq.read_table(self.path)
+            return pq.read_table(self.path, page_checksum_verification=True)
         except (OSError, pa.ArrowException) as error:
             said = one_line(error)
             raise UserError(f"--reference_table {self.path} cannot be read as Parquet: {said}; name a file") from None

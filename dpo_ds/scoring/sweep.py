@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike
 from tqdm import tqdm
 
 from dpo_ds.ahead import ahead
-from dpo_ds.data.pairs import PairSet
+from dpo_ds.data.pairs import PairSet, named_rows
 from dpo_ds.data.steps import deal
 from dpo_ds.errors import RunStopped
 from dpo_ds.ranks import collectives, world
@@ -91,10 +91,8 @@ def score_set(
             values = score_answers(score, pairs, chunk, micro_batch_tokens, per_token)
             bad = np.unique(np.repeat(chunk, sizes[chunk])[~np.isfinite(values)])
             if len(bad):
-                named = ", ".join(pairs.pair_id(i) for i in np.isin(pairs.pairs, bad).any(axis=1).nonzero()[0][:5])
-                raise RunStopped(
-                    f"{title}: the log-probabilities of {len(bad)} answers are not finite, of the pairs {named}"
-                )
+                rows = named_rows(pairs, np.isin(pairs.pairs, bad).any(axis=1).nonzero()[0])
+                raise RunStopped(f"{title}: the log-probabilities of {len(bad)} answers are not finite, in {rows}")
             if keep is not None:
                 keep(chunk, values)
             scored.append(values)

@@ -1,4 +1,4 @@
-"""Damaged checkpoints and exports: named, moved aside and replaced; never trained on, never executed, never deleted.
+"""Damage to all that a run writes: named, moved aside and replaced; never trained on, never executed, never deleted.
 
 Each case damages a copy of a finished run. All of them start in one launch, and must end with that run's weights.
 """
@@ -6,6 +6,7 @@ Each case damages a copy of a finished run. All of them start in one launch, and
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import time
@@ -18,6 +19,7 @@ import torch
 from safetensors.torch import load_file
 
 from dpo_ds import checksums
+from dpo_ds.config import parse_options
 from dpo_ds.runs import folders
 from dpo_ds.runs.lock import Lock
 
@@ -40,6 +42,13 @@ def flip(file: Path) -> None:
 def edit(checkpoint: Path, **facts) -> None:
     file = checkpoint / "checkpoint.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | facts))
+
+
+def edit_seed(file: Path) -> None:
+    """Changes a digit of the seed: what is left is as good as any to read."""
+    text = re.sub(r"(\bseed\W+4)2", r"\g<1>3", file.read_text())
+    assert text != file.read_text()
+    file.write_text(text)
 
 
 def swap(one: Path, other: Path) -> None:
@@ -85,6 +94,8 @@ MERGED = {
     "merged-without-a-file": (lambda m: (m / "config.json").unlink(), "merged config.json is missing"),
 }
 CASES = [(name, ranks) for name, (_, _, counts) in DAMAGE.items() for ranks in counts]
+# name: a learning rate
+ABSURD = {"absurd": "1", "more-absurd": "1e9"}
 BOTH = pytest.mark.parametrize("ranks", STAGES)
 
 
@@ -148,7 +159,8 @@ class Launch:
         first = [{"argv": argv(place, "base")}, {"argv": argv(place, "other", "--seed=7")}]
         launching.run_scenarios(ranks, first, place / "first.json")
         self.damaged: dict[str, dict[str, str]] = {}
-        scenarios = [*self._damaged(), *self._named(), *self._merged(), *self._failing()]
+        scenarios = [*self._damaged(), *self._named(), *self._merged(), *self._records(), *self._failing()]
+        scenarios += self._absurd()
         self.output = launching.run_scenarios(ranks, scenarios, place / "second.json")
 
     def _damaged(self):
@@ -174,6 +186,30 @@ class Launch:
         for name, (harm, _) in MERGED.items():
             copied(self.place, name, finished=True)
             harm(self.place / name / "merged")
+            yield {"argv": argv(self.place, name)}
+
+    def _records(self):
+        """All records of a run, and all that it finds in the cache. Its checkpoint is whole."""
+        folder = copied(self.place, "records").parents[1]
+        edit_seed(folder / "run.json")
+        edit_seed(folder / "options.yaml")
+        flip(folder / "metrics.jsonl")
+        cache = shutil.copytree(self.place / "cache", self.place / "damaged-cache")
+        for file in (*cache.glob("reference/*/logps.npy"), *cache.rglob("answers.npy")):
+            flip(file)
+        yield {"argv": argv(self.place, "records", f"--cache_dir={cache}")}
+        folder = copied(self.place, "gone").parents[1]
+        for name in ("run.json", "options.yaml", "metrics.jsonl"):
+            (folder / name).unlink()
+        yield {"argv": argv(self.place, "gone")}
+        folder = copied(self.place, "full-record").parents[1]
+        shutil.rmtree(folder / "checkpoints")
+        # From step 3 to step 5, rank 0 can write no file. The checkpoint of step 4 cannot be written either.
+        yield {"argv": argv(self.place, "full-record"), "file_limit": [0, 3, 5, 0]}
+
+    def _absurd(self):
+        for name, rate in ABSURD.items():
+            yield {"argv": argv(self.place, name, f"--learning_rate={rate}", "--warmup_ratio=0"), "fails": True}
             yield {"argv": argv(self.place, name)}
 
     def _failing(self):
@@ -258,6 +294,48 @@ def test_a_finished_run_exports_again_what_is_missing_or_damaged(ranks, launches
         before, after = (json.loads((launch.place / run / "summary.json").read_text()) for run in ("base", name))
         assert before | {"findings": None} == after | {"findings": None}
         assert (launch.place / name / "merged.damaged").exists() == (name != "merged-deleted")
+
+
+@BOTH
+def test_a_runs_records_and_its_cache_are_named_and_made_again(ranks, launches):
+    launch = launches(ranks)
+    folder, cache = launch.place / "records", launch.place / "damaged-cache"
+    checkpoint = folder / "checkpoints" / "step-000006"
+    for said in (
+        f"{folder}/run.json is damaged (it does not match its own checksum): the copy in {checkpoint} is taken",
+        f"{folder}/metrics.jsonl is damaged (",
+        f": its lines are taken from {checkpoint}",
+        f"the tokenised pairs in {cache}/",
+        f"the reference table {cache}/reference/",
+    ):
+        assert said in launch.output
+    gone = launch.place / "gone"
+    assert f"{gone}/run.json is damaged (missing): the copy in" in launch.output
+    assert f"{gone}/metrics.jsonl is damaged (" in launch.output
+    for name in ("records", "gone"):
+        assert_as_base(launch.place, name)
+        assert parse_options(["--config", str(launch.place / name / "options.yaml")]).seed == 42
+
+
+@BOTH
+def test_a_record_that_cannot_be_written_ends_no_run_and_loses_no_line(ranks, launches):
+    launch = launches(ranks)
+    file = launch.place / "full-record" / "metrics.jsonl"
+    assert f"{file} cannot be written: File too large; the run goes on" in launch.output
+    assert f"{file} is written again; 3 lines had waited" in launch.output
+    assert_as_base(launch.place, "full-record")
+
+
+@BOTH
+@pytest.mark.parametrize("name", ABSURD)
+def test_figures_without_sense_stop_a_run_before_it_saves_and_the_remedy_works(name, ranks, launches):
+    launch = launches(ranks)
+    folder = launch.place / name
+    (said,) = [line for line in launch.output.splitlines() if "Nonsense: " in line and f"{folder}/stopped" in line]
+    assert "nothing more is saved; lower --learning_rate" in said
+    assert not (folder / "stopped" / "checkpoints").exists() and not (folder / "stopped" / "merged").exists()
+    assert f"the run in {folder} was stopped by its own figures: its files are now in {folder}/stopped" in launch.output
+    assert_as_base(launch.place, name)
 
 
 @BOTH
@@ -349,6 +427,35 @@ def test_a_full_disk_is_noticed_before_a_save_and_within_it(disk, launches):
         said = [line for line in output.splitlines() if f"{place / name}/checkpoints/step-" in line and reason in line]
         assert len(said) == 2, output[-5000:]
         assert [path.name for path in (place / name / "checkpoints").iterdir()] == ["step-000002"]
+        assert_as_base(place, name)
+
+
+# Of the disk, in KiB: what there is room for. 0: nothing. Then: the claim; and all but the export.
+RUNS = (0, 8, 16, 3_400)
+CACHES = (0, 100)  # likewise: nothing; some files
+
+
+def test_a_full_disk_at_any_instant_is_named_and_the_same_command_recovers(disk, launches):
+    place = launches(1).place
+    full = {f"run-of-{size}": disk(1024 * max(size, 4)) for size in RUNS}
+    full |= {f"cache-of-{size}": disk(1024 * max(size, 4)) for size in CACHES}
+    (full["run-of-0"] / "filler").write_bytes(bytes(4096))
+    (full["cache-of-0"] / "filler").write_bytes(bytes(4096))
+    scenarios = []
+    for name, small in full.items():
+        output, cache = (small / "run", place / "cache") if "run" in name else (place / name, small / "cache")
+        more = f"--output_dir={output}", f"--cache_dir={cache}", "--keep_last=1"
+        scenarios.append({"argv": argv(place, name, *more)})
+    output = launching.run_scenarios(1, [{**s, "fails": True} for s in scenarios], place / "small.json")
+    for name, small in full.items():
+        said = [line for line in output.splitlines() if f"{small}/" in line and "; free some space there" in line]
+        assert len(said) == 1 and "No space left on device" in said[0], (name, output[-5000:])
+        assert said[0].startswith(("dpo_ds: UserError: ", "dpo_ds: RunStopped: "))
+        subprocess.run(["mount", "-o", "remount,size=64M", small], check=True)
+    launching.run_scenarios(1, scenarios, place / "larger.json")
+    for name, small in full.items():
+        if "run" in name:
+            (place / name).symlink_to(small / "run")
         assert_as_base(place, name)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from dataclasses import replace
 
 import launching
@@ -61,6 +62,9 @@ def test_it_is_said_and_written_down(place):
     for case in CASES:
         file = place / case / "bad_steps" / f"step-{BAD:06d}.json"
         assert f"python -m dpo_ds.replay {file}" in said
+        assert re.search(
+            rf"step {BAD}: its loss .* changed nothing; its pairs are of rows \d+, \d+, \d+, \d+; to see", said
+        )
         step = bad_steps.read(file)
         assert step.step == BAD and step.checkpoint is None and step.options.learning_rate == 1e-3
         assert len(step.pairs) == 4 and all(pair.prompt and len(pair.answers) == 2 for pair in step.pairs)
@@ -84,7 +88,7 @@ def test_a_replay_names_the_pair_that_is_not_finite(place, capsys, tmp_path):
     broken = replace(step, options=step.options.replace(model=str(tmp_path)))
     assert replay(broken) == 1
     marked = [line for line in capsys.readouterr().out.splitlines() if line.endswith("<- not finite")]
-    assert len(marked) == 1 and step.pairs[bad].id in marked[0]
+    assert len(marked) == 1 and marked[0].startswith(f"dpo_ds: row {step.pairs[bad].row} ")
 
 
 def test_bad_steps_in_a_row_stop_the_run(place):
@@ -99,5 +103,8 @@ def test_bad_steps_in_a_row_stop_the_run(place):
     assert done.returncode == 1 and "Traceback" not in done.stdout
     assert [line["applied"] for line in steps[-2:]] == [False, False] and steps[-3]["applied"]
     assert steps[-1]["loss"] is None and steps[-1]["step"] < 8
-    assert f"the weights are those of step {steps[-3]['step']}: lower --learning_rate" in done.stdout
+    said = (
+        f"the weights are those of step {steps[-3]['step']}: look at the pairs in {place}/stopped/bad_steps, or lower "
+    )
+    assert f"{said}--learning_rate (now 1e+30): with another one, the same command begins again" in done.stdout
     assert steps[-1]["learning_rate"] == steps[-2]["learning_rate"], "the schedule does not go on"

@@ -234,8 +234,11 @@ def test_a_reference_that_is_not_the_policy_is_noticed(place, tmp_path):
     manifest = json.loads((table.parent / "table.json").read_text())
     import hashlib
 
+    from dpo_ds.checksums import sealed
+
     manifest["sha256"] = hashlib.sha256(table.read_bytes()).hexdigest()
-    (table.parent / "table.json").write_text(json.dumps(manifest))
+    del manifest["checksum"]
+    (table.parent / "table.json").write_text(json.dumps(sealed(manifest)))
     done = launching.run(1, *words, "--output_dir", tmp_path / "third", check=False)
     assert done.returncode == 1 and "it must be 0.693147" in done.stdout, done.stdout[-2000:]
 

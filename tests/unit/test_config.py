@@ -18,6 +18,7 @@ from dpo_ds.config import (
     read_columns,
     template_variables,
     to_yaml,
+    with_checksum,
 )
 from dpo_ds.errors import UserError
 
@@ -244,3 +245,29 @@ def test_options_are_read_without_transformers_and_torch():
     seen = "import sys, dpo_ds.config; print({'transformers', 'torch', 'numpy'} & set(sys.modules))"
     out = subprocess.run([sys.executable, "-c", seen], capture_output=True, text=True, check=True).stdout
     assert out.strip() == "set()"
+
+
+def changed_by(text: str, harm: str) -> str:
+    return {
+        "flipped": text.replace("seed: 42", "seed: 43"),
+        "cut": text[: len(text) // 2],
+        "cut at a line": "\n".join(text.splitlines()[:-5]) + "\n",
+        "only its first line": text.splitlines()[0] + "\n",
+    }[harm]
+
+
+@pytest.mark.parametrize("harm", ["flipped", "cut", "cut at a line", "only its first line"])
+def test_a_runs_options_that_were_damaged_are_refused(harm, tmp_path):
+    file = tmp_path / "options.yaml"
+    text = with_checksum(to_yaml(Options(model="x", beta=0.2)))
+    file.write_text(text)
+    assert parse_options(["--config", str(file)]) == Options(model="x", beta=0.2)
+    file.write_text(changed_by(text, harm))
+    with pytest.raises(UserError, match="is not as a run wrote it: if you changed it, take its first line away"):
+        parse_options(["--config", str(file)])
+
+
+def test_a_runs_options_may_be_changed_without_their_first_line(tmp_path):
+    text = changed_by(with_checksum(to_yaml(Options(model="x"))), "flipped")
+    (tmp_path / "mine.yaml").write_text(text.partition("\n")[2])
+    assert parse_options(["--config", str(tmp_path / "mine.yaml")]).seed == 43

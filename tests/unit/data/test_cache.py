@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import shutil
 
 import datasets
 import numpy as np
@@ -303,6 +304,18 @@ def test_a_damaged_set_is_made_again(damage, tmp_path, capsys):
     (said,) = capsys.readouterr().out.splitlines()
     assert said.startswith(f"dpo_ds: the tokenised pairs in {folder} are damaged ({name}") and said.endswith(
         "made again"
+    )
+
+
+def test_a_set_of_other_rows_is_not_taken(tmp_path, capsys):
+    """A folder was copied under another one's name. Each of its files is whole."""
+    mine, other = (made(tmp_path / name, plain_rows(n))[0].digest for name, n in (("mine", 5), ("other", 6)))
+    (folder,), (theirs,) = folders(tmp_path / "mine"), folders(tmp_path / "other")
+    shutil.rmtree(folder)
+    shutil.copytree(theirs, folder)
+    assert made(tmp_path / "mine", plain_rows(5))[0].digest == mine != other
+    assert f"{folder} are damaged (they are those of other rows or options): they are made again" in (
+        capsys.readouterr().out
     )
 
 

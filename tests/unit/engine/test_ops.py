@@ -1,4 +1,4 @@
-"""Turns at building DeepSpeed's ops, without building any."""
+"""Turns at building DeepSpeed's ops, and damage to what was built, without building any."""
 
 import errno
 import os
@@ -30,3 +30,42 @@ def test_a_folder_without_locks_is_reported_once(error, reason, tmp_path, monkey
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"dpo_ds: no file lock can be taken in {tmp_path} ({reason}): ")
     assert ops.FOLDER in line and len(done) == 3, "the build goes on without a lock"
+
+
+HARM = {
+    "flipped": (lambda file: file.write_bytes(b"op of cpu_adan"), "does not match its checksum"),
+    "cut": (lambda file: file.write_bytes(b"op of"), "has 5 bytes instead of 14"),
+    "emptied": (lambda file: file.write_bytes(b""), "has 0 bytes instead of 14"),
+    "deleted": (lambda file: file.unlink(), "is missing"),
+}
+
+
+@pytest.fixture
+def compiled(tmp_path):
+    (tmp_path / "cpu_adam.so").write_bytes(b"op of cpu_adam")
+    (tmp_path / "cpu_adam.o").write_bytes(b"object")
+    ops._keep_checksums(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("harm", HARM)
+def test_a_damaged_op_is_removed_and_named(harm, compiled, capsys):
+    ops._remove_damaged(compiled, speaks=True)
+    assert len([*compiled.iterdir()]) == 3 and capsys.readouterr().err == ""
+    change, reason = HARM[harm]
+    change(compiled / "cpu_adam.so")
+    ops._remove_damaged(compiled, speaks=True)
+    assert [*compiled.iterdir()] == []
+    assert capsys.readouterr().err == (
+        f"dpo_ds: the compiled op in {compiled} is damaged (cpu_adam.so {reason}): it is compiled again\n"
+    )
+
+
+def test_an_op_without_checksums_is_loaded(compiled, capsys):
+    """An older version kept none, and what is damaged may be the checksums."""
+    for harm in (lambda: (compiled / ops.CHECKSUMS).unlink(), lambda: (compiled / ops.CHECKSUMS).write_text("[")):
+        harm()
+        ops._remove_damaged(compiled, speaks=True)
+        assert (compiled / "cpu_adam.so").is_file() and capsys.readouterr().err == ""
+        ops._keep_checksums(compiled)
+        assert ops._checksums(compiled)

@@ -18,6 +18,7 @@ import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
+from dpo_ds.checksums import sealed
 from dpo_ds.config import parse_options
 from dpo_ds.data.pairs import PairSet
 from dpo_ds.engine import join
@@ -29,7 +30,7 @@ from dpo_ds.references import table as tables_file
 from dpo_ds.references.kinds import Precomputed, reference_of
 from dpo_ds.references.table import Table, reference_tables
 from dpo_ds.runs.prepare import Run, prepare
-from dpo_ds.runs.table_file import _digest
+from dpo_ds.runs.table_file import TableFile, _digest
 from dpo_ds.score import main
 from dpo_ds.scoring import sweep
 from dpo_ds.scoring.sweep import score_answers, score_set
@@ -432,10 +433,19 @@ def fewer_answers(file):
     table = pq.read_table(file)
     table = table.slice(1)
     facts = json.loads(table.schema.metadata[b"dpo_ds"]) | {"sha256": _digest(table)}
+    del facts["checksum"]
+    pq.write_table(table.replace_schema_metadata({"dpo_ds": json.dumps(sealed(facts))}), file)
+
+
+def forged_facts(file):
+    """The file of other weights: its values are whole."""
+    table = pq.read_table(file)
+    facts = json.loads(table.schema.metadata[b"dpo_ds"]) | {"weights": {"model.safetensors": "0"}}
     pq.write_table(table.replace_schema_metadata({"dpo_ds": json.dumps(facts)}), file)
 
 
 NOT_TAKEN = {
+    "other facts": (forged_facts, {}, "does not match its own hash: copy it again"),
     "other pairs": (None, {"max_length": 20}, "of 32 answers of the training pairs: score the same --dataset"),
     "missing answers": (fewer_answers, {}, "has no values of 1 of 32 answers of the training pairs"),
     "other precision": (None, {"precision": "bf16"}, "was computed in fp32, and this run is in bf16"),
@@ -458,6 +468,38 @@ def test_a_file_that_does_not_fit_is_refused(name, place, parquet, tmp_path):
     assert "\n" not in str(refused.value) and not (tmp_path / "cache" / "run").exists()
 
 
+def test_a_flipped_byte_anywhere_in_a_file_is_noticed_or_changes_nothing(place, parquet, tmp_path):
+    """Some bytes mean nothing: they are padding, or the name of the library that wrote the file."""
+    file, noticed = tmp_path / "table.parquet", 0
+    content = parquet.read_bytes()
+    whole = TableFile(parquet, "fp32", False)
+    places = range(0, len(content), 7)
+    for at in places:
+        file.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
+        try:
+            found = TableFile(file, "fp32", False)
+        except UserError as error:
+            assert "\n" not in str(error)
+            noticed += 1
+        else:
+            assert np.array_equal(found.values, whole.values) and found.rows == whole.rows, at
+            assert np.array_equal(found.starts, whole.starts) and found.facts == whole.facts, at
+    assert noticed > len(places) / 2
+    for size in (0, 3, len(content) // 2, len(content) - 1):
+        file.write_bytes(content[:size])
+        with pytest.raises(UserError, match="cannot be read as Parquet"):
+            TableFile(file, "fp32", False)
+
+
+def test_a_file_of_the_older_format_is_taken(place, parquet, tmp_path):
+    table = pq.read_table(parquet)
+    facts = json.loads(table.schema.metadata[b"dpo_ds"]) | {"format": 1}
+    del facts["checksum"]
+    pq.write_table(table.replace_schema_metadata({"dpo_ds": json.dumps(facts)}), tmp_path / "old.parquet")
+    old, new = (TableFile(file, "fp32", False).values for file in (tmp_path / "old.parquet", parquet))
+    assert np.array_equal(old, new)
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -476,20 +518,28 @@ def test_a_file_and_another_reference(options, words, place, tmp_path):
 # -------------------------------------------------------------------------------------------------------------- damage
 
 
+def unfinish(table: Table, rows: int) -> None:
+    """Makes a table one whose scoring was killed after so many rows."""
+    logps = table.read()
+    logps[rows:] = np.nan
+    filled = table.open_to_fill(logps)
+    table.write(filled, np.arange(2), logps[:2])
+
+
 def test_rows_that_are_missing_are_scored_and_the_others_kept(place, straight, scored, tmp_path):
-    """A table that is not yet complete has no manifest. Its rows show which of them are missing."""
     cache = shutil.copytree(straight[0], tmp_path / "cache")
-    for path in cache.glob("reference/*/logps.npy"):
-        logps = np.load(path)
-        logps[-CHUNK:] = np.nan
-        np.save(path, logps)
-        (path.parent / "table.json").unlink()
+    for path in cache.glob("reference/*/table.json"):
+        facts = json.loads(path.read_text())
+        unfinish(Table(cache, {key: facts[key] for key in FACTS}, facts["rows"]), facts["rows"] - CHUNK)
     shutil.rmtree(cache / "run")
     again = tables(place, cache)
     assert sum(scored) == 2 * CHUNK
     for one, other in zip(straight[1], again, strict=True):
         np.testing.assert_allclose(one, other, atol=1e-4)
         assert np.array_equal(one[:-CHUNK], other[:-CHUNK])
+
+
+FACTS = ("format", "weights", "answers", "precision")  # that decide a table's values
 
 
 def shorten(folder):
@@ -515,6 +565,17 @@ def unfinished(harm):
     return both
 
 
+def forged(**facts):
+    """Another table's manifest, with this one's hash."""
+
+    def forge(folder):
+        manifest = json.loads((folder / "table.json").read_text())
+        del manifest["checksum"]
+        (folder / "table.json").write_text(json.dumps(sealed({**manifest, **facts})))
+
+    return forge
+
+
 DAMAGE = {
     "a flipped bit": flip_a_bit,
     "cut short": shorten,
@@ -524,6 +585,15 @@ DAMAGE = {
     "other rows while it was filled": unfinished(fewer_rows),
     "half a manifest": lambda folder: (folder / "table.json").write_text('{"sha'),
     "another manifest": lambda folder: (folder / "table.json").write_text("{}"),
+    "a list for a manifest": lambda folder: (folder / "table.json").write_text("[]"),
+    "without its manifest": lambda folder: (folder / "table.json").unlink(),
+    "of an older format, unfinished": unfinished(lambda folder: None),
+    "of other weights": forged(weights={"model.safetensors": "0"}),
+    "of other answers": forged(answers="0"),
+}
+SAID = {
+    **dict.fromkeys(("without its manifest", "of an older format, unfinished"), "has no rows that can be verified"),
+    **dict.fromkeys(("of other weights", "of other answers"), "is of other weights or answers"),
 }
 
 
@@ -533,10 +603,40 @@ def test_a_damaged_table_is_noticed_and_made_anew(damage, straight, tmp_path, ca
     assert np.isfinite(table.read()).all() and capsys.readouterr().out == ""
     DAMAGE[damage](table.folder)
     assert np.isnan(table.read()).all()
-    assert (
-        f"the reference table {table.folder} does not match its hash and is computed again" in capsys.readouterr().out
-    )
+    said = SAID.get(damage, "does not match its hash")
+    assert f"the reference table {table.folder} {said} and is computed again" in capsys.readouterr().out
     assert not table.path.exists() and not table.manifest.exists()
+
+
+def test_a_table_that_is_being_filled_is_verified_row_by_row(straight, tmp_path, capsys):
+    table = copy_of_a_table(straight[0], tmp_path)
+    whole = table.read()
+    table.write(table.open_to_fill(np.full_like(whole, np.nan)), np.arange(4), whole[:4])
+    rows = np.load(table.path, mmap_mode="r+")
+    table.write(rows, np.array([5, 6, 9]), whole[[5, 6, 9]])
+    kept = np.isfinite(table.read())
+    assert kept.nonzero()[0].tolist() == [0, 1, 2, 3, 5, 6, 9] and capsys.readouterr().out == ""
+    rows[6] += 1
+    rows[7] = -1.0  # written, but the process was killed before it was vouched for
+    rows.flush()
+    with open(table.journal, "a") as file:
+        file.write('{"rows": [[7, ')
+    again = table.read()
+    assert np.isfinite(again).nonzero()[0].tolist() == [0, 1, 2, 3]
+    assert capsys.readouterr().out == (
+        f"dpo_ds: 3 rows of the reference table {table.folder} are damaged: they are computed again\n"
+    )
+    table.write(table.open_to_fill(again), np.arange(4, len(whole)), whole[4:])
+    table.close()
+    assert np.array_equal(table.read(), whole) and not table.journal.exists()
+
+
+def test_a_line_of_the_journal_that_was_changed_vouches_for_nothing(straight, tmp_path):
+    table = copy_of_a_table(straight[0], tmp_path)
+    unfinish(table, CHUNK)
+    text = table.journal.read_text()
+    table.journal.write_text(text.replace(f"[[0, {CHUNK}]]", f"[[0, {CHUNK - 1}]]"))
+    assert np.isfinite(table.read()).nonzero()[0].tolist() == [0, 1]
 
 
 def test_a_table_whose_rows_are_gone_is_made_anew(straight, tmp_path):
@@ -547,7 +647,7 @@ def test_a_table_whose_rows_are_gone_is_made_anew(straight, tmp_path):
 
 def copy_of_a_table(cache, to) -> Table:
     facts = json.loads(next(cache.glob("reference/*/table.json")).read_text())
-    table = Table(to, {key: facts[key] for key in ("format", "weights", "answers", "precision")}, facts["rows"])
+    table = Table(to, {key: facts[key] for key in FACTS}, facts["rows"])
     shutil.copytree(cache / "reference" / table.folder.name, table.folder, dirs_exist_ok=True)
     return table
 
@@ -589,6 +689,6 @@ def test_a_log_probability_that_is_not_finite_stops_and_names_the_pair(pairs):
         logps = sums(batch)
         return torch.where(logps == bad, torch.nan, logps)
 
-    with pytest.raises(RunStopped, match=f"of 1 answers are not finite, of the pairs {pairs.pair_id(9)}"):
+    with pytest.raises(RunStopped, match=f"of 1 answers are not finite, in row {pairs.rows[9]}$"):
         score_set(not_finite, pairs, np.arange(32), 250, "title", keep=lambda chunk, _: kept.extend(chunk))
     assert kept == list(range(16))
