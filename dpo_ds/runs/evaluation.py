@@ -49,7 +49,7 @@ class Side:
         """The same with its weights and their hashes: those in `exported`, or its own, downloaded if needed."""
         with said_of(self.named.option):
             weights = exported or one_after_another(lambda: fetch_weights(self.loadable.model))
-        hashes = hashes_of(weights, self.options)
+        hashes = hashes_of(self.loadable.model, weights, self.options)
         if self.loadable.adapter is not None:
             hashes |= adapter_hashes_of(self.loadable.adapter, self.options)
         return dataclasses.replace(self, loadable=dataclasses.replace(self.loadable, weights=weights, hashes=hashes))

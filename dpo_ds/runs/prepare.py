@@ -141,10 +141,10 @@ def prepare(options: Options, here: World, plan: Plan | None = None, claim: bool
         if other is not None:
             reference = replace(other, weights=one_after_another(lambda: _fetch_reference(other.model)))
     with console.working("hashing the weights"):
-        files = {"--model": hashes_of(weights, decided)}
+        files = {"--model": hashes_of(model, weights, decided)}
         of_weights = files["--model"]
         if other is not None:
-            of_weights = files["--reference_model"] = hashes_of(reference.weights, decided)
+            of_weights = files["--reference_model"] = hashes_of(other.model, reference.weights, decided)
         if adapter is not None:
             files["--adapter"] = adapter_hashes_of(adapter, decided)
         if of_reference is not None:
