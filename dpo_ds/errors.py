@@ -1,6 +1,7 @@
 """The errors that end in one line: what the user can correct, and why a run must stop. All else is a bug."""
 
 import contextlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -43,3 +44,11 @@ def files_of(option: str, path: Path | str) -> Iterator[None]:
         raise UserError(
             f"{option} {path}: {error.strerror or one_line(error)}{where}; name a place that can be read and written"
         ) from error
+
+
+def require_writable(option: str, folder: Path) -> None:
+    """Raises UserError if a folder, or the nearest above it that exists, cannot be written to. Writes nothing."""
+    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        why = "cannot be written to" if nearest.is_dir() else "is no folder"
+        raise UserError(f"{option} {folder}: {nearest} {why}; name a place that can be read and written")

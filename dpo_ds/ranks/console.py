@@ -1,6 +1,7 @@
 """A run's messages to its user, and how a command ends."""
 
 import contextlib
+import io
 import socket
 import sys
 import threading
@@ -17,6 +18,7 @@ RANK_0_SPEAKS_FIRST = 5.0
 QUIET_SECONDS = 20.0  # the longest time that a working run prints nothing
 INTERRUPTED = "interrupted; the same command resumes from the last checkpoint (--save_every)"
 BUG = "this is a bug in dpo_ds or in a library, not in your options: please report it with the lines above"
+OUT_OF_MEMORY = "no memory is left for this process: lower --micro_batch_tokens, or raise the limit (ulimit -v)"
 OUT_OF_GPU_MEMORY = "the GPU's memory ran out: lower --micro_batch_tokens, or set --gradient_checkpointing on"
 
 
@@ -46,15 +48,22 @@ def working(on: str) -> Iterator[None]:
 
 def complain(message: str) -> None:
     """Prints one line on stderr. Ranks above 0 add their rank and host."""
-    here = world.from_environment()
-    who = "" if here.speaks else f"rank {here.rank} on {socket.gethostname()}: "
+    try:
+        here = world.from_environment()
+        who = "" if here.speaks else f"rank {here.rank} on {socket.gethostname()}: "
+    except UserError:  # the environment does not say which rank this is
+        who = ""
     print(f"dpo_ds: {who}{message}", file=sys.stderr, flush=True)
 
 
 def run_main(main: Callable[[list[str]], object]) -> None:
     """Runs a command's main. UserError ends with one line and exit code 2, RunStopped with one line and 1. Any other
     error prints its traceback and asks the user to report it."""
+    for stream in (sys.stdout, sys.stderr):  # in an ASCII locale, a name or an answer in another script is no error
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
+        world.from_environment()
         main(sys.argv[1:])
     except UserError as error:
         stop(str(error), 2)
@@ -64,6 +73,8 @@ def run_main(main: Callable[[list[str]], object]) -> None:
         if world.from_environment().speaks:
             complain(f"error: {INTERRUPTED}")
         raise SystemExit(130) from None
+    except MemoryError:
+        stop(OUT_OF_MEMORY, 1)
     except Exception as error:
         torch = sys.modules.get("torch")
         if torch is not None and isinstance(error, torch.OutOfMemoryError):
@@ -77,8 +88,9 @@ def run_main(main: Callable[[list[str]], object]) -> None:
 
 def stop(message: str, code: int) -> None:
     """Prints the reason and ends this process. Ranks above 0 wait first, so that rank 0 can end the run."""
-    if not world.from_environment().speaks:
-        time.sleep(RANK_0_SPEAKS_FIRST)
+    with contextlib.suppress(UserError):  # the environment does not say which rank this is
+        if not world.from_environment().speaks:
+            time.sleep(RANK_0_SPEAKS_FIRST)
     complain(f"error: {message}")
     raise SystemExit(code)
 

@@ -17,7 +17,7 @@ from dpo_ds.data.pairs import PairSet, too_small
 from dpo_ds.data.steps import Schedule
 from dpo_ds.engine.requirements import require_compiler, require_nvme
 from dpo_ds.engine.tiers import swap_folders
-from dpo_ds.errors import UserError, said_of
+from dpo_ds.errors import UserError, require_writable, said_of
 from dpo_ds.files import sha256_of
 from dpo_ds.losses.table import losses_of
 from dpo_ds.models.adapter import Adapter, find_adapter
@@ -35,6 +35,7 @@ from dpo_ds.runs import folders
 from dpo_ds.runs.data import read_pairs
 from dpo_ds.runs.loadable import Loadable, adapter_hashes_of, find_loadable, hashes_of, require_same_tokens
 from dpo_ds.runs.lock import Lock
+from dpo_ds.runs.shared import require_shared
 from dpo_ds.runs.table_file import TableFile
 
 # How far a micro-batch may grow for a group of many answers. A longer group is split.
@@ -112,6 +113,8 @@ def prepare(options: Options, here: World, plan: Plan | None = None, claim: bool
     adapter, of_reference = one_after_another(lambda: _adapters(planned))
     if claim:
         folders.check_folder(folder, planned)  # before any work goes into data
+        require_shared(folder)
+    one_after_another(lambda: require_writable("--cache_dir", Path(planned.cache_dir).expanduser()))
     date = on_rank_0(lambda: folders.started(folder) or datetime.date.today().isoformat())
     loaded = one_after_another(lambda: read_pairs(planned, tokenizer, here, date))
     train_pairs, eval_pairs = loaded.train, loaded.held_out
