@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, get_args, g
 import yaml
 
 from dpo_ds.errors import UserError, one_line
+from dpo_ds.secrets import holds_secret
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -424,6 +425,7 @@ def parse_options(argv: list[str], command: str = "train", positional: str | Non
     (naming the nearest), wrong types and values out of range.
     """
     words = _flags_of_config(argv) + argv
+    _refuse_secrets(words)
     values, unknown = _parser(command).parse_known_args(words)
     if positional is not None and unknown and not unknown[0].startswith("-"):
         if any(word.partition("=")[0] == f"--{positional}" for word in argv):
@@ -440,6 +442,18 @@ def parse_options(argv: list[str], command: str = "train", positional: str | Non
         options = options.replace(lora=True)
     check(options)
     return options
+
+
+def _refuse_secrets(words: list[str]) -> None:
+    """Raises UserError, without repeating it, for a token or a password: a run writes its options to several files."""
+    for place, word in enumerate(words):
+        if holds_secret(word):
+            flag = word if word.startswith("--") else words[place - 1]
+            name = flag.partition("=")[0] if place or word.startswith("--") else "an argument"
+            raise UserError(
+                f"{name if not holds_secret(name) else 'an argument'} holds a token or a password, and options are "
+                "written to the run's files: set HF_TOKEN, or run `hf auth login`, and leave it out"
+            )
 
 
 def given(argv: list[str]) -> set[str]:
