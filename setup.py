@@ -56,6 +56,7 @@ setup(
             "pytest>=8,<10",
             "pytest-xdist>=3.6",
             "psutil>=5.9",
+            "hypothesis>=6.100",
             "ruff>=0.9",
             "mypy>=1.18",
             "build>=1.2",
