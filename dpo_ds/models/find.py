@@ -83,6 +83,8 @@ def _looks_like_path(name: str) -> bool:
 
 def unreadable(name: str, source: str, error: Exception) -> UserError:
     """The UserError for a model whose files cannot be read, from its folder or from the hub."""
+    if "trust_remote_code" in str(error):
+        return UserError(f"--model {name} comes with Python code of its own: read it, then add --trust_remote_code")
     if Path(source).is_dir():
         return UserError(f"--model {name}: its config.json cannot be used: {one_line(error)}")
     text = str(error).lower()
