@@ -22,6 +22,7 @@ import yaml
 
 from dpo_ds.checksums import of_bytes
 from dpo_ds.errors import UserError, one_line
+from dpo_ds.secrets import holds_secret
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -395,6 +396,24 @@ COLUMNS = (
     *("ranked_responses", "score_chosen", "score_rejected", "weight", "margin"),
 )
 
+# The most that a number may be: what is above it is a slip of the hand, and would run for years or overflow in torch.
+# An option that is not named here has the limit of its type. A whole number must fit a file's int64, a fraction fp32.
+MOST = {
+    "seed": 2**64 - 1,  # torch takes no larger one
+    "epochs": 1e6,
+    "max_steps": 10**9,
+    "global_batch_pairs": 10**9,
+    "micro_batch_tokens": 2**24,
+    "max_length": 2**24,
+    "lora_r": 2**16,
+    "gpus": 10**6,
+    "gpu_memory": 1e6,
+    "host_memory": 1e6,
+    "nvme": 1e9,
+    "step_patience": 3e4,  # torch counts milliseconds in 32 bits
+}
+MOST_OF_TYPE = {int: 2**63 - 1, float: 1e30}
+
 # What --report_to may name.
 TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
 
@@ -427,6 +446,7 @@ def parse_options(argv: list[str], command: str = "train", positional: str | Non
     (naming the nearest), wrong types and values out of range.
     """
     words = _flags_of_config(argv) + argv
+    _refuse_secrets(words)
     values, unknown = _parser(command).parse_known_args(words)
     if positional is not None and unknown and not unknown[0].startswith("-"):
         if any(word.partition("=")[0] == f"--{positional}" for word in argv):
@@ -443,6 +463,18 @@ def parse_options(argv: list[str], command: str = "train", positional: str | Non
         options = options.replace(lora=True)
     check(options)
     return options
+
+
+def _refuse_secrets(words: list[str]) -> None:
+    """Raises UserError, without repeating it, for a token or a password: a run writes its options to several files."""
+    for place, word in enumerate(words):
+        if holds_secret(word):
+            flag = word if word.startswith("--") else words[place - 1]
+            name = flag.partition("=")[0] if place or word.startswith("--") else "an argument"
+            raise UserError(
+                f"{name if not holds_secret(name) else 'an argument'} holds a token or a password, and options are "
+                "written to the run's files: set HF_TOKEN, or run `hf auth login`, and leave it out"
+            )
 
 
 def given(argv: list[str]) -> set[str]:
@@ -514,13 +546,26 @@ def _flags_of_config(argv: list[str]) -> list[str]:
     return flags
 
 
+class _OneOfEach(yaml.SafeLoader):
+    """YAML's safe loader, which refuses a key that stands twice. By itself it takes the last one without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        names = [ALIASES.get(key, key) for key in keys]
+        if twice := [key for key, name in zip(keys, names, strict=True) if names.count(name) > 1]:
+            raise UserError(f"{' and '.join(map(one_line, twice[:2]))} set the same option: leave out one of them")
+        return super().construct_mapping(node, deep)
+
+
 def _read_yaml(path: str) -> dict:
     try:
         text = Path(path).read_text(encoding="utf-8")
         _require_checksum(text, path)
-        content = yaml.safe_load(text)
+        content = yaml.load(text, Loader=_OneOfEach)
     except OSError as error:
         raise UserError(f"--config {path}: {error.strerror}; name a YAML file of options") from None
+    except UserError as error:
+        raise UserError(f"--config {path}: {error}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"--config {path} is not YAML: {one_line(error, None)}") from None
     if not isinstance(content, dict):
@@ -568,6 +613,7 @@ def check(options: Options) -> None:
     """Raises UserError for values that are wrong for every model, data set and machine."""
     if not options.model:
         raise UserError("--model is needed: name a hub id, a local folder, or tiny-gpt2")
+    _require_sane_numbers(options)
     for name in (
         "beta",
         "epochs",
@@ -665,10 +711,19 @@ def template_variables(options: Options) -> dict[str, Any]:
 
 def _require(options: Options, name: str, holds: Callable[[float], bool], wanted: str) -> None:
     value = getattr(options, name)
-    if value is not None and not math.isfinite(value):
-        raise UserError(f"--{name} is {value}, but must be finite")
     if value is not None and not holds(value):
         raise UserError(f"--{name} is {value}, but must be {wanted}")
+
+
+def _require_sane_numbers(options: Options) -> None:
+    for name in FIELDS:
+        value = getattr(options, name)
+        if type(value) not in MOST_OF_TYPE:
+            continue
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"--{name} is {value}, but must be finite")
+        if value > (most := MOST.get(name, MOST_OF_TYPE[type(value)])):
+            raise UserError(f"--{name} is {value}, but must be at most {most:,}: lower it")
 
 
 def _require_number(name: str, text: str) -> None:

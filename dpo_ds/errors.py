@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -68,3 +69,11 @@ def files_of(option: str, path: Path | str) -> Iterator[None]:
         where = f" ({error.filename})" if error.filename and str(error.filename) != str(path) else ""
         remedy = MAKE_ROOM if error.errno in FULL else "name a place that can be read and written"
         raise UserError(f"{option} {path}: {reason_of(error)}{where}; {remedy}") from error
+
+
+def require_writable(option: str, folder: Path) -> None:
+    """Raises UserError if a folder, or the nearest above it that exists, cannot be written to. Writes nothing."""
+    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        why = "cannot be written to" if nearest.is_dir() else "is no folder"
+        raise UserError(f"{option} {folder}: {nearest} {why}; name a place that can be read and written")

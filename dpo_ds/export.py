@@ -35,6 +35,7 @@ from dpo_ds.ranks import collectives, console, world
 from dpo_ds.runs import folders, manifest
 from dpo_ds.runs.data import answer_end
 from dpo_ds.runs.prepare import Run
+from dpo_ds.secrets import masked, public_names
 
 SHARD_BYTES = 5_000_000_000  # about transformers' own default
 
@@ -329,15 +330,30 @@ def _adapted_base(found: Model, options: Options, hashes: dict[str, str]) -> Lan
     return add_lora(base, options)
 
 
+# Where things lie on this machine: nothing to a reader of the card.
+PLACES = ("output_dir", "cache_dir", "nvme_path", "resume", "reference_table")
+# Options that name models, data or files, by hub id or by a path of this machine.
+NAMED = ("model", "dataset", "eval_dataset", "reference_model", "adapter", "reference_adapter", "ds_config")
+
+
 def model_card(options: Options, summary: dict, digest: str | None, stage: int) -> str:
-    """The text of the exported README.md: the model, the data, the options and the final metrics."""
+    """The text of the exported README.md: the model, the data, the options and the final metrics. It holds no path of
+    this machine."""
+    values = {name: value for name, value in vars(options).items() if value is not None and name not in PLACES}
+    values |= {name: public_names(values[name]) for name in NAMED if name in values}
+    values = {name: masked(value) if isinstance(value, str) else value for name, value in values.items()}
     numbers = [f"| {key} | {value:.6g} |" for key, value in summary.items() if isinstance(value, (int, float))]
-    settings = [f"| {key} | {value} |" for key, value in vars(options).items() if value is not None]
-    head = ["---", f"base_model: {options.model}", "library_name: transformers", "tags: [dpo, dpo_ds]", "---"]
+    settings = [f"| {key} | {value} |" for key, value in values.items()]
+    head = ["---", f"base_model: {values['model']}", "library_name: transformers", "tags: [dpo, dpo_ds]", "---"]
+    trusted = (
+        "It was trained with `--trust_remote_code`: loading it runs Python code that came with "
+        f"`{values['model']}`. Read that code first."
+    )
     text = [
-        f"# {Path(options.model).name}, aligned with DPO",
+        f"# {Path(values['model']).name}, aligned with DPO",
         "",
-        f"`{options.model}` trained on `{options.dataset}` by dpo_ds {__version__} (ZeRO stage {stage}).",
+        f"`{values['model']}` trained on `{values['dataset']}` by dpo_ds {__version__} (ZeRO stage {stage}).",
+        *([trusted] if options.trust_remote_code else []),
         *([f"Training pairs' digest: `{digest}`."] if digest else []),
         "",
         *(["| at the end | |", "|---|---|", *numbers, ""] if numbers else []),

@@ -10,7 +10,7 @@ import shutil
 import socket
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -147,28 +147,36 @@ SETTLED = 2.0  # seconds: two changes of a file within a file system's clock tic
 
 
 def remembered_sha256(path: Path, memory: Path) -> str:
-    """Like sha256_of, and kept in the folder `memory`, so that large weights are read once.
+    """Like sha256_of, and kept in the folder `memory`, so that large weights are read once."""
+    real = path.resolve()
+    if real.parent.name == "blobs" and len(real.name) == 64:
+        return real.name
+    return remembered("sha256", path, memory, lambda: sha256_of(real))
+
+
+def remembered(what: str, path: Path, memory: Path, read: Callable[[], str]) -> str:
+    """What `read` says of a file, kept in the folder `memory` under the name `what`.
 
     The file is read again if anything about it changed: size, inode, the time of its content or of its attributes
     (which no program can set back). A file that was written a moment ago is not remembered, nor is one whose facts
     changed while it was read.
     """
     real = path.resolve()
-    if real.parent.name == "blobs" and len(real.name) == 64:
-        return real.name
     facts = _facts(real)
-    record = memory / f"{hashlib.sha256(str(real).encode()).hexdigest()[:32]}.json"
+    # A record's name must not change, or large weights would be hashed again.
+    ending = "" if what == "sha256" else f"-{what}"
+    record = memory / f"{hashlib.sha256(str(real).encode()).hexdigest()[:32]}{ending}.json"
     try:
         found = json.loads(record.read_text(encoding="utf-8"))
         if is_sealed(found) and found["facts"] == facts:
-            return str(found["sha256"])
+            return str(found[what])
     except (OSError, ValueError, KeyError, TypeError, AttributeError):  # never written, or damaged
         pass
-    digest = sha256_of(real)
+    said = read()
     if _facts(real) == facts and time.time() - max(facts["written"], facts["changed"]) / 1e9 > SETTLED:
         memory.mkdir(parents=True, exist_ok=True)
-        write_whole(record, json.dumps(sealed({"path": str(real), "facts": facts, "sha256": digest})))
-    return digest
+        write_whole(record, json.dumps(sealed({"path": str(real), "facts": facts, what: said})))
+    return said
 
 
 def _facts(path: Path) -> dict[str, int]:

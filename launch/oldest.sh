@@ -13,7 +13,8 @@ bounds() {
 [ -x "$folder/bin/python" ] || "${PYTHON:-python3}" -m venv "$folder"
 install=("$folder/bin/python" -m pip install --quiet --no-compile --disable-pip-version-check)
 "${install[@]}" "$(bounds | grep '^torch==')"
-"${install[@]}" $(bounds) 'pytest>=8,<10' 'pytest-xdist>=3.6' 'psutil>=5.9'
+mapfile -t oldest < <(bounds) # an array: a star in a version is no pattern of file names
+"${install[@]}" "${oldest[@]}" 'pytest>=8,<10' 'pytest-xdist>=3.6' 'psutil>=5.9' 'hypothesis>=6.100'
 "$folder/bin/python" -m pip list --disable-pip-version-check | grep -iE '^(torch|deepspeed|transformers|datasets|peft|numpy|huggingface_hub|tokenizers) '
 PYTHONPATH=$PWD TORCH_EXTENSIONS_DIR="$folder/torch_extensions" \
     "$folder/bin/python" -m pytest --numprocesses 2 --dist loadfile tests/unit tests/launches/test_gradients.py -m "not launch"

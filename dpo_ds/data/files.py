@@ -7,6 +7,7 @@ stay text: an answer may be "4" or "NA".
 
 import csv
 import dataclasses
+import errno
 import gzip
 import json
 import sys
@@ -74,6 +75,12 @@ def read_file(path: Path, folder: Path, kind: str | None = None) -> dict[str, Ke
     except Exception as error:  # datasets wraps what its readers raise, in many types
         raise UserError(f"{path} cannot be read as {kind}: {_cause(error)}") from None
     return {"train": as_stored(rows)}
+
+
+def _require_space(error: Exception, folder: Path) -> None:
+    """Raises UserError if the error is of rows that did not fit where they are kept."""
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        raise UserError(f"no space is left in {folder.parent} for the rows: set TMPDIR to a larger folder") from None
 
 
 def as_stored(rows: datasets.Dataset) -> Kept:
@@ -153,6 +160,7 @@ def _read_json(path: Path, folder: Path) -> dict[str, Kept]:
         with _open(path, "\n") as file:
             return {split: _keep_json(rows, folder) for split, rows in _json_splits(path, file)}
     except (OSError, EOFError, zlib.error) as error:
+        _require_space(error, folder)
         raise UserError(f"{path} cannot be read: {one_line(error)}") from None
 
 
@@ -387,6 +395,7 @@ def _read_table(path: Path, folder: Path) -> Kept:
             written = (pa.record_batch([*map(list, zip(*batch, strict=True))], schema) for batch in batches)
             return Kept(_write(written, schema, folder), names)
     except (OSError, EOFError, zlib.error, csv.Error) as error:
+        _require_space(error, folder)
         raise UserError(f"{path} cannot be read as csv: {one_line(error)}") from None
 
 

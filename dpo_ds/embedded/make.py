@@ -118,7 +118,7 @@ def check() -> list[str]:
     # zlib may pack the same lines in other bytes elsewhere
     if gzip.decompress(sample_file().read_bytes()) != gzip.decompress(make_sample(tokenizer)):
         wrong.append("sample.jsonl.gz is not what stories.py gives")
-    loss = held_out_loss(GPT2LMHeadModel.from_pretrained(model_folder()).eval(), stored)
+    loss = held_out_loss(GPT2LMHeadModel.from_pretrained(model_folder(), use_safetensors=True).eval(), stored)
     if not loss < WORST_LOSS:  # nor is NaN
         wrong.append(f"the weights predict new stories with {loss:.3f} nats a token; {WORST_LOSS} at most are right")
     return wrong

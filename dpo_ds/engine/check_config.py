@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 
 from dpo_ds.errors import UserError, one_line
+from dpo_ds.secrets import SECRET_KEYS
 
 AUTO = "auto"
 
@@ -68,6 +69,10 @@ NEED_CUDA = (*QUANTISED, "offload_optimizer.super_offload")
 
 def check_file(name: str, config: dict) -> None:
     """Raises UserError for what is wrong with any options. `config` is the content of the file, unchanged."""
+    for key, value in leaves(config):
+        if SECRET_KEYS.search(key) and value is not None:
+            why = "DeepSpeed writes its config into each checkpoint; set COMET_API_KEY or the like in the environment"
+            raise _wrong(name, key, value, why)
     for key in SECTIONS:
         section = at(config, key, {})
         if not isinstance(section, dict):
@@ -156,6 +161,8 @@ def shown(value) -> str:
 
 
 def _wrong(name: str, key: str, value, why: str) -> UserError:
+    if SECRET_KEYS.search(key):
+        return UserError(f"--ds_config {name}: {key} cannot be used: {why}")
     return UserError(f"--ds_config {name}: {key} is {shown(value)}: {why}")
 
 

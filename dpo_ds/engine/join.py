@@ -7,17 +7,20 @@ import io
 import os
 import socket
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
 from dpo_ds.engine import ops
-from dpo_ds.errors import UserError
+from dpo_ds.errors import UserError, one_line
+from dpo_ds.files import in_words
 from dpo_ds.ranks import collectives, lifeline, process, world
 
 # The other ranks wait this long while one rank tokenises a large set or reads a large checkpoint. A rank that hangs in
 # a step is noticed earlier (ranks/hang.py), and one that ends at once (ranks/lifeline.py).
 PATIENCE = datetime.timedelta(hours=6)
+BUFFER = 66 * 2**20  # bytes in /dev/shm of each rank: DeepSpeed's collectives on CPU
 
 
 def quiet_start() -> None:
@@ -64,7 +67,10 @@ def join() -> world.World:
     import deepspeed
 
     ops.build_in_turns(here.speaks)
-    with contextlib.redirect_stdout(io.StringIO()):
+    _require_address(os.environ["MASTER_ADDR"])
+    if not torch.cuda.is_available():
+        _require_shared_memory(Path("/dev/shm"), int(os.environ.get("LOCAL_WORLD_SIZE", here.size)))
+    with _port_of_others(), contextlib.redirect_stdout(io.StringIO()):
         deepspeed.init_distributed(verbose=False, timeout=PATIENCE)
     lifeline.tie()
     if torch.cuda.is_available():
@@ -72,6 +78,42 @@ def join() -> world.World:
     all_cores = process.take_cores()
     _unname_shared_memory(here)
     return dataclasses.replace(here, all_cores=all_cores)
+
+
+def _require_address(name: str) -> None:
+    """Raises UserError if rank 0's host is not known here. torch would try again for as long as PATIENCE says."""
+    try:
+        socket.getaddrinfo(name, None)
+    except OSError as error:
+        raise UserError(
+            f"MASTER_ADDR is {one_line(name)}, which {socket.gethostname()} does not know ({error.strerror}): name "
+            "rank 0's host or its address (for deepspeed: --master_addr)"
+        ) from None
+
+
+def _require_shared_memory(folder: Path, ranks: int) -> None:
+    """Raises UserError if DeepSpeed's buffers would not fit: writing to one ends the process with a bus error."""
+    needed, disk = ranks * BUFFER, os.statvfs(folder)
+    free = disk.f_frsize * disk.f_bavail
+    if free < needed:
+        raise UserError(
+            f"{folder} has {in_words(free)} left, and {ranks} rank(s) need {in_words(needed)} there: make it larger "
+            "(for docker: --shm-size), or remove what is in it"
+        )
+
+
+@contextlib.contextmanager
+def _port_of_others() -> Iterator[None]:
+    """Turns torch's error about a port that is in use into a UserError."""
+    try:
+        yield
+    except torch.distributed.DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        raise UserError(
+            f"MASTER_PORT {os.environ['MASTER_PORT']} is in use on {socket.gethostname()}, perhaps by another run: "
+            "give the launcher another (for deepspeed: --master_port)"
+        ) from None
 
 
 def _unname_shared_memory(here: world.World) -> None:

@@ -13,6 +13,7 @@ import functools
 import itertools
 import json
 import os
+import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -21,7 +22,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from dpo_ds.checksums import Files, difference, is_sealed, measured, sealed
-from dpo_ds.errors import files_of
+from dpo_ds.errors import UserError, files_of
 from dpo_ds.files import write_whole
 from dpo_ds.ranks import console
 
@@ -48,6 +49,7 @@ def build_in_turns(speaks: bool) -> None:
         folder = Path(os.environ[FOLDER], self.name)
         with files_of(FOLDER, folder.parent):
             folder.mkdir(parents=True, exist_ok=True)
+        require_builder(self.name, folder)
         with _turn(folder, speaks):
             _await_others(folder, speaks)
             _remove_damaged(folder, speaks)
@@ -62,6 +64,20 @@ def build_in_turns(speaks: bool) -> None:
             return loaded
 
     OpBuilder.jit_load = jit_load
+
+
+def require_builder(op: str, folder: Path) -> None:
+    """Raises UserError if an op cannot be built in its folder. For an op that is built, torch asks ninja whether it is
+    up to date, and writes into the folder too."""
+    from torch.utils.cpp_extension import is_ninja_available
+
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"{FOLDER} {folder.parent} cannot be written to: name a place that can be read and written")
+    if not is_ninja_available():
+        raise UserError(f"DeepSpeed builds its {op} with ninja, which is not on PATH: run pip install ninja")
+    compiler = os.environ.get("CXX", "c++")
+    if shutil.which(compiler) is None and not any(folder.glob("*.so")):
+        raise UserError(f"DeepSpeed compiles its {op} with {compiler}, which is not installed: install g++, or set CXX")
 
 
 def folder_of_versions() -> Path:

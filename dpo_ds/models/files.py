@@ -10,6 +10,7 @@ from dpo_ds.errors import UserError, files_of, one_line
 from dpo_ds.files import remembered_sha256
 from dpo_ds.models.find import unreadable
 from dpo_ds.models.model import Model
+from dpo_ds.models.values import require_finite
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -29,6 +30,8 @@ def load_tokenizer(model: Model) -> "PreTrainedTokenizerBase":
         raise UserError(
             f"--model {model.name} has no tokenizer that loads; put the tokenizer's files into its folder: {text}"
         ) from error
+    if not isinstance(tokenizer.chat_template, (str, dict, type(None))):
+        raise UserError(f"--model {model.name}: its tokenizer's chat_template is no text; correct or remove it")
     if tokenizer.eos_token_id is None:
         raise UserError(f"--model {model.name}: its tokenizer has no EOS token; set eos_token in tokenizer_config.json")
     vocabulary = model.config.get_text_config().vocab_size
@@ -65,9 +68,12 @@ def weight_files(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         try:
-            files = sorted({folder / name for name in json.loads(index.read_text())["weight_map"].values()})
-        except (OSError, ValueError, KeyError, AttributeError) as error:
-            raise UserError(f"{index} is damaged ({one_line(error)}): copy it again") from None
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            files = [folder / name for name in names]
+        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+            raise UserError(f"{index} is damaged ({type(error).__name__} {one_line(error)}): copy it again") from None
+        if outside := next((name for name in names if ".." in Path(name).parts or Path(name).is_absolute()), None):
+            raise UserError(f"{index} names a file outside its folder, {outside}: copy the folder again")
     else:
         files = sorted(folder.glob("*.safetensors"))
     missing = [file.name for file in files if not file.is_file()]
@@ -87,8 +93,15 @@ def weight_files(folder: Path) -> list[Path]:
 def weights_hashes(folder: Path, cache: Path, code: bool = False) -> dict[str, str]:
     """The sha256 of the files that decide what a model computes, by name: config, weights, and its code if that runs.
 
-    Hashes of large files are kept in `cache`, so a file is read again only after it changed.
+    Hashes of large files are kept in `cache`, so a file is read again only after it changed. Raises UserError if a
+    weight is not finite: this is where each file is read first.
     """
-    files = [folder / "config.json", *weight_files(folder), *(sorted(folder.glob("*.py")) if code else [])]
+    weights = weight_files(folder)
+    files = [folder / "config.json", *weights, *(sorted(folder.glob("*.py")) if code else [])]
+    hashes = {}
     with files_of("--cache_dir", cache):
-        return {file.name: remembered_sha256(file, cache / "hashes") for file in files}
+        for file in files:
+            hashes[file.name] = remembered_sha256(file, cache / "hashes")
+            if file in weights:  # its content is in memory now
+                require_finite(file, cache / "hashes")
+    return hashes

@@ -73,6 +73,7 @@ def find_model(name: str, trust_remote_code: bool = False) -> Model:
     except Exception as error:  # transformers reads the user's file, so any error is about it
         raise unreadable(name, source, error) from error
     _require_causal(name, config, trust_remote_code)
+    _require_sizes(name, config)
     return Model(name, source, config, trust_remote_code)
 
 
@@ -82,6 +83,8 @@ def _looks_like_path(name: str) -> bool:
 
 def unreadable(name: str, source: str, error: Exception) -> UserError:
     """The UserError for a model whose files cannot be read, from its folder or from the hub."""
+    if "trust_remote_code" in str(error):
+        return UserError(f"--model {name} comes with Python code of its own: read it, then add --trust_remote_code")
     if Path(source).is_dir():
         return UserError(f"--model {name}: its config.json cannot be used: {one_line(error)}")
     text = str(error).lower()
@@ -108,3 +111,25 @@ def _require_causal(name: str, config: "PreTrainedConfig", trust_remote_code: bo
             f"--model {name} was saved as {saved_as[0]}, not as a causal language model ({architecture.__name__}): its "
             "output head would be random; name a checkpoint that has one"
         )
+
+
+# What a config must count, if it names it at all.
+SIZES = (
+    *("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "vocab_size"),
+    *("max_position_embeddings", "intermediate_size"),
+)
+
+
+def _require_sizes(name: str, config: "PreTrainedConfig") -> None:
+    """Raises UserError for a config that describes no model, or a quantised one."""
+    if (quantised := getattr(config, "quantization_config", None)) is not None:
+        kind = quantised.get("quant_method") if isinstance(quantised, dict) else None
+        raise UserError(
+            f"--model {name} is quantised{f' ({kind})' if kind else ''}, and quantised weights cannot be trained: take "
+            "the model that it was made of"
+        )
+    text = config.get_text_config()
+    for size in SIZES:
+        value = getattr(text, size, None)
+        if isinstance(value, int) and value < 1:
+            raise UserError(f"--model {name}: its config.json has {size} {value}, which must be above 0: correct it")

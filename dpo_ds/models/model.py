@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from dpo_ds.errors import UserError
+from dpo_ds.errors import UserError, one_line
 
 if TYPE_CHECKING:  # a command that refuses its options must not wait for these imports
     import torch
@@ -56,12 +56,18 @@ class Model:
 
     @cached_property
     def skeleton(self) -> "PreTrainedModel":
-        """The model without weights, on the meta device."""
+        """The model without weights, on the meta device. Raises UserError if its config describes none."""
         import torch
         from transformers import AutoModelForCausalLM
 
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(self.config, trust_remote_code=self.trust_remote_code)
+        try:
+            with torch.device("meta"):
+                return AutoModelForCausalLM.from_config(self.config, trust_remote_code=self.trust_remote_code)
+        except Exception as error:  # transformers builds what the user's file says, so any error is about it
+            raise UserError(
+                f"--model {self.name}: no model can be built of its config.json ({type(error).__name__}: "
+                f"{one_line(error)}): correct it, or copy it again"
+            ) from error
 
     @cached_property
     def parameters(self) -> int:

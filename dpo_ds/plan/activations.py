@@ -25,6 +25,8 @@ from dpo_ds.scoring.packed import PackedBatch, pack
 from dpo_ds.scoring.rotary import fix_frequencies
 from dpo_ds.scoring.scorer import Scorer
 
+MOST_COUNTED = 2**18  # tokens
+
 
 class LiveBytes(TorchDispatchMode):
     """Counts the bytes of the meta tensors that were created inside the block and are alive (`now`), and their maximum
@@ -120,7 +122,15 @@ class Counter:
 
     def count(self, tokens: int, pair_tokens: int, checkpointing: bool, budget: LogitBudget) -> Activations:
         """Counts for a micro-batch of `tokens` packed tokens in pairs of `pair_tokens`. `budget` limits the head's
-        logits."""
+        logits.
+
+        A micro-batch of more than MOST_COUNTED tokens is taken to need as much for each token as one of that size. Of
+        many millions of tokens, the description alone would take minutes and gigabytes.
+        """
+        if tokens > MOST_COUNTED:
+            most = self.count(MOST_COUNTED, pair_tokens, checkpointing, budget)
+            outside, per_layer = (size * tokens // MOST_COUNTED for size in (most.outside, most.per_layer))
+            return Activations(outside, per_layer, self.layers)
         batch = _batch(tokens, pair_tokens)
         few, many = (self.scale * _peak(scorer, batch, checkpointing, budget) for scorer in self.scorers)
         per_layer = (many - few) // (self.counts[1] - self.counts[0])

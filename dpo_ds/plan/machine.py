@@ -1,6 +1,7 @@
 """The machine of a run (GPUs, host memory, NVMe): this one, or another that the options describe."""
 
 import os
+import resource
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,9 +66,11 @@ class Machine:
 
 
 def host_memory() -> int:
-    """Bytes of memory that this process may use: the machine's, or a control group's limit if that is lower."""
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    limits = [total]
+    """Bytes of memory that this node's ranks may use: the machine's, or the limit of a control group or of ulimit if
+    that is lower."""
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    if (limit := resource.getrlimit(resource.RLIMIT_AS)[0]) != resource.RLIM_INFINITY:  # ulimit -v, of each process
+        limits.append(limit * int(os.environ.get("LOCAL_WORLD_SIZE", world.from_environment().size)))
     own = Path("/proc/self/cgroup").read_text().splitlines() if Path("/proc/self/cgroup").is_file() else []
     for line in own:
         number, controllers, path = line.split(":", 2)

@@ -2,6 +2,7 @@
 
 import contextlib
 import faulthandler
+import io
 import os
 import socket
 import sys
@@ -23,6 +24,7 @@ REASON_FIRST = 10.0
 # A folder of our launcher, in which each rank leaves a word on what it does.
 WORDS = "DPO_DS_WORDS"
 BUG = "this is a bug in dpo_ds or in a library, not in your options: please report it with the lines above"
+OUT_OF_MEMORY = "no memory is left for this process: lower --micro_batch_tokens, or raise the limit (ulimit -v)"
 OUT_OF_GPU_MEMORY = "the GPU's memory ran out: lower --micro_batch_tokens, or set --gradient_checkpointing on"
 
 
@@ -60,8 +62,11 @@ def working(on: str) -> Iterator[None]:
 
 def complain(message: str) -> None:
     """Prints one line on stderr. Ranks above 0 add their rank and host."""
-    here = world.from_environment()
-    who = "" if here.speaks else f"rank {here.rank} on {socket.gethostname()}: "
+    try:
+        here = world.from_environment()
+        who = "" if here.speaks else f"rank {here.rank} on {socket.gethostname()}: "
+    except UserError:  # the environment does not say which rank this is
+        who = ""
     print(f"dpo_ds: {who}{message}", file=sys.stderr, flush=True)
 
 
@@ -69,8 +74,16 @@ def run_main(main: Callable[[list[str]], object]) -> None:
     """Runs a command's main, and takes the signals over. UserError ends with one line and exit code 2, RunStopped with
     one line and 1, Stopped with one line and its code. Any other error prints its traceback and asks the user to
     report it; one that another rank's end has caused does not."""
+    for stream in (sys.stdout, sys.stderr):  # in an ASCII locale, a name or an answer in another script is no error
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     if not faulthandler.is_enabled():
         faulthandler.enable()  # a crash of a library shows where
+    try:
+        world.from_environment()
+    except UserError as error:  # whatever follows asks which rank this is
+        complain(f"error: {error}")
+        raise SystemExit(2) from None
     with signals.taken_over(complain):
         doing("starting")
         try:
@@ -91,6 +104,8 @@ def _run(main: Callable[[list[str]], object]) -> None:
         stop(str(error), 1)
     except KeyboardInterrupt:  # where signals are not taken over, as in a thread
         raise SystemExit(130) from None
+    except MemoryError:
+        stop(OUT_OF_MEMORY, 1)
     except Exception as error:
         end_failed(error)
 

@@ -12,7 +12,6 @@ import importlib
 import importlib.util
 import json
 import os
-import re
 import sys
 import time
 import uuid
@@ -23,6 +22,7 @@ from dpo_ds.errors import UserError, one_line
 from dpo_ds.files import write_whole
 from dpo_ds.reports.record import HELD_OUT, NEVER, Reader, Record, is_evaluation
 from dpo_ds.reports.wandb_files import last_step
+from dpo_ds.secrets import masked
 
 PROJECT = "dpo_ds"  # where neither the library's own variables nor its configuration name another
 MLFLOW_SECONDS = 5.0  # between two calls of its server, each of which a step waits for
@@ -293,20 +293,7 @@ def mlflow_name(name: str) -> str:
     return name.replace("loss/", "loss_", 1)
 
 
-SECRETS = (
-    (re.compile(r"(?<=://)[^/@\s]+@"), ""),  # a name and a password in an address
-    (re.compile(r"([?&](?:\w*token|\w*key|sig|signature|password)=)[^&\s]+", re.I), r"\1***"),
-    (re.compile(r"\b(?:hf|sk|ghp|github_pat)_\w{16,}"), "***"),
-)
-
-
 def without_secrets(options: Options) -> dict[str, object]:
     """The options, without what looks like a secret in a path or an address."""
-    return {name: _without_secrets(value) for name, value in dataclasses.asdict(options).items()}
-
-
-def _without_secrets(value):
-    if isinstance(value, str):
-        for pattern, instead in SECRETS:
-            value = pattern.sub(instead, value)
-    return value
+    values = dataclasses.asdict(options)
+    return {name: masked(value) if isinstance(value, str) else value for name, value in values.items()}

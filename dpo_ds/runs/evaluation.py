@@ -11,7 +11,7 @@ from dpo_ds.config import Options, Planned, check
 from dpo_ds.data.pairs import PairSet, too_small
 from dpo_ds.engine.requirements import require_nvme
 from dpo_ds.engine.tiers import reference_config, swap_folders
-from dpo_ds.errors import UserError, said_of
+from dpo_ds.errors import UserError, require_writable, said_of
 from dpo_ds.losses.table import Settings, losses_of
 from dpo_ds.models.adapter import find_adapter
 from dpo_ds.models.files import fetch_weights, load_tokenizer
@@ -49,7 +49,7 @@ class Side:
         """The same with its weights and their hashes: those in `exported`, or its own, downloaded if needed."""
         with said_of(self.named.option):
             weights = exported or one_after_another(lambda: fetch_weights(self.loadable.model))
-        hashes = hashes_of(weights, self.options)
+        hashes = hashes_of(self.loadable.model, weights, self.options)
         if self.loadable.adapter is not None:
             hashes |= adapter_hashes_of(self.loadable.adapter, self.options)
         return dataclasses.replace(self, loadable=dataclasses.replace(self.loadable, weights=weights, hashes=hashes))
@@ -115,6 +115,7 @@ def prepare(policy: Named, reference: Named | None, options: Options, here: Worl
 
     `here` is what join.join() returned. own_pairs: the held-out pairs of the policy's run, instead of --dataset.
     """
+    one_after_another(lambda: require_writable("--cache_dir", Path(options.cache_dir).expanduser()))
     first = _side(policy, options, here)
     with said_of(policy.option):
         tokenizer = load_tokenizer(first.loadable.model)

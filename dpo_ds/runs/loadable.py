@@ -10,8 +10,9 @@ from dpo_ds.config import Options, Planned
 from dpo_ds.engine.tiers import fill_tier
 from dpo_ds.errors import UserError, one_line
 from dpo_ds.models.adapter import Adapter
-from dpo_ds.models.files import weights_hashes
+from dpo_ds.models.files import weight_files, weights_hashes
 from dpo_ds.models.find import find_model
+from dpo_ds.models.headers import require_fit
 from dpo_ds.models.model import Model, torch_dtype
 from dpo_ds.ranks import console
 from dpo_ds.ranks.collectives import on_rank_0
@@ -63,10 +64,16 @@ def require_same_tokens(policy: PreTrainedTokenizerBase, reference: PreTrainedTo
             )
 
 
-def hashes_of(folder: Path, options: Planned) -> dict[str, str]:
-    """Rank 0's hashes of a model's files, on every rank."""
+def hashes_of(model: Model, folder: Path, options: Planned) -> dict[str, str]:
+    """Rank 0's hashes of a model's files, on every rank. Raises UserError, on every rank, for weights that are not
+    those of the model's config, or not finite."""
     cache = Path(options.cache_dir).expanduser()
-    return on_rank_0(lambda: weights_hashes(folder, cache, options.trust_remote_code))
+
+    def checked() -> dict[str, str]:
+        require_fit(model, weight_files(folder))
+        return weights_hashes(folder, cache, options.trust_remote_code)
+
+    return on_rank_0(checked)
 
 
 def adapter_hashes_of(adapter: Adapter, options: Planned) -> dict[str, str]:

@@ -17,7 +17,7 @@ from dpo_ds.data.pairs import PairSet, too_small
 from dpo_ds.data.steps import Schedule
 from dpo_ds.engine.requirements import require_compiler, require_nvme
 from dpo_ds.engine.tiers import swap_folders
-from dpo_ds.errors import UserError, said_of
+from dpo_ds.errors import UserError, require_writable, said_of
 from dpo_ds.files import sha256_of
 from dpo_ds.losses.table import losses_of
 from dpo_ds.models.adapter import Adapter, find_adapter
@@ -36,6 +36,7 @@ from dpo_ds.runs.data import read_pairs
 from dpo_ds.runs.identity import hash_of, identity
 from dpo_ds.runs.loadable import Loadable, adapter_hashes_of, find_loadable, hashes_of, require_same_tokens
 from dpo_ds.runs.lock import Lock
+from dpo_ds.runs.shared import require_shared
 from dpo_ds.runs.table_file import TableFile
 
 # How far a micro-batch may grow for a group of many answers. A longer group is split.
@@ -129,6 +130,8 @@ def prepare(options: Options, here: World, plan: Plan | None = None, claim: bool
     adapter, of_reference = one_after_another(lambda: _adapters(planned))
     if claim:
         folders.check_folder(folder, planned)  # before any work goes into data
+        require_shared(folder)
+    one_after_another(lambda: require_writable("--cache_dir", Path(planned.cache_dir).expanduser()))
     date = on_rank_0(lambda: folders.started(folder) or datetime.date.today().isoformat())
     loaded = one_after_another(lambda: read_pairs(planned, tokenizer, here, date))
     train_pairs, eval_pairs = loaded.train, loaded.held_out
@@ -159,10 +162,10 @@ def prepare(options: Options, here: World, plan: Plan | None = None, claim: bool
         if other is not None:
             reference = replace(other, weights=one_after_another(lambda: _fetch_reference(other.model)))
     with console.working("hashing the weights"):
-        files = {"--model": hashes_of(weights, decided)}
+        files = {"--model": hashes_of(model, weights, decided)}
         of_weights = files["--model"]
         if other is not None:
-            of_weights = files["--reference_model"] = hashes_of(reference.weights, decided)
+            of_weights = files["--reference_model"] = hashes_of(other.model, reference.weights, decided)
         if adapter is not None:
             files["--adapter"] = adapter_hashes_of(adapter, decided)
         if of_reference is not None:

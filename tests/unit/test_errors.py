@@ -141,7 +141,8 @@ def test_one_line_of_what_was_said():
 
 def test_a_rank_above_0_says_its_own_reason(monkeypatch, capsys):
     """It adds its rank and host, and waits first, so that rank 0 can end the run."""
-    monkeypatch.setenv("RANK", "3")
+    for name, value in {"RANK": "3", "WORLD_SIZE": "4", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}.items():
+        monkeypatch.setenv(name, value)
     monkeypatch.setattr(console, "RANK_0_SPEAKS_FIRST", 0.0)
     with pytest.raises(SystemExit):
         console.stop("no model folder", 2)
