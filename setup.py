@@ -57,7 +57,6 @@ setup(
             "pytest-xdist>=3.6",
             "hypothesis>=6.100",
             "psutil>=5.9",
-            "hypothesis>=6.100",
             "ruff>=0.9",
             "mypy>=1.18",
             "build>=1.2",
