@@ -229,11 +229,11 @@ def test_an_option_is_refused_only_if_none_of_several_losses_takes_it():
     [
         ({"label_smoothing": 0.6}, "--label_smoothing is 0.6, but must be from 0 to 0.5"),
         ({"label_smoothing": -0.1}, "--label_smoothing is -0.1, but must be from 0 to 0.5"),
-        ({"label_smoothing": "nan"}, "--label_smoothing is nan, but must be from 0 to 0.5"),
+        ({"label_smoothing": "nan"}, "--label_smoothing is nan, but must be finite"),
         ({"loss": "discopop", "discopop_tau": 0}, "--discopop_tau is 0.0, but must be more than 0"),
         ({"loss": "beta_dpo", "beta_momentum": 1}, "--beta_momentum is 1.0, but must be from 0 to below 1"),
         ({"loss": "beta_dpo", "beta_alpha": -1}, "--beta_alpha is -1.0, but must be 0 or more"),
-        ({"loss": "beta_dpo", "beta_alpha": "inf"}, "--beta_alpha is inf, but must be 0 or more"),
+        ({"loss": "beta_dpo", "beta_alpha": "inf"}, "--beta_alpha is inf, but must be finite"),
         ({"loss": "simpo", "simpo_gamma": -1}, "--simpo_gamma is -1.0, but must be 0 or more"),
         ({"loss": "orpo", "orpo_lambda": -1}, "--orpo_lambda is -1.0, but must be 0 or more"),
         ({"loss": "cpo", "cpo_alpha": -1}, "--cpo_alpha is -1.0, but must be 0 or more"),

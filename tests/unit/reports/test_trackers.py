@@ -57,8 +57,8 @@ def test_wandb_without_login_is_refused(known, mode, refused, monkeypatch):
 
 def test_secrets_are_left_out():
     token = "hf_" + "a" * 34
-    words = (f"--dataset=https://me:{token}@host/a.jsonl?token=abc&b=1", f"--model=/home/{token}/x", "--seed=7")
-    facts = trackers.without_secrets(parse_options(list(words)))
+    found = {"dataset": f"https://me:{token}@host/a.jsonl?token=abc&b=1", "model": f"/home/{token}/x", "seed": 7}
+    facts = trackers.without_secrets(options_of().replace(**found))
     assert facts["dataset"] == "https://host/a.jsonl?token=***&b=1"
     assert facts["model"] == "/home/***/x" and facts["seed"] == 7
     assert trackers.without_secrets(options_of())["model"] == "gpt2"
