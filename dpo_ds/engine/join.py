@@ -6,6 +6,7 @@ import datetime
 import io
 import os
 import socket
+import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +21,7 @@ from dpo_ds.ranks import collectives, lifeline, process, world
 # The other ranks wait this long while one rank tokenises a large set or reads a large checkpoint. A rank that hangs in
 # a step is noticed earlier (ranks/hang.py), and one that ends at once (ranks/lifeline.py).
 PATIENCE = datetime.timedelta(hours=6)
+ADDRESS_SECONDS = 15.0  # that a new cluster's name service may take to know rank 0's host
 BUFFER = 66 * 2**20  # bytes in /dev/shm of each rank: DeepSpeed's collectives on CPU
 
 
@@ -82,13 +84,18 @@ def join() -> world.World:
 
 def _require_address(name: str) -> None:
     """Raises UserError if rank 0's host is not known here. torch would try again for as long as PATIENCE says."""
-    try:
-        socket.getaddrinfo(name, None)
-    except OSError as error:
-        raise UserError(
-            f"MASTER_ADDR is {one_line(name)}, which {socket.gethostname()} does not know ({error.strerror}): name "
-            "rank 0's host or its address (for deepspeed: --master_addr)"
-        ) from None
+    until = time.monotonic() + ADDRESS_SECONDS
+    while True:
+        try:
+            socket.getaddrinfo(name, None)
+            return
+        except OSError as error:
+            if time.monotonic() > until:
+                raise UserError(
+                    f"MASTER_ADDR is {one_line(name)}, which {socket.gethostname()} does not know ({error.strerror}): "
+                    "name rank 0's host or its address (for deepspeed: --master_addr)"
+                ) from None
+        time.sleep(1)
 
 
 def _require_shared_memory(folder: Path, ranks: int) -> None:

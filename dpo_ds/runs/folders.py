@@ -31,7 +31,7 @@ from dpo_ds.config import FIELDS, Options, to_yaml, with_checksum
 from dpo_ds.errors import UserError, files_of, one_line
 from dpo_ds.files import in_words, move_aside, write_whole
 from dpo_ds.ranks import collectives, console
-from dpo_ds.runs import identity_file, manifest, stopped
+from dpo_ds.runs import identity_file, manifest, shared, stopped
 from dpo_ds.runs.identity import FILES, PARENT, allowed_changes, hash_of, require_same
 from dpo_ds.runs.lock import LEFT_EARLY, Lock
 
@@ -75,7 +75,7 @@ def check_folder(folder: Path, options: Options) -> None:
     with files_of("--output_dir", folder):
         if not folder.exists():
             return
-        if folder.is_dir() and all(path.name in LEFT_EARLY for path in folder.iterdir()):
+        if folder.is_dir() and all(_left_early(path.name) for path in folder.iterdir()):
             return
     if not folder.is_dir():
         raise UserError(f"--output_dir {folder} is a file; name a folder")
@@ -84,6 +84,11 @@ def check_folder(folder: Path, options: Options) -> None:
     if options.resume == "never":
         raise UserError(f"--output_dir {folder} holds a run, and --resume never was given: name another folder")
     collectives.on_rank_0(Lock(folder).require_free)
+
+
+def _left_early(name: str) -> bool:
+    """Whether a start that was killed before it claimed its folder may have left a file with this name."""
+    return name in LEFT_EARLY or name.startswith(shared.MARK)
 
 
 def open_folder(folder: Path, options: Options, this_run: dict, steps: int) -> Found:

@@ -9,14 +9,16 @@ from pathlib import Path
 from dpo_ds.errors import UserError, files_of
 from dpo_ds.ranks import collectives, world
 
+MARK = ".dpo_ds-"  # begins the name of the file that is looked for
+
 
 def require_shared(folder: Path) -> None:
     """Raises UserError, on every rank, if a rank's --output_dir is another folder than rank 0's. All ranks call it
-    together. Nothing that it writes is left behind."""
+    together. What it writes, it removes."""
     if world.from_environment().size == 1:
         return
     place = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
-    name = f".dpo_ds-{uuid.uuid4().hex}"
+    name = f"{MARK}{uuid.uuid4().hex}"
     # A name that no rank has looked up before is not in a network file system's cache.
     mark = place / collectives.from_rank_0(name)
     with files_of("--output_dir", folder):

@@ -12,7 +12,7 @@ from dpo_ds.checksums import sealed
 from dpo_ds.config import Options
 from dpo_ds.errors import SaveFailed, UserError
 from dpo_ds.files import in_words, move_aside, saving, write_whole
-from dpo_ds.runs import folders
+from dpo_ds.runs import folders, shared
 from dpo_ds.runs.folders import check_folder, checkpoints, damage, half_saved, hash_of, newest_whole
 from dpo_ds.runs.lock import LEFT_EARLY, Lock
 from dpo_ds.runs.manifest import measure
@@ -90,7 +90,7 @@ def test_a_checkpoint_of_another_version_is_named(tmp_path):
     assert damage(place, "this") == "checkpoint.json has no counts: another version of dpo_ds wrote it"
 
 
-@pytest.mark.parametrize("name", sorted(LEFT_EARLY))
+@pytest.mark.parametrize("name", [*sorted(LEFT_EARLY), f"{shared.MARK}1"])
 def test_what_a_start_leaves_that_was_ended_early_blocks_nothing(name, tmp_path):
     (tmp_path / name).touch()
     check_folder(tmp_path, Options(model="x"))
