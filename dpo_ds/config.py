@@ -410,7 +410,7 @@ MOST = {
     "gpu_memory": 1e6,
     "host_memory": 1e6,
     "nvme": 1e9,
-    "step_patience": 3e4,  # torch counts milliseconds in 32 bits
+    "hang_minutes": 3e4,  # torch counts milliseconds in 32 bits
 }
 MOST_OF_TYPE = {int: 2**63 - 1, float: 1e30}
 

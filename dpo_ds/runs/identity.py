@@ -59,9 +59,8 @@ def require_same(folder: object, before: dict, now: dict) -> None:
         )
     if changed := _changed_files(before, now):
         raise UserError(
-            f"--output_dir {folder} holds a run that began with other files of {changed}: "
-            "it would go on from one model and compare with another: put the old files back, or name another folder to "
-            "begin again"
+            f"--output_dir {folder} holds a run that began with other files of {changed} changed since, so it would go "
+            "on from one model and compare with another: put the old files back, or name another folder to begin again"
         )
 
 
@@ -74,7 +73,7 @@ def allowed_changes(checkpoint: object, before: dict, now: dict) -> list[str]:
             "--warmup_ratio, --epochs and --max_steps may be changed; make the others agree"
         )
     if changed := _changed_files(before, now):
-        raise UserError(f"--resume {checkpoint} is of a run with other files of {changed}: name the same files")
+        raise UserError(f"--resume {checkpoint} is of a run with other files of {changed} differs: name the same files")
     return list(different.values())
 
 
@@ -100,12 +99,12 @@ def _said(key: str, before: dict, now: dict) -> str:
 
 
 def _changed_files(before: dict, now: dict) -> str | None:
-    """The first option whose files differ, and one of those files; None if they are the same."""
+    """The first option whose files differ, and which: "--model: model.safetensors"; None if they are the same."""
     old, new = before.get(FILES) or {}, now[FILES]
     for option in dict.fromkeys((*new, *old)):
         there, here = old.get(option, {}), new.get(option, {})
         changed = sorted(name for name in {*there, *here} if there.get(name) != here.get(name))
         if changed:
             more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
-            return f"{option} ({changed[0]}{more} changed)"
+            return f"{option}: {changed[0]}{more}"
     return None

@@ -63,10 +63,10 @@ def cases(place, port: int) -> dict[str, tuple[dict, str]]:
         "a cache that is warm, but sealed": (
             {"mounts": [sealed.format(quoted["cache"])]}, "cannot be written to; name a place that can be read"),
         "no space for the run": ({"mounts": [full], "argv": [f"--output_dir={place}/full/run"]},
-                                 "No space left on device; name a place"),
+                                 "No space left on device"),
         "no space for the cache": (
             {"mounts": [tiny_disk.format("16k")], "argv": [f"--cache_dir={place}/full/cache"]},
-            "No space left on device; name a place"),
+            "No space left on device"),
         "no space for the rows": (
             {"mounts": [tiny_disk.format("8k")], "argv": [f"--cache_dir={place}/new cache"],
              "environment": {"TMPDIR": f"{place}/full"}},

@@ -293,7 +293,7 @@ NUMBERS = {
     "gpu_memory": (1e300, "at most 1,000,000.0: lower it"),
     "host_memory": (1e300, "at most 1,000,000.0: lower it"),
     "nvme": (1e300, "at most 1,000,000,000.0: lower it"),
-    "step_patience": (1e300, "at most 30,000.0: lower it"),
+    "hang_minutes": (1e300, "at most 30,000.0: lower it"),
     "save_every": (10**20, "at most 9,223,372,036,854,775,807: lower it"),
     "weight_decay": (1e300, "lower it"),
     "lora_alpha": (1e300, "lower it"),
