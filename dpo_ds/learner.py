@@ -107,6 +107,7 @@ class Learner:
         """The mean log-probability of a token of all ranks' chosen answers in these micro-batches, with the weights as
         they are now. All ranks call it together."""
         scored = self.policy.score(dealt.batch)
+        self.policy.release_gathered()
         policy = self._of_pairs(Scored(scored, scored), dealt.batch)
         weights = dealt.facts.weights
         per_token = policy[:, 0] / dealt.facts.lengths[:, 0]

@@ -152,6 +152,12 @@ class Engine:
 
         return fetch
 
+    def release_gathered(self) -> None:
+        """Frees what scoring after a step has gathered under ZeRO-3, by all ranks together."""
+        if self.stage == 3 and hasattr(self.deepspeed.optimizer, "checkpoint_event_prologue"):
+            self.deepspeed.optimizer.checkpoint_event_prologue()
+            self.deepspeed.optimizer.checkpoint_event_epilogue()  # small parameters stay gathered
+
     def largest_weight(self) -> float:
         """The largest weight of all ranks, as size; NaN if one is NaN. All ranks call it together.
 
