@@ -10,6 +10,7 @@ import json
 import os
 import secrets
 import socket
+import threading
 from collections.abc import Callable
 from functools import partial
 
@@ -64,7 +65,9 @@ class _Lifeline:
         self.here = world.from_environment()
         self.connections: dict[int, _Connection] = {}
         self.left: set[int] = set()  # ranks that ended in good order, or have said why they did not
-        self.welcome = self.here.speaks  # whether rank 0 knows this rank
+        self.welcome = threading.Event()  # rank 0 knows this rank
+        if self.here.speaks:
+            self.welcome.set()
         self.token = ""
         self.server: socket.socket | None = None
 
@@ -79,7 +82,8 @@ class _Lifeline:
         return self.server.getsockname()[1]
 
     def connect(self, port: int, token: str) -> None:
-        """Connects to rank 0. Where that cannot be done, as behind a firewall, the run goes on without."""
+        """Connects to rank 0, and waits for its answer: until then, its end would not be noticed. Where that cannot be
+        done, as behind a firewall, the run goes on without."""
         try:
             link = socket.create_connection((os.environ["MASTER_ADDR"], port), JOINING)
         except OSError:
@@ -87,6 +91,7 @@ class _Lifeline:
         link.settimeout(None)
         self._add(0, link)
         self.connections[0].send(rank=self.here.rank, token=token)
+        self.welcome.wait(JOINING)
 
     def _accept(self) -> None:
         assert self.server is not None
@@ -108,8 +113,8 @@ class _Lifeline:
         self.connections[rank] = _Connection(link, partial(self._received, rank), partial(self._lost, rank))
 
     def _received(self, rank: int, facts: dict) -> None:
-        self.welcome |= "welcome" in facts
         if "welcome" in facts:
+            self.welcome.set()
             return
         self.left.add(rank)
         if self.here.speaks and "left" not in facts:
@@ -121,7 +126,7 @@ class _Lifeline:
 
     def _lost(self, rank: int) -> None:
         del self.connections[rank]
-        if rank in self.left or not self.welcome:
+        if rank in self.left or not self.welcome.is_set():
             return
         self.tell(code=1)
         died = f"rank {rank} on {self.places[rank]} has died; start again to go on from the last checkpoint"
