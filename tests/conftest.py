@@ -1,6 +1,7 @@
 """What every test shares: an environment without a hub, and a folder of their own for DeepSpeed's compiled ops."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path("~/.cache/dpo_ds-tests/torch_extensions").expanduser()))
 # As the launches have it: with two compilers in turn, each start would compile DeepSpeed's ops again.
 os.environ.setdefault("CXX", str(Path(__file__).resolve().parent / "tools" / "cxx.sh"))
+
+# A shell's background job ignores SIGINT, and so would every run that a test starts and interrupts.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The longest first, so that two workers end at about the same time (launch/test.sh keeps this order).
 LONGEST = (
