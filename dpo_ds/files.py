@@ -37,6 +37,19 @@ def write_whole(path: Path, text: str) -> None:
         raise
 
 
+def read_object(path: Path) -> dict:
+    """Reads a JSON object. Raises ValueError, with the reason, if there is none."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError("missing") from None
+    except (OSError, ValueError) as error:
+        raise ValueError(one_line(error)) from None
+    if not isinstance(found, dict):
+        raise ValueError("no JSON object")
+    return found
+
+
 @contextlib.contextmanager
 def saving(final: Path) -> Iterator[None]:
     """Turns what writing raises inside the block into SaveFailed. final: what was to be saved."""

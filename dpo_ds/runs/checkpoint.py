@@ -54,7 +54,7 @@ def save(run: Run, engine: Engine, reference: Kept, step: int, running: Running)
     try:
         on_rank_0(lambda: _make_place(final, partial, engine.checkpoint_bytes))
         written = together(lambda: _write(final, partial, engine, reference))
-        on_rank_0(lambda: _copy_records(run.folder, final, partial))
+        on_rank_0(lambda: _copy_record(run.folder, final, partial))
         known = {name: facts for files in written for name, facts in files.items()}
         files = manifest.measure(partial, final, known)
         facts = {
@@ -62,7 +62,7 @@ def save(run: Run, engine: Engine, reference: Kept, step: int, running: Running)
             "ranks": world.from_environment().size,
             "stage": engine.stage,
             "run": run.hash,
-            "identity": run.identity,
+            identity_file.COPY: run.identity,
             "dpo_ds": __version__,
             "torch": torch.__version__,
             "options": vars(run.options),
@@ -89,7 +89,8 @@ def _remove_older(run: Run, step: int, keep: int) -> None:
     best = None
     if run.options.keep_best is not None:
         best = best_checkpoint(run.folder, run.options.keep_best)
-        console.say(f"checkpoint {best} is the best by {run.options.keep_best}")
+        known = f"{best} is the best" if best is not None else "none has a finite value, so none is the best"
+        console.say(f"checkpoints: {known} by {run.options.keep_best}")
     for path in older[:-keep]:
         if path == best:
             continue
@@ -129,10 +130,9 @@ def _write(final: Path, partial: Path, engine: Engine, reference: Kept) -> Files
         return engine.save(partial) | reference.save(partial)
 
 
-def _copy_records(folder: Path, final: Path, partial: Path) -> None:
-    """Copies metrics.jsonl and run.json: a run that goes on needs them whole."""
+def _copy_record(folder: Path, final: Path, partial: Path) -> None:
+    """Copies metrics.jsonl: a run that goes on needs it whole."""
     with saving(final):
-        identity_file.copy_to(folder, partial)
         Record(folder).copy_to(partial)
 
 

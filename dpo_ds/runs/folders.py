@@ -6,9 +6,9 @@ metrics.jsonl    a line per step and per evaluation (reports/record.py)
 curves.png       the same as curves (reports/curves.py)
 trackers.json, tensorboard/, wandb/   with --report_to (reports/trackers.py)
 checkpoints/step-000100/   written by runs/checkpoint.py; no other name is a checkpoint's
-    checkpoint.json        step, ranks, ZeRO stage, versions, options, the run's hash; the manifest: every other file's
-                           size and checksum (runs/manifest.py)
-    run.json, metrics.jsonl.gz   copies, for the case that the run's own are damaged
+    checkpoint.json        step, ranks, ZeRO stage, versions, options, the run's identity; the manifest: every other
+                           file's size and checksum (runs/manifest.py)
+    metrics.jsonl.gz       a copy, for the case that the run's own is damaged
     random-0.safetensors   one per rank: its random state
     state-0.safetensors    one per rank: its part of the fp32 weights and of Adam's state (engine/state.py)
     reference-0.safetensors   of a reference that moves: its fp32 weights, under ZeRO-3 each rank's own
@@ -20,7 +20,6 @@ stopped.json     the run's own figures have stopped it (runs/stopped.py); stoppe
 summary.json     written at the very end
 """
 
-import json
 import re
 import time
 from dataclasses import dataclass, field, replace
@@ -28,8 +27,8 @@ from pathlib import Path
 
 from dpo_ds import checksums
 from dpo_ds.config import FIELDS, Options, to_yaml, with_checksum
-from dpo_ds.errors import UserError, files_of, one_line
-from dpo_ds.files import in_words, move_aside, write_whole
+from dpo_ds.errors import UserError, files_of
+from dpo_ds.files import in_words, move_aside, read_object, write_whole
 from dpo_ds.ranks import collectives, console
 from dpo_ds.runs import identity_file, manifest, shared, stopped
 from dpo_ds.runs.identity import FILES, PARENT, allowed_changes, hash_of, require_same
@@ -186,22 +185,9 @@ def _where_to_go_on(folder: Path, options: Options, this_run: dict, given: Path 
 def _read(path: Path) -> dict:
     """Reads a JSON object that a run wrote. Raises UserError if the file is damaged."""
     try:
-        return _object(path)
+        return read_object(path)
     except ValueError as error:
         raise UserError(f"{path} is damaged ({error}): name another folder") from None
-
-
-def _object(path: Path) -> dict:
-    """Reads a JSON object. Raises ValueError, with the reason, if there is none."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError("missing") from None
-    except (OSError, ValueError) as error:
-        raise ValueError(one_line(error)) from None
-    if not isinstance(found, dict):
-        raise ValueError("no JSON object")
-    return found
 
 
 def checkpoint_folder(folder: Path, step: int) -> Path:
@@ -256,7 +242,7 @@ def damage(checkpoint: Path, run: str | None) -> str | None:
     began, problem = time.monotonic(), None
     files: checksums.Files = {}
     try:
-        facts = _object(checkpoint / "checkpoint.json")
+        facts = read_object(checkpoint / "checkpoint.json")
         problem, files = _contradiction(checkpoint, facts, run), facts.get(FILES, {})
     except ValueError as error:
         problem = f"its checkpoint.json is damaged ({error})"
@@ -290,7 +276,7 @@ def _merged_files(folder: Path, run: str) -> tuple[str | None, checksums.Files]:
         if not (folder / MERGED).exists():
             console.say(f"{folder / 'merged'} has no {MERGED}: it cannot be verified")
             return None, {}
-        record = _object(folder / MERGED)
+        record = read_object(folder / MERGED)
     except ValueError as error:
         return f"cannot be checked, because {MERGED} is damaged ({error})", {}
     if not checksums.is_sealed(record):

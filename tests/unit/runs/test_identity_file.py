@@ -5,6 +5,7 @@ import os
 
 import pytest
 
+from dpo_ds.checksums import sealed
 from dpo_ds.config import Options
 from dpo_ds.errors import UserError
 from dpo_ds.runs import folders, identity_file
@@ -18,7 +19,7 @@ def folder(tmp_path):
     identity_file.write(tmp_path, IDENTITY)
     for step in (4, 8):
         folders.checkpoint_folder(tmp_path, step).mkdir(parents=True)
-    identity_file.copy_to(tmp_path, folders.checkpoint_folder(tmp_path, 4))
+    (folders.checkpoint_folder(tmp_path, 4) / "checkpoint.json").write_text(json.dumps(sealed({"identity": IDENTITY})))
     return tmp_path
 
 
@@ -56,7 +57,7 @@ def test_a_damaged_one_is_taken_from_a_checkpoint(harm, folder, capsys):
 
 @pytest.mark.parametrize("harm", HARM)
 def test_without_a_copy_the_folder_is_refused(harm, folder):
-    for file in (folder / "run.json", folders.checkpoint_folder(folder, 4) / "run.json"):
+    for file in (folder / "run.json", folders.checkpoint_folder(folder, 4) / "checkpoint.json"):
         HARM[harm][0](file)
     refusing = folders.check_folder if harm == "deleted" else lambda folder, _: folders.read_record(folder)
     with pytest.raises(UserError) as refused:
@@ -70,8 +71,6 @@ def test_one_of_an_older_version_has_no_checksum(folder):
 
 
 def test_merged_of_another_run_is_noticed(tmp_path, capsys):
-    from dpo_ds.checksums import sealed
-
     (tmp_path / "merged").mkdir()
     for run, said in (("this", None), ("other", "is another run's")):
         (tmp_path / "merged.json").write_text(json.dumps(sealed({"run": run, "files": {}})))
