@@ -24,6 +24,7 @@ from dpo_ds import __version__, checksums
 from dpo_ds.config import Options
 from dpo_ds.engine.engine import Engine
 from dpo_ds.engine.slices import SliceReader
+from dpo_ds.engine.state import BUFFER, PREFIX, WEIGHT
 from dpo_ds.errors import SaveFailed, UserError, files_of
 from dpo_ds.files import follow_umask, move_aside, saving, scratch_folder, write_whole, writing
 from dpo_ds.models import generation
@@ -34,6 +35,7 @@ from dpo_ds.models.model import Model, torch_dtype
 from dpo_ds.ranks import collectives, console, world
 from dpo_ds.runs import folders, manifest
 from dpo_ds.runs.data import answer_end
+from dpo_ds.runs.identity import FILES
 from dpo_ds.runs.prepare import Run
 from dpo_ds.secrets import masked, public_names
 
@@ -241,7 +243,7 @@ def _complete(partial: Path, folder: Path, files: checksums.Files, run: Run | No
     """Writes the manifest and gives the folder its name."""
     with saving(folder):
         if run is not None:
-            record = checksums.sealed({"run": run.hash, folders.FILES: files})
+            record = checksums.sealed({"run": run.hash, FILES: files})
             write_whole(run.folder / folders.MERGED, json.dumps(record, indent=1))
         partial.rename(folder)
 
@@ -278,19 +280,21 @@ def export_checkpoint(source: Path, folder: Path) -> Path:
     facts = folders.describe(source)
     options = folders.options_of(facts["options"], f"--checkpoint {source}")
     found = find_model(options.model, options.trust_remote_code)
-    dtype, reader = torch_dtype(options.precision), SliceReader(source, "state")
+    dtype, reader = torch_dtype(options.precision), SliceReader(source, PREFIX)
     if options.lora:
-        model = _adapted_base(found, options, facts["identity"]["files"]["--model"])
+        model = _adapted_base(found, options, facts["identity"][FILES]["--model"])
     else:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(found.config, trust_remote_code=options.trust_remote_code)
-    frozen = dict(model.named_parameters())
+    # Only what was frozen is the base's: what was trained and is missing must be an error.
+    frozen = {name: parameter for name, parameter in model.named_parameters() if not parameter.requires_grad}
 
     def fetch(names: list[str], wanted: bool) -> dict[str, torch.Tensor]:
         whole = {}
         for name in names:
-            kind = next((k for k in ("weight", "buffer") if f"{k}/model.{name}" in reader), None)
-            tensor = frozen[name].detach() if kind is None else reader.whole(f"{kind}/model.{name}")
+            kind = BUFFER if f"{BUFFER}/model.{name}" in reader else WEIGHT
+            stored = f"{kind}/model.{name}"
+            tensor = frozen[name].detach() if name in frozen and stored not in reader else reader.whole(stored)
             whole[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
         return whole
 
