@@ -130,7 +130,7 @@ class Trainer:
         if self.here.speaks:
             self.stop_file.unlink(missing_ok=True)
         kept = "saved" if saved else "which could not be saved" if self.save else "not saved"
-        again = "" if self.options.resume == "auto" else " --resume auto"
+        again = "" if self.options.resume == "auto" or self.run.began_elsewhere else " --resume auto"
         raise Stopped(
             f"stopped by {request.why} after step {steps_done} of {self.run.schedule.steps}, {kept}; to go on: "
             f"{family.command()}{again}",
@@ -172,8 +172,8 @@ class Trainer:
         asked = sums.equal_loss.new_full((1,), float(self.asked is not None))
         own = [sums.metrics, sums.equal_loss[None], sums.square_slopes[None], asked]
         summed = collectives.sum_over_ranks(torch.cat(own))
-        values = torch.cat([summed, grad_norm.to(summed).view(1)]).tolist()
-        *totals, equal_loss, square_slopes, stopping, grad_norm = values
+        found = torch.cat([summed, grad_norm.to(summed).view(1)]).tolist()
+        *totals, equal_loss, square_slopes, stopping, grad_norm = found
         self.stopping = stopping > 0
         values = [total / step.weight for total in totals]
         if not applied:

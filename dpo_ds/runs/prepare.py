@@ -33,7 +33,7 @@ from dpo_ds.ranks.collectives import on_rank_0, one_after_another
 from dpo_ds.ranks.world import World
 from dpo_ds.runs import folders
 from dpo_ds.runs.data import read_pairs
-from dpo_ds.runs.identity import hash_of, identity
+from dpo_ds.runs.identity import PARENT, hash_of, identity
 from dpo_ds.runs.loadable import Loadable, adapter_hashes_of, find_loadable, hashes_of, require_same_tokens
 from dpo_ds.runs.lock import Lock
 from dpo_ds.runs.shared import require_shared
@@ -88,6 +88,11 @@ class Run:
         """The checkpoint from which the run goes on, if it is its own: --resume may name another run's."""
         found = self.resume_from
         return found if found is not None and folders.is_own(self.folder, found) else None
+
+    @property
+    def began_elsewhere(self) -> bool:
+        """Whether its first start was from another run's checkpoint, which --resume must name at each start."""
+        return self.identity.get(PARENT) is not None
 
     @property
     def keeps_optimizer(self) -> bool:
