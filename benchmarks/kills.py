@@ -33,7 +33,6 @@ import torch
 from safetensors.torch import load_file
 
 STEPS, SAVE = 12, 3
-TIMED = ("tokens/s", "pairs/s", "TFLOP/s a rank")
 SIGNALS = {"SIGKILL": signal.SIGKILL, "SIGTERM": signal.SIGTERM, "SIGINT": signal.SIGINT}
 SETTLED = 90.0  # seconds after a signal by which all processes must have ended
 # name: (the numbers of ranks that a start may have, options)
@@ -184,7 +183,7 @@ class Run:
         return load_file(self.folder / "merged" / "model.safetensors")
 
     def lines(self) -> list[dict]:
-        return [{k: v for k, v in line.items() if k not in TIMED} for line in launching.metrics(self.folder)]
+        return launching.untimed(self.folder)
 
 
 def _runs(pid: int) -> bool:

@@ -31,11 +31,6 @@ def argv(place, name: str, stage: int, *more: str) -> list[str]:
     ]  # fmt: skip
 
 
-def steps_of(folder) -> list[dict]:
-    timed = ("tokens/s", "pairs/s", "TFLOP/s a rank")
-    return [{k: v for k, v in line.items() if k not in timed} for line in launching.metrics(folder)]
-
-
 @pytest.mark.parametrize(
     ("ranks", "stage", "more"),
     [(1, 0, ["--lora", "--lora_dropout=0.1"]), (2, 3, [])],
@@ -52,7 +47,7 @@ def test_killed_and_started_again_is_bit_identical(ranks, stage, more, place):
 
     again = launching.run(ranks, *words).stdout
     assert f"from {killed}/checkpoints/step-" in again
-    assert steps_of(killed) == steps_of(straight)
+    assert launching.untimed(killed) == launching.untimed(straight)
     for name, tensor in load_file(straight / "merged" / "model.safetensors").items():
         assert torch.equal(tensor, load_file(killed / "merged" / "model.safetensors")[name]), name
 

@@ -24,7 +24,6 @@ from safetensors.torch import load_file
 
 STEPS, SAVE = 12, 4
 OURS, THEIRS, TORCHRUN = "dpo_ds.deepspeed_command", "deepspeed.launcher.runner", "torch.distributed.run"
-TIMED = ("tokens/s", "pairs/s", "TFLOP/s a rank")
 
 
 @dataclass(frozen=True)
@@ -154,7 +153,7 @@ def run(folder: Path, ranks: int, words: list[str]) -> str:
 
 
 def lines_of(folder: Path) -> list[dict]:
-    return [{k: v for k, v in line.items() if k not in TIMED} for line in launching.metrics(folder / "run")]
+    return launching.untimed(folder / "run")
 
 
 @pytest.mark.parametrize(("ranks", "stops"), [(1, ONE), (2, TWO)], ids=["1-rank", "2-ranks"])

@@ -119,6 +119,12 @@ def metrics(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+def untimed(folder: Path) -> list[dict]:
+    """The record's lines without what depends on speed: equal for runs that are equal to the bit."""
+    timed = ("tokens/s", "pairs/s", "TFLOP/s a rank")
+    return [{key: value for key, value in line.items() if key not in timed} for line in metrics(folder)]
+
+
 def curve(folder: Path, key: str = "loss") -> list[float]:
     """A metric's values in the training steps."""
     return [line[key] for line in metrics(folder) if key in line]
