@@ -23,7 +23,7 @@ from types import FrameType, SimpleNamespace
 from deepspeed.launcher import runner
 
 from dpo_ds.engine import launch
-from dpo_ds.ranks import family, signals
+from dpo_ds.ranks import family, process, signals
 
 THEIRS, OURS = "deepspeed.launcher.launch", "dpo_ds.engine.launch"
 
@@ -135,6 +135,8 @@ def main() -> None:
             runner.main(spell_out_module(sys.argv[1:]))
     except KeyboardInterrupt:
         raise SystemExit(130) from None
+    finally:
+        process.end_soon()
     code = 0 if command.child is None else command.child.returncode
     if code < 0:  # the runner would end with 0
         raise SystemExit(128 - code)

@@ -23,6 +23,19 @@ LONGEST = (
 )
 
 
+@pytest.fixture(scope="session", autouse=True)
+def one_process_group():
+    """Tests that build engines in this process join a process group, which stays until the end: DeepSpeed keeps the
+    first one's subgroups, and a second one would not know them."""
+    from dpo_ds.ranks import console
+
+    leave = console.leave
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(console, "leave", lambda: None)
+        yield
+    leave()
+
+
 @pytest.fixture
 def documented_torch(monkeypatch):
     """The documents show plans made with the torch of constraints.txt. Before 2.13, torch rounds page-locked blocks up

@@ -22,6 +22,7 @@ from dpo_ds.ranks import collectives, lifeline, process, world
 # a step is noticed earlier (ranks/hang.py), and one that ends at once (ranks/lifeline.py).
 PATIENCE = datetime.timedelta(hours=6)
 ADDRESS_SECONDS = 15.0  # that a new cluster's name service may take to know rank 0's host
+NO_COMPILER = "TORCHDYNAMO_DISABLE"  # torch.compile leaves functions as they are while this is 1
 BUFFER = 66 * 2**20  # bytes in /dev/shm of each rank: DeepSpeed's collectives on CPU
 
 
@@ -35,6 +36,7 @@ def quiet_start() -> None:
     import deepspeed
     import transformers
 
+    _import_muon()
     deepspeed.utils.logger.setLevel("WARNING")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -42,6 +44,19 @@ def quiet_start() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     # transformers 5.23 warns about a name whose replacement does not exist in 5.10.
     warnings.filterwarnings("ignore", category=FutureWarning, message=".*gradient_checkpointing")
+
+
+def _import_muon() -> None:
+    """Imports Muon as each engine with ZeRO does, though nobody here uses it, but without setting up torch's compiler,
+    which would take a second."""
+    before = os.environ.get(NO_COMPILER)
+    os.environ[NO_COMPILER] = "1"
+    try:
+        import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
+    finally:
+        del os.environ[NO_COMPILER]
+        if before is not None:
+            os.environ[NO_COMPILER] = before
 
 
 def join() -> world.World:

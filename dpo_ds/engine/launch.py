@@ -19,10 +19,11 @@ from types import FrameType, SimpleNamespace
 from typing import Any
 
 from dpo_ds.errors import one_line
-from dpo_ds.ranks import console, family, lifeline, signals
+from dpo_ds.ranks import console, family, lifeline, process, signals
 
 # Seconds that ranks have to end after the first of them, if that one was stopped by a signal: they are leaving as well.
 LEAVING = 30.0
+LOOKS = 0.1  # seconds between two looks at the ranks; launch.py's own second would be part of each run's time
 
 Handler = Callable[[int, FrameType | None], Any]
 
@@ -162,14 +163,15 @@ def main() -> None:
         finally:
             if node.ours or node.asked is not None:
                 node.kill()
+            process.end_soon()
 
 
 PARENT = "DPO_DS_PARENT"  # the process id of our command
 
 
 def run(node: Node) -> None:
-    """Runs DeepSpeed's launch.py with three of the functions that it calls replaced, in this process alone: starting a
-    rank, taking a signal over, and ending a rank."""
+    """Runs DeepSpeed's launch.py with four of the functions that it calls replaced, in this process alone: starting a
+    rank, taking a signal over, ending a rank, and the wait between two looks at the ranks."""
     from deepspeed.launcher import launch
 
     plain = launch.terminate_process_tree
@@ -179,6 +181,7 @@ def run(node: Node) -> None:
 
     launch.subprocess = SimpleNamespace(Popen=node.start)
     launch.signal = SimpleNamespace(signal=keep, SIGINT=signal.SIGINT, SIGTERM=signal.SIGTERM)
+    launch.time = SimpleNamespace(**{**vars(time), "sleep": lambda _: time.sleep(LOOKS)})
     launch.terminate_process_tree = lambda pid: node.ended(plain, pid)
     launch.main()
 

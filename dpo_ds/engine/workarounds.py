@@ -51,6 +51,13 @@ WORKAROUNDS = {
         "launches/test_signals.py::test_a_signal_stops_and_saves_and_the_same_command_goes_on",
         "0.19.8",
     ),
+    "muon": Workaround(
+        "deepspeed",
+        "Each engine with ZeRO imports the optimizer Muon, which sets up torch's compiler: a second of each start.",
+        "dpo_ds.engine.join:_import_muon",
+        "launches/test_engines.py::test_a_closed_engine_gives_its_memory_back",
+        "0.19.8",
+    ),
     "renamed-collectives": Workaround(
         "deepspeed",
         "Calls collectives by names that torch 2.13 has renamed, with a warning for each call.",

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import NoReturn
 
 from dpo_ds.errors import FULL, MAKE_ROOM, RunStopped, Stopped, UserError, one_line, reason_of
-from dpo_ds.ranks import lifeline, signals, world
+from dpo_ds.ranks import lifeline, process, signals, world
 
 # Seconds that a rank above 0 waits before it reports an error. A launcher ends all ranks soon after one has ended, so a
 # rank that is still alive then has an error that rank 0 did not have.
@@ -92,6 +92,7 @@ def run_main(main: Callable[[list[str]], object]) -> None:
             end_stopped(stopped)
         finally:
             leave()
+            process.end_soon()
 
 
 def _run(main: Callable[[list[str]], object]) -> None:

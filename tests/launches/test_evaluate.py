@@ -19,7 +19,6 @@ from peft import PeftModel
 from dpo_ds.data.pairs import PairSet
 from dpo_ds.embedded import sample_file
 from dpo_ds.evaluate import main
-from dpo_ds.ranks import console
 from dpo_ds.reports.figures import wilson
 
 HELD_OUT, PAIRS, BETA = 8, 30, 0.3
@@ -43,8 +42,7 @@ def place(tmp_path_factory):
         "--learning_rate", 5e-3, "--max_length", 96, "--eval_pairs", HELD_OUT, "--precision", "fp32",
         "--beta", BETA, "--generations", 0,
     )  # fmt: skip
-    yield place
-    console.leave()
+    return place
 
 
 def evaluated(folder) -> dict:

@@ -36,7 +36,6 @@ def ended(place, monkeypatch, capsys, **options) -> tuple[int, str]:
         "loss": "simpo", "export": "none", **options,
     }  # fmt: skip
     monkeypatch.setattr(sys, "argv", ["train", *(f"--{key}={value}" for key, value in words.items())])
-    monkeypatch.setattr(console, "leave", lambda: None)  # the next test needs the process group too
     with pytest.raises(SystemExit) as end:
         console.run_main(main)
     return end.value.code, capsys.readouterr().err

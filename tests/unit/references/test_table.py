@@ -25,7 +25,7 @@ from dpo_ds.engine import join
 from dpo_ds.engine.engine import Engine
 from dpo_ds.errors import RunStopped, UserError
 from dpo_ds.losses.table import losses_of
-from dpo_ds.ranks import console, world
+from dpo_ds.ranks import world
 from dpo_ds.references import table as tables_file
 from dpo_ds.references.kinds import Precomputed, reference_of
 from dpo_ds.references.table import Table, reference_tables
@@ -49,8 +49,7 @@ def place(tmp_path_factory):
             file.write(json.dumps({"prompt": f"{n} {texts[0]}", "chosen": " " + texts[1], "rejected": f" {texts[2]}!"}))
             file.write("\n")
     join.join()
-    yield place
-    console.leave()
+    return place
 
 
 @pytest.fixture(autouse=True)

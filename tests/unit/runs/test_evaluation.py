@@ -13,7 +13,6 @@ from dpo_ds.config import Options, given
 from dpo_ds.embedded import sample_file
 from dpo_ds.errors import UserError
 from dpo_ds.evaluate import main
-from dpo_ds.ranks import console
 from dpo_ds.runs.evaluation import beta_of, like_its_run
 from dpo_ds.runs.named import Named
 
@@ -34,8 +33,7 @@ def place(tmp_path_factory):
     (place / "strange" / "adapter_config.json").write_text(
         json.dumps({**other, "base_model_name_or_path": str(place / "gpt2")})
     )
-    yield place
-    console.leave()
+    return place
 
 
 CASES = {
