@@ -1,17 +1,21 @@
 """Real launches for tests: DeepSpeed's launcher over gloo, two ranks on this machine's CPU."""
 
 import contextlib
+import functools
 import json
+import multiprocessing
 import os
 import random
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import psutil
+import warm
 
 TOOLS = Path(__file__).resolve().parent
 ROOT = TOOLS.parents[1]
@@ -47,6 +51,9 @@ def command(ranks: int, *words: str) -> list[str]:
 
 
 def run(ranks: int, *words: str, timeout: float = HANGS, check: bool = True, **env: str) -> subprocess.CompletedProcess:
+    """Runs words to their end. One rank in the tests' own environment is forked from a warm process."""
+    if ranks == 1 and not env:
+        return forked(1, [*map(str, words)], timeout, check)
     return execute(command(ranks, *map(str, words)), timeout, check, env={**environment(), **env})
 
 
@@ -66,9 +73,55 @@ def execute(argv: list[str], timeout: float = HANGS, check: bool = True, **more)
         kill_tree(process.pid)
         stdout, _ = process.communicate()
         raise AssertionError(f"still running after {timeout:.0f} s:\n{stdout[-6000:]}") from None
-    if check and process.returncode != 0:
-        raise AssertionError(f"exit code {process.returncode}:\n{stdout[-6000:]}")
-    return subprocess.CompletedProcess(process.args, process.returncode, stdout)
+    return ended(process.args, process.returncode, stdout, check)
+
+
+def ended(argv: list[str], code: int, stdout: str, check: bool) -> subprocess.CompletedProcess:
+    if check and code != 0:
+        raise AssertionError(f"exit code {code}:\n{stdout[-6000:]}")
+    return subprocess.CompletedProcess(argv, code, stdout)
+
+
+class Warm:
+    """A process that forks ranks (warm.py). It ends with this one, whose end of the pipe is then closed."""
+
+    def __init__(self):
+        self.requests, theirs = multiprocessing.Pipe()
+        argv = [sys.executable, TOOLS / "warm.py", str(theirs.fileno())]
+        self.process = subprocess.Popen(
+            argv, env=environment(), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            pass_fds=[theirs.fileno()],
+        )  # fmt: skip
+        theirs.close()
+
+    def run(self, request: warm.Request, timeout: float) -> list[int] | None:
+        """The ranks' exit codes; None if they take longer."""
+        self.requests.send(request)
+        if self.requests.poll(timeout):
+            return self.requests.recv()
+        kill_tree(self.process.pid)
+        warm_process.cache_clear()
+        return None
+
+
+@functools.cache
+def warm_process() -> Warm:
+    return Warm()
+
+
+def forked(ranks: int, words: list[str], timeout: float = HANGS, check: bool = True) -> subprocess.CompletedProcess:
+    """Runs ranks to their end, without a launcher: as torchrun would start them."""
+    shared = environment()
+    if ranks > 1:
+        shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        shared |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
+    each = [{**shared, "RANK": str(n), "LOCAL_RANK": str(n)} if ranks > 1 else shared for n in range(ranks)]
+    with tempfile.NamedTemporaryFile("r", errors="replace") as output:
+        codes = warm_process().run(warm.Request(words, each, output.name), timeout)
+        stdout = output.read()
+    if codes is None:
+        raise AssertionError(f"still running after {timeout:.0f} s:\n{stdout[-6000:]}")
+    return ended(words, next(filter(None, codes), 0), stdout, check)
 
 
 def kill_tree(pid: int) -> None:
@@ -109,10 +162,11 @@ def descendants(pid: int) -> list[int]:
     return children + [pid for child in children for pid in descendants(child)]
 
 
-def run_scenarios(ranks: int, scenarios: list[dict], file: Path, **more) -> str:
+def run_scenarios(ranks: int, scenarios: list[dict], file: Path, **env: str) -> str:
     """Runs scenarios (see scenarios.py) in one launch. Returns what they printed."""
     file.write_text(json.dumps(scenarios))
-    return run(ranks, TOOLS / "scenarios.py", file, **more).stdout
+    words = [str(TOOLS / "scenarios.py"), str(file)]
+    return (run(ranks, *words, **env) if env else forked(ranks, words)).stdout
 
 
 def metrics(folder: Path) -> list[dict]:
