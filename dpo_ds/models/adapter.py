@@ -16,6 +16,7 @@ from dpo_ds.errors import UserError, files_of, one_line
 from dpo_ds.files import remembered_sha256
 from dpo_ds.models.find import known_model
 from dpo_ds.models.model import Model
+from dpo_ds.models.values import require_finite
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -52,8 +53,9 @@ class Adapter:
     numbers: int  # parameters
 
     def hashes(self, cache: Path) -> dict[str, str]:
-        """The sha256 of its files, by name."""
+        """The sha256 of its files, by name. Raises UserError if a weight is not finite."""
         with files_of("--cache_dir", cache):
+            require_finite(self.folder / WEIGHTS, cache / "hashes")
             return {f"adapter/{name}": remembered_sha256(self.folder / name, cache / "hashes") for name in FILES}
 
 

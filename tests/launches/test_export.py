@@ -1,13 +1,15 @@
 """Merged checkpoints: a plain Hugging Face folder that scores as the policy did, streamed in small shards."""
 
 import json
+import shutil
 
 import launching
 import oracle
 import pytest
 import tiny
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dpo_ds.errors import UserError
@@ -122,6 +124,26 @@ def test_export_from_the_checkpoint_is_the_same_folder(case, place):
         assert torch.equal(live[name], again[name]), name
     with pytest.raises(UserError, match="is there already"):
         export.export_checkpoint(checkpoint, folder)
+
+
+@pytest.mark.parametrize(("case", "name"), [("gpt2-stage0-lora", "lora_A"), ("llama-stage3", "up_proj")])
+def test_what_was_trained_and_is_missing_is_no_frozen_weight(case, name, place, tmp_path):
+    """A checkpoint without it would be exported with the base's weight, or a new adapter's."""
+    from dpo_ds import checksums, export
+
+    (whole,) = (place / case / "checkpoints").iterdir()
+    shutil.copytree(whole, checkpoint := tmp_path / whole.name)
+    for file in checkpoint.glob("*.safetensors"):
+        with safe_open(file, framework="pt") as opened:
+            metadata = opened.metadata()
+        tensors = load_file(file)
+        save_file({key: value for key, value in tensors.items() if name not in key}, file, metadata)
+    facts = json.loads((checkpoint / "checkpoint.json").read_text())
+    facts["files"] = checksums.measured(checkpoint, facts["files"])
+    del facts["checksum"]
+    (checkpoint / "checkpoint.json").write_text(json.dumps(checksums.sealed(facts)))
+    with pytest.raises(UserError, match=rf"does not hold weight/model\..*{name}"):
+        export.export_checkpoint(checkpoint, tmp_path / "merged")
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if "lora" in case])

@@ -7,6 +7,7 @@ import gzip
 import json
 from pathlib import Path
 
+import adapters
 import launching
 import pytest
 import tiny
@@ -92,6 +93,14 @@ def with_value(value: float):
         tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = value
 
     return change
+
+
+def not_finite_adapter(place) -> dict:
+    file = adapters.make(place / "llama", place / "nan-adapter") / "adapter_model.safetensors"
+    tensors = load_file(file)
+    next(tensor for name, tensor in tensors.items() if "lora_A" in name)[0, 0] = float("nan")
+    save_file(tensors, file)
+    return {"adapter": file.parent}
 
 
 def without_head(tensors):
@@ -349,6 +358,7 @@ CASES |= {
     "weights that are NaN": (lambda p: with_weights(p, "nan", with_value(float("nan"))),
                              "model.layers.1.mlp.up_proj.weight has values that are NaN or infinite"),
     "weights that are infinite": (lambda p: with_weights(p, "inf", with_value(float("-inf"))), "NaN or infinite"),
+    "an adapter that is NaN": (not_finite_adapter, "lora_A.weight has values that are NaN or infinite"),
     "a missing head": (lambda p: with_weights(p, "headless", without_head), "1 of 21 tensors"),
     "another vocabulary": (lambda p: with_weights(p, "words900", other_vocabulary),
                            "lm_head.weight has the shape [900, 48], but [1024, 48] by its config.json (2 such"),
