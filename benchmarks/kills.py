@@ -57,7 +57,7 @@ class Disturbance:
     ranks: int
     after: float  # seconds from the start; the start's share of an undisturbed run's time is drawn
     last_words: str = ""
-    code: int | None = None  # the command's exit code; None if it had ended before
+    code: int = 0  # the command's exit code; 0 if it had ended before
 
 
 class Run:
@@ -113,7 +113,7 @@ class Run:
             done = self._flip(process, family, after)
         else:
             done = self._fill(process, family, after)
-        self._all_ended(process, family)
+        done.code = self._all_ended(process, family)
         lines = [line for line in self.said().splitlines() if line.strip()]
         done.last_words = lines[-1][:200] if lines else ""
         return done
@@ -168,8 +168,9 @@ class Run:
             _send(pid, signal.SIGKILL)
         return Disturbance("full disk", f"files of {limit} bytes at most", self.size, after)
 
-    def _all_ended(self, process: subprocess.Popen, family: list[int]) -> None:
-        """Waits until no process is left. Raises SystemExit if one outlives its command."""
+    def _all_ended(self, process: subprocess.Popen, family: list[int]) -> int:
+        """Waits until no process is left. Returns the command's exit code. Raises SystemExit if a process outlives its
+        command."""
         deadline = time.monotonic() + SETTLED
         while left := [pid for pid in family if _runs(pid)]:
             if time.monotonic() > deadline:
@@ -177,7 +178,7 @@ class Run:
                 raise SystemExit(f"{self.folder}: still there after {SETTLED:.0f} s: {commands}")
             process.poll()
             time.sleep(0.05)
-        process.wait()
+        return process.wait()
 
     def weights(self) -> dict[str, torch.Tensor]:
         return load_file(self.folder / "merged" / "model.safetensors")
@@ -219,6 +220,7 @@ def difference(run: Run, undisturbed: Run) -> str | None:
 def harness(place: Path, kills: int, seed: int, names: list[str], each: int = EACH) -> dict:
     """Disturbs runs until there are `kills` disturbances. Returns all of them, and how each run ended."""
     draw = random.Random(seed)
+    place.mkdir()
     tiny.make("llama", place / "model")
     undisturbed, usual = {}, {}
     for name in names:
@@ -255,7 +257,6 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     parser.add_argument("--place", type=Path, default=Path("/tmp/dpo_ds-kills"), help="a new folder to work in")
     arguments = parser.parse_args()
-    arguments.place.mkdir()
     found = harness(arguments.place, arguments.kills, arguments.seed, arguments.runs)
     found = {"machine": work.machine(), **found}
     print(f"{found['kills']} kills, {found['equal']} of {found['runs']} runs equal to undisturbed ones")

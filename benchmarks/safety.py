@@ -3,11 +3,12 @@
     python benchmarks/safety.py --output benchmarks/results/safety.json
 
 The two kinds of runs take turns, each in its own process. Saving counts checksums and the wait for the disk. The last
-checkpoint is verified, and its files are read beside it for comparison.
+checkpoint is verified, and for comparison its files are read and written beside it.
 """
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -69,9 +70,20 @@ def one(kind: str, place: Path, steps: int) -> dict:
     if last.is_dir():
         files = [file for file in last.rglob("*") if file.is_file()]
         found["bytes"] = sum(file.stat().st_size for file in files)
-        found["read_seconds"] = _timed(lambda: [file.read_bytes() for file in files])
+        contents: list[bytes] = []
+        found["read_seconds"] = _timed(lambda: contents.extend(file.read_bytes() for file in files))
+        found["write_seconds"] = _timed(lambda: write(contents, folder / "plain"))
         found["verify_seconds"] = _timed(lambda: folders.damage(last, None))
     return found
+
+
+def write(contents: list[bytes], folder: Path) -> None:
+    """Writes files to the disk, one after the other."""
+    folder.mkdir()
+    for number, content in enumerate(contents):
+        with open(folder / str(number), "wb") as file:
+            file.write(content)
+            os.fsync(file.fileno())
 
 
 def _timed(call: Callable[[], object]) -> float:

@@ -75,7 +75,7 @@ def candidates(options: Options, model: Model, machine: Machine, purpose: Purpos
     return list(dict.fromkeys(order))
 
 
-@functools.lru_cache(maxsize=4)
+@functools.cache  # small: a shape holds no weights
 def _shape(
     model: str, trust_remote_code: bool, precision: Precision, lora: bool, lora_r: int, lora_targets: str
 ) -> Shape:

@@ -76,3 +76,17 @@ def test_the_prediction_for_eight_gpus_is_its_arithmetic():
     assert told["seconds a step"] == pytest.approx(2 * 1.25 * told["compute"] + told["optimizer"], rel=1e-6)
     slow_link = predict({**found, "layer": 0, "layer forward": 0}, 989e12, 312e12)
     assert slow_link["seconds a step"] == pytest.approx(2 * 4 / 3 * told["gathers"] + told["optimizer"])
+
+
+def test_a_run_that_is_killed_ends_as_an_undisturbed_one(tmp_path, monkeypatch):
+    """Three of the kills of benchmarks/kills.py, which runs 200; and it notices a result that differs."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import kills
+
+    name = "LoRA with dropout, 1 rank"
+    found = kills.harness(tmp_path / "kills", 3, seed=5, names=[name])
+    assert (found["kills"], found["equal"]) == (3, found["runs"]), found
+    assert any(done["code"] != 0 for run in found["log"] for done in run["disturbances"]), "nothing was disturbed"
+    monkeypatch.setattr(kills.Run, "lines", lambda run: [{"step": 1, "loss": float(len(run.folder.parent.name))}])
+    a, b = (kills.Run(tmp_path / "kills", name, folder, None) for folder in ("a", "other"))
+    assert kills.difference(a, b) == "metrics.jsonl differs"

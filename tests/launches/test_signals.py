@@ -2,7 +2,8 @@
 command goes on bit for bit.
 
 Real runs, one for each row of ONE and TWO, in one folder: each goes on where the one before was stopped. The ranks
-wait at a gate for their signal (tests/tools/gated.py).
+wait at a gate for their signal (tests/tools/gated.py). ONE and TWO have each signal and each process once; with
+EVERY_SIGNAL=1 in the environment, each signal is also sent to each process, which takes ten minutes more.
 """
 
 import contextlib
@@ -56,6 +57,21 @@ TWO = [
     Stop("step 9", signal.SIGTERM, "command", -15, THEIRS),  # it ends at once, and its ranks notice
     Stop("step 10", signal.SIGKILL, "rank 1", 137, saves=False, said=DIED),
 ]
+
+
+ASKING = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGHUP: 129, signal.SIGUSR1: 0, signal.SIGUSR2: 0}
+KILLED = {"command": (-9, True, ""), "launch": (137, True, ""), "group": (-9, False, ""),
+          "rank 0": (137, False, "(SIGKILL, as"), "rank 1": (137, False, "(SIGKILL, as")}  # fmt: skip
+
+
+def every() -> list[Stop]:
+    """Each signal to each process, one a step."""
+    rows = [(number, target, (code, True, "; to go on: ")) for number, code in ASKING.items() for target in KILLED]
+    rows += [(signal.SIGKILL, target, how) for target, how in KILLED.items()]
+    return [
+        Stop(f"step {step}", number, target, code, saves=saves, said=said)
+        for step, (number, target, (code, saves, said)) in enumerate(rows, 2)
+    ]
 
 
 class Started:
@@ -138,10 +154,10 @@ def place(tmp_path_factory):
     return place
 
 
-def argv(place: Path, ranks: int, folder: Path) -> list[str]:
+def argv(place: Path, ranks: int, folder: Path, steps: int) -> list[str]:
     return [
         f"--model={place / 'llama'}", "--dataset=sample", f"--ds_config={place / f'{ranks}.json'}",
-        f"--output_dir={folder / 'run'}", f"--cache_dir={folder / 'cache'}", f"--max_steps={STEPS}",
+        f"--output_dir={folder / 'run'}", f"--cache_dir={folder / 'cache'}", f"--max_steps={steps}",
         f"--save_every={SAVE}", "--eval_every=4", "--global_batch_pairs=4", "--eval_pairs=4", "--max_length=96",
         "--learning_rate=1e-3", "--generations=0", "--plan=off",
     ]  # fmt: skip
@@ -156,18 +172,23 @@ def lines_of(folder: Path) -> list[dict]:
     return launching.untimed(folder / "run")
 
 
-@pytest.mark.parametrize(("ranks", "stops"), [(1, ONE), (2, TWO)], ids=["1-rank", "2-ranks"])
-def test_a_signal_stops_and_saves_and_the_same_command_goes_on(ranks, stops, place):
-    straight, stopped = place / f"straight-{ranks}", place / f"stopped-{ranks}"
+ALL = pytest.mark.skipif(not os.environ.get("EVERY_SIGNAL"), reason="takes ten minutes: set EVERY_SIGNAL=1")
+
+
+@pytest.mark.parametrize(
+    ("ranks", "stops"), [(1, ONE), (2, TWO), pytest.param(2, every(), marks=ALL)], ids=["1-rank", "2-ranks", "every"]
+)
+def test_a_signal_stops_and_saves_and_the_same_command_goes_on(ranks, stops, place, tmp_path):
+    straight, stopped, steps = tmp_path / "straight", tmp_path / "stopped", max(STEPS, len(stops) + 4)
     stopped.mkdir()
-    run(straight, ranks, argv(place, ranks, straight))
-    words = argv(place, ranks, stopped)
+    run(straight, ranks, argv(place, ranks, straight, steps))
+    words = argv(place, ranks, stopped, steps)
     for stop in stops:
         # The ranks that were not sent a signal are held up by the others: in a collective, or by a launcher.
         waiting = [0] if stop.target in ("file", "rank 0") else [1] if stop.target == "rank 1" else [*range(ranks)]
         started = Started(stopped, ranks, stop, waiting, words)
         try:
-            check(started, stop, stopped / "run")
+            check(started, stop, stopped / "run", steps)
         finally:
             started.kill()
     assert f"from {stopped / 'run'}/checkpoints/step-" in run(stopped, ranks, words)
@@ -176,7 +197,7 @@ def test_a_signal_stops_and_saves_and_the_same_command_goes_on(ranks, stops, pla
         assert torch.equal(tensor, load_file(stopped / "run" / "merged" / "model.safetensors")[name]), name
 
 
-def check(started: Started, stop: Stop, folder: Path) -> None:
+def check(started: Started, stop: Stop, folder: Path, steps: int) -> None:
     """Stops a run as the row says, and looks at what it leaves."""
     started.at_the_gate()
     started.send()
@@ -189,5 +210,5 @@ def check(started: Started, stop: Stop, folder: Path) -> None:
     if stop.saves:
         step = int(stop.at.removeprefix("step "))
         assert (folder / "checkpoints" / f"step-{step:06d}" / "checkpoint.json").is_file(), (stop, said[-4000:])
-        assert f"after step {step} of {STEPS}, saved; to go on: " in said, said[-4000:]
+        assert f"after step {step} of {steps}, saved; to go on: " in said, said[-4000:]
     assert not (folder / "stop").exists()

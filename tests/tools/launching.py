@@ -10,8 +10,9 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.reduction import send_handle
 from pathlib import Path
 
 import psutil
@@ -94,14 +95,19 @@ class Warm:
         )  # fmt: skip
         theirs.close()
 
-    def run(self, request: warm.Request, timeout: float) -> list[int] | None:
-        """The ranks' exit codes; None if they take longer."""
+    def run(self, request: warm.Request, timeout: float) -> tuple[list[int] | None, str]:
+        """The ranks' exit codes, or None if they take longer; and what they printed."""
+        ours, theirs = os.pipe()
         self.requests.send(request)
-        if self.requests.poll(timeout):
-            return self.requests.recv()
-        kill_tree(self.process.pid)
-        warm_process.cache_clear()
-        return None
+        send_handle(self.requests, theirs, self.process.pid)
+        os.close(theirs)
+        with open(ours, errors="replace") as output, ThreadPoolExecutor(1) as reader:
+            printed = reader.submit(output.read)
+            codes = self.requests.recv() if self.requests.poll(timeout) else None
+            if codes is None:
+                kill_tree(self.process.pid)
+                warm_process.cache_clear()
+            return codes, printed.result()
 
 
 @functools.cache
@@ -116,9 +122,7 @@ def forked(ranks: int, words: list[str], timeout: float = HANGS, check: bool = T
         shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
         shared |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
     each = [{**shared, "RANK": str(n), "LOCAL_RANK": str(n)} if ranks > 1 else shared for n in range(ranks)]
-    with tempfile.NamedTemporaryFile("r", errors="replace") as output:
-        codes = warm_process().run(warm.Request(words, each, output.name), timeout)
-        stdout = output.read()
+    codes, stdout = warm_process().run(warm.Request(words, each), timeout)
     if codes is None:
         raise AssertionError(f"still running after {timeout:.0f} s:\n{stdout[-6000:]}")
     return ended(words, next(filter(None, codes), 0), stdout, check)

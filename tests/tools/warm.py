@@ -1,8 +1,8 @@
 """A process that has imported the libraries, and forks the ranks of the tests' launches: python warm.py FD
 
 Most of a small run's time would be the import of torch, DeepSpeed and transformers. FD is the inherited end of a pipe,
-on which requests come in and exit codes go out. A forked rank has its own environment and output, runs its words as
-`python` would, and ends as a process of Python does.
+on which requests come in, each with a stream for its output, and exit codes go out. A forked rank has its own
+environment, runs its words as `python` would, and ends as a process of Python does.
 """
 
 import gc
@@ -12,6 +12,7 @@ import signal
 import sys
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from multiprocessing.reduction import recv_handle
 
 
 @dataclass
@@ -20,7 +21,6 @@ class Request:
 
     words: list[str]  # -m MODULE, -c CODE or a script's file, and what follows
     environments: list[dict[str, str]]
-    output: str  # a file to which all of them append
 
 
 def import_libraries() -> None:
@@ -35,38 +35,39 @@ def import_libraries() -> None:
     gc.freeze()  # what all ranks share
 
 
-def serve(requests: Connection) -> tuple[Request, int] | None:
-    """Answers each request with its ranks' exit codes. Returns None at the end, and in a forked rank its request and
-    number."""
+def serve(requests: Connection) -> tuple[list[str], dict[str, str]] | None:
+    """Answers each request with its ranks' exit codes. Returns None at the end, and in a forked rank its words and
+    environment, with its output redirected."""
     while True:
         try:
             request = requests.recv()
         except EOFError:
             return None
-        here, ranks = os.getpid(), []
-        for number in range(len(request.environments)):
+        here, output, ranks = os.getpid(), recv_handle(requests), []
+        for environment in request.environments:
             if not (pid := os.fork()):
                 requests.close()
+                for descriptor in (1, 2):
+                    os.dup2(output, descriptor)
+                sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w", buffering=1)
+                os.close(output)
                 from dpo_ds.ranks import family
 
                 family.end_with_parent(signal.SIGKILL, here)
-                return request, number
+                return request.words, environment
             ranks.append(pid)
+        os.close(output)
         requests.send([os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in ranks])
 
 
-def become(request: Request, number: int) -> None:
-    """Makes this process the rank that was asked for, and runs it."""
+def become(words: list[str], environment: dict[str, str]) -> None:
+    """Makes this process what `python WORDS` would be."""
     os.environ.clear()
-    os.environ.update(request.environments[number])
-    stream = os.open(request.output, os.O_WRONLY | os.O_APPEND)
-    for descriptor in (1, 2):
-        os.dup2(stream, descriptor)
-    os.close(stream)
-    kind, *words = request.words
+    os.environ.update(environment)
+    kind, *rest = words
     if kind in ("-m", "-c"):
-        what, *words = words
-    sys.argv = [kind, *words]
+        what, *rest = rest
+    sys.argv = [kind, *rest]
     if kind == "-m":
         runpy.run_module(what, run_name="__main__", alter_sys=True)
     elif kind == "-c":

@@ -8,6 +8,7 @@ import yaml
 
 from dpo_ds.config import parse_options
 from dpo_ds.models.find import known_models
+from dpo_ds.plan.__main__ import everything
 from dpo_ds.plan.choose import choose
 
 FOLDER = launching.ROOT / "launch" / "recipes"
@@ -36,3 +37,7 @@ def test_a_recipe_is_what_the_plan_says(model, lora):
 
 def test_there_are_no_others():
     assert {path.name for path in FOLDER.glob("*.yaml")} == {make.name(*recipe) for recipe in RECIPES}
+
+
+def test_the_readme_shows_the_plan_of_all():
+    assert everything() in (FOLDER / "README.md").read_text(), "run python docs/make.py launch/recipes/README.md"
