@@ -38,7 +38,7 @@ def argv(place, name: str, stage: int, *more: str) -> list[str]:
 )
 def test_killed_and_started_again_is_bit_identical(ranks, stage, more, place):
     straight, killed = place / f"straight-{ranks}", place / f"killed-{ranks}"
-    launching.run(ranks, *argv(place, straight.name, stage, *more))
+    launching.forked(ranks, argv(place, straight.name, stage, *more))
     words = argv(place, killed.name, stage, *more)
     launching.kill_after(ranks, words, killed, step=11)
     assert not (killed / "merged").exists()

@@ -165,7 +165,7 @@ def argv(place: Path, ranks: int, folder: Path, steps: int) -> list[str]:
 
 def run(folder: Path, ranks: int, words: list[str]) -> str:
     gate = json.dumps({"at": "", "ranks": [], "file": ""})
-    return launching.run(ranks, launching.TOOLS / "gated.py", *words, GATE=gate).stdout
+    return launching.forked(ranks, [str(launching.TOOLS / "gated.py"), *words], GATE=gate).stdout
 
 
 def lines_of(folder: Path) -> list[dict]:

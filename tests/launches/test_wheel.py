@@ -1,13 +1,14 @@
 """The package as a user gets it: a wheel, installed by pip into a fresh environment and used from elsewhere.
 
-Run `pytest tests/launches/test_wheel.py --durations=0`. It installs torch and the rest anew, about 1.2 GB: it needs a
-package registry, and two to three minutes, most of them pip's.
+DeepSpeed is installed there too, for its commands. The other libraries are those of the tests' own environment, which
+launch/setup.sh has installed by the same list. It needs a package registry.
 """
 
 import json
 import os
 import re
 import shutil
+import site
 import subprocess
 import sys
 import zipfile
@@ -20,6 +21,7 @@ import pytest
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 VERSION = re.search(r'__version__ = "(.+)"', (CHECKOUT / "dpo_ds/__init__.py").read_text()).group(1)
+(DEEPSPEED,) = re.findall(r"^deepspeed==.+$", (CHECKOUT / "constraints.txt").read_text(), re.M)
 
 # Nothing of the checkout, and bytecode written: the environment is installed without any.
 HIDDEN = ("PYTHONPATH", "PYTHONDONTWRITEBYTECODE", "VIRTUAL_ENV")
@@ -103,9 +105,12 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Installed]:
         made.away.mkdir()
         copy_source(made.source)
         subprocess.run([sys.executable, "-m", "venv", made.venv], check=True, env=ENVIRONMENT)
+        (packages,) = made.venv.glob("lib/python*/site-packages")
+        (packages / "libraries.pth").write_text("\n".join(site.getsitepackages()))
         made.pip("wheel", "--no-deps", "--wheel-dir", made.dist, made.source)
-        # Compiling every module takes longer than all the rest of it; what gets imported is compiled then.
-        made.pip("install", "--no-compile", "-c", CHECKOUT / "constraints.txt", made.wheel)
+        # In the order of dependence, as pip installs them: both have a command `deepspeed`.
+        for package in (DEEPSPEED, made.wheel):
+            made.pip("install", "--no-deps", "--ignore-installed", package)
         yield made
     finally:
         shutil.rmtree(made.root)  # pytest would keep three of them
@@ -133,6 +138,12 @@ def test_wheel_holds_every_module_and_data_file(installed: Installed) -> None:
     expected |= {f"dpo_ds/ds_configs/{name}.json" for name in checkout_tiers()}
     held = {name for name in zipfile.ZipFile(installed.wheel).namelist() if ".dist-info/" not in name}
     assert held == expected
+
+
+def test_its_requirements_are_those_that_are_installed(installed: Installed) -> None:
+    done = installed.run("pip", "check")
+    assert done.returncode in (0, 1), done.stderr
+    assert not [line for line in done.stdout.splitlines() if line.startswith("dpo_ds ")], done.stdout
 
 
 def test_import_is_light_and_finds_the_tiers(installed: Installed) -> None:
@@ -183,6 +194,5 @@ def test_editable_install_then_removal(installed: Installed) -> None:
     assert "dpo_ds" in script.read_text()
     installed.pip("uninstall", "--yes", "dpo_ds")
     assert not script.exists()
-    (pin,) = re.findall(r"^deepspeed==.+$", (CHECKOUT / "constraints.txt").read_text(), re.M)
-    installed.pip("install", "--force-reinstall", "--no-deps", pin)
+    installed.pip("install", "--force-reinstall", "--no-deps", DEEPSPEED)
     assert "deepspeed.launcher.runner" in script.read_text()

@@ -115,9 +115,12 @@ def warm_process() -> Warm:
     return Warm()
 
 
-def forked(ranks: int, words: list[str], timeout: float = HANGS, check: bool = True) -> subprocess.CompletedProcess:
-    """Runs ranks to their end, without a launcher: as torchrun would start them."""
-    shared = environment()
+def forked(
+    ranks: int, words: list[str], timeout: float = HANGS, check: bool = True, **env: str
+) -> subprocess.CompletedProcess:
+    """Runs ranks to their end, without a launcher: as torchrun would start them. `env` is what they read themselves,
+    not what a library reads when it is imported."""
+    shared = {**environment(), **env}
     if ranks > 1:
         shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
         shared |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
