@@ -4,7 +4,7 @@
 
 A run is started with the user's own command, and disturbed several times: a signal (SIGKILL, SIGTERM, SIGINT) to one of
 its processes or to all, a byte of one of its files flipped, or no room left on its disk. Instants are drawn evenly
-over what an undisturbed run takes, from its first import to its last file. Then the same command runs to its end. Its
+over what an undisturbed run takes, from its first import to its last file. Then the run goes to its end. Its
 weights must be those of the undisturbed run to the bit, and its metrics.jsonl must have the same lines, each once. If
 its number of ranks changes on the way, it must have the same curve. No process may outlive its command.
 """
@@ -18,6 +18,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -79,23 +80,33 @@ class Run:
         }  # fmt: skip
         self.size = 0  # ranks of the latest start
 
+    @property
+    def words(self) -> list[str]:
+        return ["-m", "dpo_ds.train", *(f"--{key}={value}" for key, value in self.options.items())]
+
     def start(self, ranks: int) -> subprocess.Popen:
         self.size = ranks
-        words = ["-m", "dpo_ds.train", *(f"--{key}={value}" for key, value in self.options.items())]
         with open(self.output, "ab") as output:
             return subprocess.Popen(
-                launching.command(ranks, *words), env=launching.environment(), stdout=output, stderr=subprocess.STDOUT,
+                launching.command(ranks, *self.words), env=launching.environment(), stdout=output, stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL, start_new_session=True,
             )  # fmt: skip
 
-    def to_the_end(self, ranks: int) -> float:
-        """Runs the command until it has ended well. Returns how long that took."""
+    def time(self, ranks: int) -> float:
+        """Runs the command until it has ended. Returns how long that took."""
         began = time.monotonic()
-        process = self.start(ranks)
-        code = process.wait(timeout=launching.HANGS)
-        if code != 0 or not (self.folder / "summary.json").is_file():
-            raise SystemExit(f"{self.folder} ended with {code}:\n{self.said()[-4000:]}")
+        code = self.start(ranks).wait(timeout=launching.HANGS)
+        self._require_finished(code, self.said())
         return time.monotonic() - began
+
+    def to_the_end(self, ranks: int) -> None:
+        """Runs the same ranks until they have ended, without a launcher: nothing is sent to them any more."""
+        done = launching.forked(ranks, self.words, check=False)
+        self._require_finished(done.returncode, done.stdout)
+
+    def _require_finished(self, code: int, said: str) -> None:
+        if code != 0 or not (self.folder / "summary.json").is_file():
+            raise SystemExit(f"{self.folder} ended with {code}:\n{said[-4000:]}")
 
     def said(self) -> str:
         return self.output.read_text(errors="replace")
@@ -217,21 +228,21 @@ def difference(run: Run, undisturbed: Run) -> str | None:
     return f"the curve differs by {far:.1e}" if far > 1e-5 else None
 
 
-def harness(place: Path, kills: int, seed: int, names: list[str], each: int = EACH) -> dict:
-    """Disturbs runs until there are `kills` disturbances. Returns all of them, and how each run ended."""
+def harness(place: Path, kills: int, seed: int, names: list[str]) -> Iterator[dict]:
+    """Disturbs runs until there are `kills` disturbances. After each run, yields all of them and how the runs ended."""
     draw = random.Random(seed)
     place.mkdir()
     tiny.make("llama", place / "model")
     undisturbed, usual = {}, {}
     for name in names:
         run = undisturbed[name] = Run(place, name, f"undisturbed-{names.index(name)}", draw)
-        usual[name] = run.to_the_end(run.ranks[-1])
+        usual[name] = run.time(run.ranks[-1])
     runs, count = [], 0
     while count < kills:
         name = names[len(runs) % len(names)]
         run = Run(place, name, f"run-{len(runs)}", draw)
         done = []
-        while len(done) < each and count < kills and not (run.folder / "summary.json").is_file():
+        while len(done) < EACH and count < kills and not (run.folder / "summary.json").is_file():
             done.append(run.disturb(usual[name]))
             count += 1
         run.to_the_end(draw.choice(run.ranks))
@@ -240,13 +251,8 @@ def harness(place: Path, kills: int, seed: int, names: list[str], each: int = EA
         print(f"{count} of {kills}: {name}: {'equal' if found is None else found}", flush=True)
         if found is None:
             shutil.rmtree(run.folder.parent)
-    return {
-        "kills": count,
-        "seed": seed,
-        "runs": len(runs),
-        "equal": sum(run["difference"] is None for run in runs),
-        "log": runs,
-    }
+        equal = sum(run["difference"] is None for run in runs)
+        yield {"kills": count, "seed": seed, "runs": len(runs), "equal": equal, "log": runs}
 
 
 def main() -> None:
@@ -257,11 +263,10 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     parser.add_argument("--place", type=Path, default=Path("/tmp/dpo_ds-kills"), help="a new folder to work in")
     arguments = parser.parse_args()
-    found = harness(arguments.place, arguments.kills, arguments.seed, arguments.runs)
-    found = {"machine": work.machine(), **found}
+    for found in harness(arguments.place, arguments.kills, arguments.seed, arguments.runs):
+        if arguments.output:
+            arguments.output.write_text(json.dumps({"machine": work.machine(), **found}, indent=1) + "\n")
     print(f"{found['kills']} kills, {found['equal']} of {found['runs']} runs equal to undisturbed ones")
-    if arguments.output:
-        arguments.output.write_text(json.dumps(found, indent=1) + "\n")
     raise SystemExit(found["equal"] != found["runs"])
 
 

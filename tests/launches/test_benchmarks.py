@@ -84,7 +84,7 @@ def test_a_run_that_is_killed_ends_as_an_undisturbed_one(tmp_path, monkeypatch):
     import kills
 
     name = "LoRA with dropout, 1 rank"
-    found = kills.harness(tmp_path / "kills", 2, seed=5, names=[name])
+    *_, found = kills.harness(tmp_path / "kills", 2, seed=5, names=[name])
     assert (found["kills"], found["equal"]) == (2, found["runs"]), found
     assert any(done["code"] != 0 for run in found["log"] for done in run["disturbances"]), "nothing was disturbed"
     monkeypatch.setattr(kills.Run, "lines", lambda run: [{"step": 1, "loss": float(len(run.folder.parent.name))}])
