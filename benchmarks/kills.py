@@ -88,8 +88,8 @@ class Run:
         self.size = ranks
         with open(self.output, "ab") as output:
             return subprocess.Popen(
-                launching.command(ranks, *self.words), env=launching.environment(), stdout=output, stderr=subprocess.STDOUT,
-                stdin=subprocess.DEVNULL, start_new_session=True,
+                launching.command(ranks, *self.words), env=launching.environment(), stdin=subprocess.DEVNULL,
+                stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
             )  # fmt: skip
 
     def time(self, ranks: int) -> float:
