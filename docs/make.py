@@ -9,7 +9,7 @@
     launch/recipes/README.md   the plan of each recipe's model, from dpo_ds.plan (a minute)
 
 A page's own text stays: only what lies between the two marks is written. tests/unit/test_docs.py makes all but the
-last again and compares, tests/unit/plan/test_plan.py the last.
+last again and compares, tests/unit/test_recipes.py the last.
 """
 
 import ast
