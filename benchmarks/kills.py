@@ -44,6 +44,7 @@ RUNS = {
     "LoRA, 2 ranks, ZeRO-2": ([2], {"zero": {"stage": 2}, "lora": "true"}),
     "full, 1 or 2 ranks": ([1, 2], {"zero": {"stage": 3}}),
 }
+ENDED = "had ended"  # of a start that was over before it could be disturbed
 EACH = 5  # disturbances of a run, before it may end
 # What is disturbed, drawn evenly: mostly signals.
 KINDS = ("signal", "signal", "signal", "signal", "flip", "full disk")
@@ -132,7 +133,7 @@ class Run:
     def _signal(self, process: subprocess.Popen, family: list[int], after: float) -> Disturbance:
         name = self.draw.choice(list(SIGNALS))
         if not family:
-            return Disturbance(name, "had ended", self.size, after)
+            return Disturbance(name, ENDED, self.size, after)
         place = self.draw.choice(["command", "all", *range(1, len(family))])
         chosen = family if place == "all" else [family[0]] if place == "command" else [family[place]]
         for pid in chosen:
@@ -244,7 +245,7 @@ def harness(place: Path, kills: int, seed: int, names: list[str]) -> Iterator[di
         done = []
         while len(done) < EACH and count < kills and not (run.folder / "summary.json").is_file():
             done.append(run.disturb(usual[name]))
-            count += 1
+            count += done[-1].target != ENDED  # what came too late disturbed nothing
         run.to_the_end(draw.choice(run.ranks))
         found = difference(run, undisturbed[name])
         runs.append({"run": name, "difference": found, "disturbances": [asdict(d) for d in done]})
@@ -263,6 +264,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     parser.add_argument("--place", type=Path, default=Path("/tmp/dpo_ds-kills"), help="a new folder to work in")
     arguments = parser.parse_args()
+    # A shell's background job ignores SIGINT, and so would everything that it starts.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     for found in harness(arguments.place, arguments.kills, arguments.seed, arguments.runs):
         if arguments.output:
             arguments.output.write_text(json.dumps({"machine": work.machine(), **found}, indent=1) + "\n")
