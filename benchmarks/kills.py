@@ -4,9 +4,10 @@
 
 A run is started with the user's own command, and disturbed several times: a signal (SIGKILL, SIGTERM, SIGINT) to one of
 its processes or to all, a byte of one of its files flipped, or no room left on its disk. Instants are drawn evenly
-over what an undisturbed run takes, from its first import to its last file. Then the run goes to its end. Its
-weights must be those of the undisturbed run to the bit, and its metrics.jsonl must have the same lines, each once. If
-its number of ranks changes on the way, it must have the same curve. No process may outlive its command.
+over what an undisturbed run takes, from its first import to its last file. A start that ended before its instant does
+not count. At last the run goes on undisturbed, without a launcher, until it has ended. Its weights must be those of the
+undisturbed run to the bit, and its metrics.jsonl must have the same lines, each once. If its number of ranks changes on
+the way, it must have the same curve. No process may outlive its command.
 """
 
 import argparse
@@ -59,7 +60,7 @@ class Disturbance:
     ranks: int
     after: float  # seconds from the start; the start's share of an undisturbed run's time is drawn
     last_words: str = ""
-    code: int = 0  # the command's exit code; 0 if it had ended before
+    code: int = 0  # the command's exit code
 
 
 class Run:
@@ -93,7 +94,7 @@ class Run:
                 stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
             )  # fmt: skip
 
-    def time(self, ranks: int) -> float:
+    def duration(self, ranks: int) -> float:
         """Runs the command until it has ended. Returns how long that took."""
         began = time.monotonic()
         code = self.start(ranks).wait(timeout=launching.HANGS)
@@ -237,7 +238,7 @@ def harness(place: Path, kills: int, seed: int, names: list[str]) -> Iterator[di
     undisturbed, usual = {}, {}
     for name in names:
         run = undisturbed[name] = Run(place, name, f"undisturbed-{names.index(name)}", draw)
-        usual[name] = run.time(run.ranks[-1])
+        usual[name] = run.duration(run.ranks[-1])
     runs, count = [], 0
     while count < kills:
         name = names[len(runs) % len(names)]
@@ -253,7 +254,8 @@ def harness(place: Path, kills: int, seed: int, names: list[str]) -> Iterator[di
         if found is None:
             shutil.rmtree(run.folder.parent)
         equal = sum(run["difference"] is None for run in runs)
-        yield {"kills": count, "seed": seed, "runs": len(runs), "equal": equal, "log": runs}
+        late = sum(done["target"] == ENDED for run in runs for done in run["disturbances"])
+        yield {"kills": count, "late": late, "seed": seed, "runs": len(runs), "equal": equal, "log": runs}
 
 
 def main() -> None:
@@ -269,7 +271,8 @@ def main() -> None:
     for found in harness(arguments.place, arguments.kills, arguments.seed, arguments.runs):
         if arguments.output:
             arguments.output.write_text(json.dumps({"machine": work.machine(), **found}, indent=1) + "\n")
-    print(f"{found['kills']} kills, {found['equal']} of {found['runs']} runs equal to undisturbed ones")
+    print(f"{found['kills']} kills, and {found['late']} starts that had ended before")
+    print(f"{found['equal']} of {found['runs']} runs equal to undisturbed ones")
     raise SystemExit(found["equal"] != found["runs"])
 
 

@@ -136,7 +136,7 @@ def main() -> None:
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     finally:
-        process.end_soon()
+        process.end_without_search()
     code = 0 if command.child is None else command.child.returncode
     if code < 0:  # the runner would end with 0
         raise SystemExit(128 - code)

@@ -48,11 +48,12 @@ def quiet_start() -> None:
 
 def _import_muon() -> None:
     """Imports Muon as each engine with ZeRO does, though nobody here uses it, but without setting up torch's compiler,
-    which would take a second."""
+    which would take a second. A DeepSpeed that has no such module goes without it, and so does this."""
     before = os.environ.get(NO_COMPILER)
     os.environ[NO_COMPILER] = "1"
     try:
-        import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
+        with contextlib.suppress(ImportError):
+            import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
     finally:
         del os.environ[NO_COMPILER]
         if before is not None:

@@ -23,7 +23,7 @@ from dpo_ds.ranks import console, family, lifeline, process, signals
 
 # Seconds that ranks have to end after the first of them, if that one was stopped by a signal: they are leaving as well.
 LEAVING = 30.0
-LOOKS = 0.1  # seconds between two looks at the ranks; launch.py's own second would be part of each run's time
+LOOK_EVERY = 0.1  # seconds between two looks at the ranks; launch.py's own second would be part of each run's time
 
 Handler = Callable[[int, FrameType | None], Any]
 
@@ -163,7 +163,7 @@ def main() -> None:
         finally:
             if node.ours or node.asked is not None:
                 node.kill()
-            process.end_soon()
+            process.end_without_search()
 
 
 PARENT = "DPO_DS_PARENT"  # the process id of our command
@@ -181,7 +181,7 @@ def run(node: Node) -> None:
 
     launch.subprocess = SimpleNamespace(Popen=node.start)
     launch.signal = SimpleNamespace(signal=keep, SIGINT=signal.SIGINT, SIGTERM=signal.SIGTERM)
-    launch.time = SimpleNamespace(**{**vars(time), "sleep": lambda _: time.sleep(LOOKS)})
+    launch.time = SimpleNamespace(**{**vars(time), "sleep": lambda _: time.sleep(LOOK_EVERY)})
     launch.terminate_process_tree = lambda pid: node.ended(plain, pid)
     launch.main()
 

@@ -20,7 +20,7 @@ def require_finite(file: Path, memory: Path) -> None:
     if name := remembered("not_finite", file, memory, lambda: _first_not_finite(file)):
         raise UserError(
             f"{file}: {name} has values that are NaN or infinite, so nothing can be computed with these weights: copy "
-            "the file again, or take an earlier checkpoint of what it is of"
+            "the file again, or take an earlier checkpoint"
         )
 
 

@@ -92,7 +92,7 @@ def run_main(main: Callable[[list[str]], object]) -> None:
             end_stopped(stopped)
         finally:
             leave()
-            process.end_soon()
+            process.end_without_search()
 
 
 def _run(main: Callable[[list[str]], object]) -> None:

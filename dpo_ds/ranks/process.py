@@ -94,7 +94,7 @@ def knows_exact_pinned() -> bool:
     return Version(torch.__version__.split("+")[0]) >= Version("2.13")
 
 
-def end_soon() -> None:
+def end_without_search() -> None:
     """Lets Python end this process without looking through all its objects for cycles, which takes a second."""
     gc.freeze()
 

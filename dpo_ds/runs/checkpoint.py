@@ -139,7 +139,7 @@ def _copy_record(folder: Path, final: Path, partial: Path) -> None:
 def _complete(final: Path, partial: Path, facts: dict, damage: str | None) -> None:
     """Writes the manifest and gives the checkpoint its name. damage: why one with this name cannot be used."""
     with saving(final):
-        write_whole(partial / "checkpoint.json", json.dumps(checksums.sealed(facts), indent=1))
+        write_whole(partial / identity_file.CHECKPOINT, json.dumps(checksums.sealed(facts), indent=1))
         sync_folders(partial)
         if final.exists():
             console.say(f"{final} cannot be used ({damage}): it is now called {move_aside(final).name}")

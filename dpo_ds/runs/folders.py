@@ -242,7 +242,7 @@ def damage(checkpoint: Path, run: str | None) -> str | None:
     began, problem = time.monotonic(), None
     files: checksums.Files = {}
     try:
-        facts = read_object(checkpoint / "checkpoint.json")
+        facts = read_object(checkpoint / identity_file.CHECKPOINT)
         problem, files = _contradiction(checkpoint, facts, run), facts.get(FILES, {})
     except ValueError as error:
         problem = f"its checkpoint.json is damaged ({error})"
@@ -309,4 +309,4 @@ def step_of(checkpoint: Path) -> int | None:
 
 def describe(checkpoint: Path) -> dict:
     """The content of checkpoint.json: step, ranks, ZeRO stage, versions, options, the run's hash, the manifest."""
-    return _read(checkpoint / "checkpoint.json")
+    return _read(checkpoint / identity_file.CHECKPOINT)

@@ -16,9 +16,9 @@ import launching
 import pytest
 import tiny
 import torch
+from checkpoints import seal_again
 from safetensors.torch import load_file
 
-from dpo_ds import checksums
 from dpo_ds.config import parse_options
 from dpo_ds.runs import folders
 from dpo_ds.runs.lock import Lock
@@ -140,12 +140,9 @@ def as_an_old_version(checkpoint: Path) -> None:
 
 def infect(checkpoint: Path, made: Path) -> None:
     """Puts a pickle that runs a command in the place of each rank's file, and makes the manifest agree."""
-    facts = json.loads((checkpoint / "checkpoint.json").read_text())
-    del facts["checksum"]
     for file in checkpoint.glob("*.safetensors"):
         torch.save({"evil": Evil(made)}, file)
-    facts["files"] = checksums.measured(checkpoint, facts["files"])
-    (checkpoint / "checkpoint.json").write_text(json.dumps(checksums.sealed(facts)))
+    seal_again(checkpoint)
 
 
 class Launch:

@@ -8,6 +8,7 @@ import oracle
 import pytest
 import tiny
 import torch
+from checkpoints import seal_again
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -129,7 +130,7 @@ def test_export_from_the_checkpoint_is_the_same_folder(case, place):
 @pytest.mark.parametrize(("case", "name"), [("gpt2-stage0-lora", "lora_A"), ("llama-stage3", "up_proj")])
 def test_what_was_trained_and_is_missing_is_no_frozen_weight(case, name, place, tmp_path):
     """A checkpoint without it would be exported with the base's weight, or a new adapter's."""
-    from dpo_ds import checksums, export
+    from dpo_ds import export
 
     (whole,) = (place / case / "checkpoints").iterdir()
     shutil.copytree(whole, checkpoint := tmp_path / whole.name)
@@ -138,10 +139,7 @@ def test_what_was_trained_and_is_missing_is_no_frozen_weight(case, name, place, 
             metadata = opened.metadata()
         tensors = load_file(file)
         save_file({key: value for key, value in tensors.items() if name not in key}, file, metadata)
-    facts = json.loads((checkpoint / "checkpoint.json").read_text())
-    facts["files"] = checksums.measured(checkpoint, facts["files"])
-    del facts["checksum"]
-    (checkpoint / "checkpoint.json").write_text(json.dumps(checksums.sealed(facts)))
+    seal_again(checkpoint)
     with pytest.raises(UserError, match=rf"does not hold weight/model\..*{name}"):
         export.export_checkpoint(checkpoint, tmp_path / "merged")
 

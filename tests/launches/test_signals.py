@@ -59,7 +59,9 @@ TWO = [
 ]
 
 
+# Signals that ask a run to stop, with the command's exit code.
 ASKING = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGHUP: 129, signal.SIGUSR1: 0, signal.SIGUSR2: 0}
+# By target, what SIGKILL leaves: the command's exit code, whether the ranks save, what is said.
 KILLED = {"command": (-9, True, ""), "launch": (137, True, ""), "group": (-9, False, ""),
           "rank 0": (137, False, "(SIGKILL, as"), "rank 1": (137, False, "(SIGKILL, as")}  # fmt: skip
 
@@ -168,10 +170,6 @@ def run(folder: Path, ranks: int, words: list[str]) -> str:
     return launching.forked(ranks, [str(launching.TOOLS / "gated.py"), *words], GATE=gate).stdout
 
 
-def lines_of(folder: Path) -> list[dict]:
-    return launching.untimed(folder / "run")
-
-
 ALL = pytest.mark.skipif(not os.environ.get("EVERY_SIGNAL"), reason="takes ten minutes: set EVERY_SIGNAL=1")
 
 
@@ -192,7 +190,7 @@ def test_a_signal_stops_and_saves_and_the_same_command_goes_on(ranks, stops, pla
         finally:
             started.kill()
     assert f"from {stopped / 'run'}/checkpoints/step-" in run(stopped, ranks, words)
-    assert lines_of(stopped) == lines_of(straight)
+    assert launching.untimed(stopped / "run") == launching.untimed(straight / "run")
     for name, tensor in load_file(straight / "run" / "merged" / "model.safetensors").items():
         assert torch.equal(tensor, load_file(stopped / "run" / "merged" / "model.safetensors")[name]), name
 

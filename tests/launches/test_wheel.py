@@ -23,7 +23,7 @@ CHECKOUT = Path(__file__).resolve().parents[2]
 VERSION = re.search(r'__version__ = "(.+)"', (CHECKOUT / "dpo_ds/__init__.py").read_text()).group(1)
 (DEEPSPEED,) = re.findall(r"^deepspeed==.+$", (CHECKOUT / "constraints.txt").read_text(), re.M)
 
-# Nothing of the checkout, and bytecode written: the environment is installed without any.
+# Nothing of the checkout, and bytecode as a user has it.
 HIDDEN = ("PYTHONPATH", "PYTHONDONTWRITEBYTECODE", "VIRTUAL_ENV")
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name not in HIDDEN}
 

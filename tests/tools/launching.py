@@ -90,9 +90,8 @@ class Warm:
         self.requests, theirs = multiprocessing.Pipe()
         argv = [sys.executable, TOOLS / "warm.py", str(theirs.fileno())]
         self.process = subprocess.Popen(
-            argv, env=environment(), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-            pass_fds=[theirs.fileno()],
-        )  # fmt: skip
+            argv, env=environment(), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, pass_fds=[theirs.fileno()]
+        )
         theirs.close()
 
     def run(self, request: warm.Request, timeout: float) -> tuple[list[int] | None, str]:

@@ -33,7 +33,7 @@ from dpo_ds.engine.engine import Engine
 from dpo_ds.errors import RunStopped, UserError
 from dpo_ds.losses.objective import Objective
 from dpo_ds.ranks import console
-from dpo_ds.ranks.process import end_soon
+from dpo_ds.ranks.process import end_without_search
 from dpo_ds.ranks.world import World
 from dpo_ds.reports.curves import Curves
 from dpo_ds.reports.watcher import Watcher
@@ -173,8 +173,6 @@ def close_engines() -> None:
 
 
 def main() -> None:
-    import datasets  # noqa: F401  # which each run's child process would import, for a second of its own
-
     from dpo_ds import export
 
     here = join.join()
@@ -201,7 +199,7 @@ def main() -> None:
         if here.speaks:
             (run.folder.parent / f"{run.folder.name}.calls.json").write_text(json.dumps(counts))
     console.leave()
-    end_soon()
+    end_without_search()
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ environment, runs its words as `python` would, and ends as a process of Python d
 """
 
 import gc
+import importlib
 import os
 import runpy
 import signal
@@ -23,15 +24,17 @@ class Request:
     environments: list[dict[str, str]]
 
 
-def import_libraries() -> None:
-    import datasets  # noqa: F401
-    import peft  # noqa: F401
-    import torch  # noqa: F401
-    import transformers  # noqa: F401
+# What a run imports, but for the commands: runpy would find those imported already.
+LIBRARIES = ("datasets", "peft", "dpo_ds.engine.build", "dpo_ds.references.kinds", "dpo_ds.reports.progress",
+             "dpo_ds.runs.prepare", "dpo_ds.trainer")  # fmt: skip
 
+
+def import_libraries() -> None:
     from dpo_ds.engine import join
 
     join.quiet_start()
+    for name in LIBRARIES:
+        importlib.import_module(name)
     gc.freeze()  # what all ranks share
 
 
