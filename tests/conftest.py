@@ -6,11 +6,15 @@ from pathlib import Path
 
 import pytest
 
-# Before anything imports DeepSpeed or transformers; the launches of a test inherit both.
+# Before anything imports torch, DeepSpeed or transformers; the launches of a test inherit all of it.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path("~/.cache/dpo_ds-tests/torch_extensions").expanduser()))
 # As the launches have it: with two compilers in turn, each start would compile DeepSpeed's ops again.
 os.environ.setdefault("CXX", str(Path(__file__).resolve().parent / "tools" / "cxx.sh"))
+
+# Threads that wait for work sleep. By default they spin, and two programs on two cores take each other's time: the unit
+# tests of scoring took three times as long beside a launch.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 # A shell's background job ignores SIGINT, and so would every run that a test starts and interrupts.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
