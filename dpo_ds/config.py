@@ -330,7 +330,9 @@ class Options:
     ] = 600.0
     hang_minutes: Annotated[
         float,
-        Help("Minutes without a step after which each rank's Python stacks are written and the run ends."),
+        Help(
+            "Minutes without a step or scored answers after which each rank writes its Python stacks and the run ends."
+        ),
     ] = 30.0
 
     def replace(self, **changes: Any) -> "Self":

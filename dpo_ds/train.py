@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from dpo_ds.config import Options, parse_options, trackers_of
 from dpo_ds.losses.table import losses_of
-from dpo_ds.ranks import collectives, console, process, world
+from dpo_ds.ranks import collectives, console, hang, process, world
 
 if TYPE_CHECKING:  # a command that refuses its options must not wait for these imports
     from dpo_ds.plan.plan import Plan
@@ -59,7 +59,13 @@ def train(run: "Run", watchers: "Sequence[Watcher]" = (), save: bool = True) -> 
     processes may use the run's folder.
     """
     try:
-        return _train(run, watchers, save)
+        if run.finished:
+            console.say(
+                f"this run is finished in {run.folder}: nothing to do (give another --output_dir to train again)"
+            )
+            return {}
+        with hang.watched(run.folder, run.options.hang_minutes):
+            return _train(run, watchers, save)
     finally:
         if run.lock is not None:
             run.lock.release()
@@ -77,9 +83,6 @@ def _train(run: "Run", watchers: "Sequence[Watcher]", save: bool) -> dict:
     from dpo_ds.reports.record import finite, last_metrics
     from dpo_ds.trainer import Trainer
 
-    if run.finished:
-        console.say(f"this run is finished in {run.folder}: nothing to do (give another --output_dir to train again)")
-        return {}
     speaks = world.from_environment().speaks
     console.say(describe(run))
     curve = CurveReader(run.options)

@@ -14,8 +14,7 @@ from dpo_ds.engine.engine import Engine
 from dpo_ds.errors import Nonsense, RunStopped, SaveFailed, Stopped
 from dpo_ds.learner import Dealt, Learner, Step
 from dpo_ds.models.flops import Flops, peak_of
-from dpo_ds.ranks import collectives, console, family, signals, world
-from dpo_ds.ranks.hang import Hang
+from dpo_ds.ranks import collectives, console, family, hang, signals, world
 from dpo_ds.references.kinds import Reference
 from dpo_ds.reports.record import first_lines
 from dpo_ds.reports.watcher import Watcher
@@ -55,7 +54,6 @@ class Trainer:
         self.starts_equal = run.starts_equal
         self.flops, self.peak = Flops(run.model, self.options), peak_of(policy.device)
         self.bad_steps = 0  # in a row
-        self.hang = Hang(run.folder, self.options.hang_minutes)
         self.stop_file = run.folder / STOP_FILE
         self.asked: signals.Request | None = None  # this rank was asked to stop
         self.stopping = False  # some rank was, which all ranks learn in a step
@@ -68,8 +66,7 @@ class Trainer:
     def train(self) -> Outcome:
         """Runs the remaining steps of the schedule."""
         try:
-            with self.hang.watched():
-                return Outcome(self._train(), self.held_out_policy, self.held_out_reference)
+            return Outcome(self._train(), self.held_out_policy, self.held_out_reference)
         except Nonsense as error:
             if self.here.speaks:
                 stopped.mark(self.run.folder, str(error))
@@ -96,7 +93,7 @@ class Trainer:
             self.stop_file.unlink()
         with signals.at_boundaries(self.options.stop_seconds):
             for number in range(done, steps):
-                with self.hang.limited():
+                with hang.limited("step"):
                     last |= self.step(number, dealt)
                 last |= self.after_step(number + 1)
                 self.notify("step_settled", number + 1)
@@ -248,10 +245,7 @@ class Trainer:
             self.reference_moved = False
         everything, per_token = np.arange(len(pairs.answers)), self.options.ld_alpha is not None
         limit = self.options.micro_batch_tokens
-        with self.hang.limited():
-            logps = score_set(
-                self.policy.score, pairs, everything, limit, "held-out pairs", per_token, lambda *_: self.hang.alive()
-            )
+        logps = score_set(self.policy.score, pairs, everything, limit, "held-out pairs", per_token)
         self.held_out_policy = logps
         found = self.learner.held_out(logps, self.held_out_reference)
         metrics = {"step": steps_done, **{f"eval/{key}": value for key, value in found.items()}}

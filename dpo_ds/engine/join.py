@@ -19,7 +19,7 @@ from dpo_ds.files import in_words
 from dpo_ds.ranks import collectives, lifeline, process, world
 
 # The other ranks wait this long while one rank tokenises a large set or reads a large checkpoint. A rank that hangs in
-# a step is noticed earlier (ranks/hang.py), and one that ends at once (ranks/lifeline.py).
+# a step or while it scores is noticed earlier (ranks/hang.py), and one that ends at once (ranks/lifeline.py).
 PATIENCE = datetime.timedelta(hours=6)
 ADDRESS_SECONDS = 15.0  # that a new cluster's name service may take to know rank 0's host
 NO_COMPILER = "TORCHDYNAMO_DISABLE"  # torch.compile leaves functions as they are while this is 1

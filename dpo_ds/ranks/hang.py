@@ -1,4 +1,5 @@
-"""A hang: no step for so long that a rank must be stuck. Every rank writes its Python stacks, and the run ends.
+"""A hang: no step, or no answers scored, for so long that a rank must be stuck. Each rank writes its Python stacks, and
+the run ends.
 
 A rank stuck in a collective runs no Python, so the thread of ranks/signals.py keeps the time. A rank whose process is
 stopped, or whose node is gone, writes nothing: then its file is missing, which the line says.
@@ -16,12 +17,13 @@ FOLDER = "stacks"  # in the run's folder: rank-0.txt, ...
 OTHERS = 5.0  # seconds that the others have to write theirs
 
 
-class Hang:
-    """Watches the parts of a run within `limited`. folder: the run's."""
+class _Hang:
+    """What the thread knows of the parts of a run within `limited`. folder: the run's."""
 
     def __init__(self, folder: Path, minutes: float):
         self.folder, self.minutes = folder / FOLDER, minutes
         self.here = world.from_environment()
+        self.what = ""  # of what there must be signs
         self.sign = 0  # how many signs of life there were; 0 outside `limited`
         # Only the thread sets these: the last sign that it saw, the seconds since then, and when it looked last.
         self.seen, self.waited, self.looked = 0, 0.0, 0.0
@@ -29,29 +31,7 @@ class Hang:
         self.file = self.folder / f"rank-{self.here.rank}.txt"
         self.file.unlink(missing_ok=True)  # an earlier start's
 
-    @contextlib.contextmanager
-    def watched(self) -> Iterator[None]:
-        """Watches within the block."""
-        signals.watch(self._check)
-        try:
-            yield
-        finally:
-            signals.unwatch(self._check)
-
-    @contextlib.contextmanager
-    def limited(self) -> Iterator[None]:
-        """What may take so many minutes at most, from one sign of life to the next."""
-        self.alive()
-        try:
-            yield
-        finally:
-            self.sign = 0
-
-    def alive(self) -> None:
-        """A sign of life."""
-        self.sign = self.seen + 1
-
-    def _check(self) -> None:
+    def check(self) -> None:
         # If the whole process was stopped meanwhile, as when a job is suspended, that time does not count.
         now = time.monotonic()
         passed, self.looked = min(now - self.looked, 10 * signals.TICK), now
@@ -73,7 +53,7 @@ class Hang:
     def _write(self) -> None:
         self.folder.mkdir(exist_ok=True)
         with open(self.file, "w", encoding="utf-8") as file:
-            file.write(f"rank {self.here.rank} of {self.here.size}, no step for {self.minutes:g} minutes\n")
+            file.write(f"rank {self.here.rank} of {self.here.size}, no {self.what} for {self.minutes:g} minutes\n")
             file.flush()
             faulthandler.dump_traceback(file, all_threads=True)
 
@@ -82,6 +62,41 @@ class Hang:
         stopped = f"; rank {missing} wrote none: its process is stopped or its node is gone" if missing else ""
         files = ", ".join(f"rank-{rank}.txt" for rank in there)
         return (
-            f"no step for {self.minutes:g} minutes: the ranks' Python stacks are in {self.folder} ({files}){stopped}; "
-            "start again to go on from the last checkpoint (--hang_minutes sets the minutes)"
+            f"no {self.what} for {self.minutes:g} minutes: the ranks' Python stacks are in {self.folder} ({files})"
+            f"{stopped}; start again to go on from the last checkpoint (--hang_minutes sets the minutes)"
         )
+
+
+_hang: _Hang | None = None  # of the run that is watched
+
+
+@contextlib.contextmanager
+def watched(folder: Path, minutes: float) -> Iterator[None]:
+    """Watches a run within the block. folder: the run's; minutes: --hang_minutes."""
+    global _hang
+    _hang = _Hang(folder, minutes)
+    signals.watch(_hang.check)
+    try:
+        yield
+    finally:
+        signals.unwatch(_hang.check)
+        _hang = None
+
+
+@contextlib.contextmanager
+def limited(what: str) -> Iterator[None]:
+    """Wraps work of which each `what`, such as a step, may take so many minutes. Each one's end is a sign of life."""
+    if _hang is not None:
+        _hang.what = what
+    alive()
+    try:
+        yield
+    finally:
+        if _hang is not None:
+            _hang.sign = 0
+
+
+def alive() -> None:
+    """A sign of life. Does nothing where no run is watched."""
+    if _hang is not None:
+        _hang.sign = _hang.seen + 1

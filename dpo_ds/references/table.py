@@ -7,13 +7,14 @@ at the next chunk.
 """
 
 import contextlib
+import functools
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 from filelock import FileLock
 
 from dpo_ds.checksums import is_sealed, of_bytes, sealed
@@ -27,9 +28,8 @@ from dpo_ds.ranks import console, world
 from dpo_ds.ranks.collectives import array_from_rank_0, one_after_another
 from dpo_ds.runs.loadable import Loadable
 from dpo_ds.runs.prepare import Run
-from dpo_ds.scoring.packed import PackedBatch
 from dpo_ds.scoring.rotary import depends_on_length
-from dpo_ds.scoring.sweep import Places, Score, score_set
+from dpo_ds.scoring.sweep import Places, score_set
 
 FORMAT = 3
 
@@ -192,17 +192,15 @@ def tables(model: Loadable, options: Planned, what: str, sets: list[Wanted]) -> 
 
     what: the model's role, for messages. On return, the engine is closed and its memory free.
     """
-    engine: list[Engine] = []  # built when the first pair must be scored
 
-    def score(batch: PackedBatch) -> torch.Tensor:
-        if not engine:
-            with console.working(f"loading {what}"):
-                engine.append(engine_of(model, options))
-        return engine[0].score(batch)
+    @functools.cache
+    def engine() -> Engine:
+        with console.working(f"loading {what}"):
+            return engine_of(model, options)
 
-    results = [_table(model, options, score, wanted) for wanted in sets]
-    if engine:
-        engine[0].close()
+    results = [_table(model, options, engine, wanted) for wanted in sets]
+    if engine.cache_info().currsize:
+        engine().close()
     return results
 
 
@@ -221,7 +219,8 @@ def facts_of(model: Loadable, options: Planned) -> dict:
     }
 
 
-def _table(model: Loadable, options: Planned, score: Score, wanted: Wanted) -> np.ndarray:
+def _table(model: Loadable, options: Planned, engine: Callable[[], Engine], wanted: Wanted) -> np.ndarray:
+    """One set's logps. engine: gives the model's, which it builds if some answer must be scored."""
     title, pairs, needed = wanted.title, wanted.pairs, wanted.needed
     if len(pairs) == 0:
         return np.zeros(0, dtype=np.float32)
@@ -247,6 +246,6 @@ def _table(model: Loadable, options: Planned, score: Score, wanted: Wanted) -> n
                 table.write(filled[0], places.of(answers), scored)
 
         limit = options.micro_batch_tokens
-        logps[places.of(left)] = score_set(score, pairs, left, limit, title, per_token, keep)
+        logps[places.of(left)] = score_set(engine().score, pairs, left, limit, title, per_token, keep)
         one_after_another(lambda: table.close() if table else None)
     return logps

@@ -16,7 +16,7 @@ from dpo_ds.ahead import ahead
 from dpo_ds.data.pairs import PairSet, named_rows
 from dpo_ds.data.steps import deal
 from dpo_ds.errors import RunStopped
-from dpo_ds.ranks import collectives, world
+from dpo_ds.ranks import collectives, hang, world
 from dpo_ds.scoring.packed import PackedBatch, pack
 
 # Answers per rank between two writes to disk: a kill loses no more than these.
@@ -86,7 +86,10 @@ def score_set(
     chunks = [answers[i : i + step] for i in range(0, len(answers), step)]
     sizes = Places.of_set(pairs, per_token).sizes
     scored = []
-    with tqdm(total=len(answers), desc=title, unit="answer", disable=None if here.speaks else True, leave=False) as bar:
+    with (
+        hang.limited("answers scored"),
+        tqdm(total=len(answers), desc=title, unit="answer", disable=None if here.speaks else True, leave=False) as bar,
+    ):
         for chunk in chunks:
             values = score_answers(score, pairs, chunk, micro_batch_tokens, per_token)
             bad = np.unique(np.repeat(chunk, sizes[chunk])[~np.isfinite(values)])
@@ -97,4 +100,5 @@ def score_set(
                 keep(chunk, values)
             scored.append(values)
             bar.update(len(chunk))
+            hang.alive()
     return np.concatenate(scored) if scored else np.zeros(0, dtype=np.float32)

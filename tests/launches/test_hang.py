@@ -1,4 +1,4 @@
-"""No step for --hang_minutes: every rank writes its Python stacks, and the run ends with one line."""
+"""No step or no answers scored for --hang_minutes: each rank writes its Python stacks, and the run ends with a line."""
 
 import os
 import signal
@@ -8,6 +8,7 @@ import time
 
 import launching
 import psutil
+import pytest
 import tiny
 
 
@@ -15,32 +16,36 @@ def options(place, *more: str) -> list[str]:
     (place / "tier.json").write_text('{"zero_optimization": {"stage": 3}}')
     return [
         f"--model={tiny.make('llama', place / 'llama')}", "--dataset=sample", "--eval_pairs=0", "--max_steps=100000",
-        "--global_batch_pairs=4", "--max_length=64", "--export=none", "--loss=simpo", "--hang_minutes=0.15",
+        "--global_batch_pairs=4", "--max_length=64", "--export=none", "--hang_minutes=0.15",
         f"--ds_config={place / 'tier.json'}", f"--output_dir={place / 'run'}", f"--cache_dir={place / 'cache'}", *more,
     ]  # fmt: skip
 
 
-def line_of(said: str) -> str:
+def line_of(said: str, what: str = "step") -> str:
     (line,) = [line for line in said.splitlines() if "dpo_ds: error:" in line]
-    assert "Traceback" not in said and "no step for 0.15 minutes" in line, said[-3000:]
+    assert "Traceback" not in said and f"no {what} for 0.15 minutes" in line, said[-3000:]
     return line
 
 
-def test_a_rank_that_waits_for_ever_is_shown(tmp_path):
+@pytest.mark.parametrize(
+    ("at", "what", "file"), [("step 3", "step", "trainer.py"), ("table", "answers scored", "sweep.py")]
+)
+def test_a_rank_that_waits_for_ever_is_shown(at, what, file, tmp_path):
     """Rank 1 waits in Python for what never comes, rank 0 in a collective for rank 1."""
-    gate = f'{{"at": "step 3", "ranks": [1], "file": "{tmp_path / "gate"}"}}'
-    done = launching.run(2, launching.TOOLS / "gated.py", *options(tmp_path), check=False, GATE=gate)
+    gate = f'{{"at": "{at}", "ranks": [1], "file": "{tmp_path / "gate"}"}}'
+    words = [str(launching.TOOLS / "gated.py"), *options(tmp_path)]
+    done = launching.forked(2, words, check=False, GATE=gate)
     assert done.returncode == 1, done.stdout[-3000:]
     stacks = tmp_path / "run" / "stacks"
-    assert f"stacks are in {stacks} (rank-0.txt, rank-1.txt); start again" in line_of(done.stdout)
+    assert f"stacks are in {stacks} (rank-0.txt, rank-1.txt); start again" in line_of(done.stdout, what)
     assert "gated.py" in (stacks / "rank-1.txt").read_text()
-    assert "trainer.py" in (stacks / "rank-0.txt").read_text()
+    assert file in (stacks / "rank-0.txt").read_text()
 
 
 def test_a_rank_that_is_stopped_is_named(tmp_path):
     """Two ranks without a launcher; the second is stopped by a signal once steps have been made."""
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(launching.free_port()), "WORLD_SIZE": "2"}
-    words = ["-m", "dpo_ds.train", *options(tmp_path)]
+    words = ["-m", "dpo_ds.train", *options(tmp_path, "--loss=simpo")]
     ranks = [
         subprocess.Popen(
             [sys.executable, *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
