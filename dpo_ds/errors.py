@@ -42,8 +42,9 @@ def one_line(said: BaseException | str, most: int | None = 300) -> str:
     return line or (type(said).__name__ if isinstance(said, BaseException) else "")
 
 
-FULL = (errno.ENOSPC, errno.EDQUOT)  # of an OSError: no room on the disk, or none that this user may take
-MAKE_ROOM = "free some space there, and give the same command again"
+# Of an OSError: no room on the disk, or none that this user or process may take.
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+MAKE_ROOM = "free some space there or raise your limit (quota, ulimit -f), and give the same command again"
 
 
 def reason_of(error: OSError) -> str:

@@ -20,7 +20,7 @@ from typing import IO, Any
 import datasets
 import pyarrow as pa
 
-from dpo_ds.errors import FULL, UserError, one_line
+from dpo_ds.errors import FULL, UserError, one_line, reason_of
 
 RAW = "json line"  # the only column of rows that are kept as JSON text
 KINDS = {
@@ -79,7 +79,10 @@ def read_file(path: Path, folder: Path, kind: str | None = None) -> dict[str, Ke
 def _require_space(error: Exception, folder: Path) -> None:
     """Raises UserError if the error is of rows that did not fit where they are kept."""
     if isinstance(error, OSError) and error.errno in FULL:
-        raise UserError(f"no space is left in {folder.parent} for the rows: set TMPDIR to a larger folder") from None
+        raise UserError(
+            f"no space is left in {folder.parent} for the rows ({reason_of(error)}): set TMPDIR to a larger folder, or "
+            "raise your limit (quota, ulimit -f)"
+        ) from None
 
 
 def as_stored(rows: datasets.Dataset) -> Kept:

@@ -70,7 +70,7 @@ def cases(place, port: int) -> dict[str, tuple[dict, str]]:
         "no space for the rows": (
             {"mounts": [tiny_disk.format("8k")], "argv": [f"--cache_dir={place}/new cache"],
              "environment": {"TMPDIR": f"{place}/full"}},
-            "for the rows: set TMPDIR to a larger folder"),
+            "for the rows (No space left on device): set TMPDIR to a larger folder"),
         "a small /dev/shm": ({"mounts": ["mount -t tmpfs -o size=1m tmpfs /dev/shm"]},
                              "/dev/shm has 1.05 MB left, and 1 rank(s) need 69.2 MB there: make it larger"),
         "a folder that is not shared": (
