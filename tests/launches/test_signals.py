@@ -2,8 +2,8 @@
 command goes on bit for bit.
 
 Real runs, one for each row of ONE and TWO, in one folder: each goes on where the one before was stopped. The ranks
-wait at a gate for their signal (tests/tools/gated.py). ONE and TWO have each signal and each process once; with
-EVERY_SIGNAL=1 in the environment, each signal is also sent to each process, which takes ten minutes more.
+wait at a gate for their signal (tests/tools/gated.py). ONE and TWO have each signal and each process once; with EVERY=1
+in the environment, each signal is also sent to each process.
 """
 
 import contextlib
@@ -21,6 +21,7 @@ import psutil
 import pytest
 import tiny
 import torch
+from every import sampled
 from safetensors.torch import load_file
 
 STEPS, SAVE = 12, 4
@@ -170,13 +171,12 @@ def run(folder: Path, ranks: int, words: list[str]) -> str:
     return launching.forked(ranks, [str(launching.TOOLS / "gated.py"), *words], GATE=gate).stdout
 
 
-ALL = pytest.mark.skipif(not os.environ.get("EVERY_SIGNAL"), reason="takes ten minutes: set EVERY_SIGNAL=1")
+KINDS = {"1-rank": (1, ONE), "2-ranks": (2, TWO), "every": (2, every())}
 
 
-@pytest.mark.parametrize(
-    ("ranks", "stops"), [(1, ONE), (2, TWO), pytest.param(2, every(), marks=ALL)], ids=["1-rank", "2-ranks", "every"]
-)
-def test_a_signal_stops_and_saves_and_the_same_command_goes_on(ranks, stops, place, tmp_path):
+@pytest.mark.parametrize("kind", sampled(KINDS, ["every"]))
+def test_a_signal_stops_and_saves_and_the_same_command_goes_on(kind, place, tmp_path):
+    ranks, stops = KINDS[kind]
     straight, stopped, steps = tmp_path / "straight", tmp_path / "stopped", max(STEPS, len(stops) + 4)
     stopped.mkdir()
     run(straight, ranks, argv(place, ranks, straight, steps))
