@@ -16,9 +16,10 @@ os.environ.setdefault("CXX", str(Path(__file__).resolve().parent / "tools" / "cx
 # tests of scoring took three times as long beside a launch.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-# A shell's background job ignores SIGINT, and so would every run that a test starts and interrupts.
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+# A shell's background job ignores SIGINT, and nohup's SIGHUP; so would every run that a test starts and interrupts.
+for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, usual)
 
 # The longest first, so that two workers end at about the same time (launch/test.sh keeps this order).
 LONGEST = (
