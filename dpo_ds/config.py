@@ -90,6 +90,14 @@ class Options:
         Literal["auto", "flash_attention_3", "flash_attention_2", "varlen", "sdpa"],
         Help("Attention kernel. auto: the fastest that the GPU and the model support; varlen is torch's own."),
     ] = "auto"
+    gradients: Annotated[
+        Literal["auto", "gpu", "gpu_bf16", "host", "deepspeed"],
+        Help(
+            "Where gradients are summed while a ZeRO-3 tier keeps the optimizer's state on the host: on the GPU in "
+            "fp32 or bf16 (12 host bytes a parameter in all), on the host (16), or as DeepSpeed does it (20). auto: "
+            "the first that fits. But for gpu_bf16, which rounds sums, all give the same bits."
+        ),
+    ] = "auto"
     gradient_checkpointing: Annotated[
         Literal["auto", "on", "off"],
         Help("Recompute activations in backward. auto: the plan turns it on if they do not fit otherwise."),
@@ -351,6 +359,7 @@ class Planned(Options):
     """A plan's options: what follows from the model and the machine is filled in."""
 
     precision: Literal["bf16", "fp32"]
+    gradients: Literal["gpu", "gpu_bf16", "host", "deepspeed"]
     gradient_checkpointing: Literal["on", "off"]
     micro_batch_tokens: int
     learning_rate: float

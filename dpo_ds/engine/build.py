@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, get_scheduler
 from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
 from dpo_ds.config import Planned
+from dpo_ds.engine import gradients
 from dpo_ds.engine.engine import Engine
 from dpo_ds.engine.memory import clear_swap_folders
 from dpo_ds.engine.tiers import reference_config, swap_folders
@@ -46,17 +47,18 @@ def policy_engine(
     model.train()
     per_token, balance = options.ld_alpha is not None, float(options.router_aux_loss_coef) > 0
     scorer = Scorer(model, tokens=per_token, certainty=options.wpo, balance=balance)
-    engine = _initialize(
-        model=scorer,
-        model_parameters=_parameter_groups(scorer, options.weight_decay),
-        config=config,
-        lr_scheduler=lambda optimizer: get_scheduler(
-            {"constant": "constant_with_warmup"}.get(options.lr_scheduler, options.lr_scheduler),
-            optimizer,
-            num_warmup_steps=round(options.warmup_ratio * total_steps),
-            num_training_steps=total_steps,
-        ),
-    )
+    with gradients.kept(options.gradients, config):
+        engine = _initialize(
+            model=scorer,
+            model_parameters=_parameter_groups(scorer, options.weight_decay),
+            config=config,
+            lr_scheduler=lambda optimizer: get_scheduler(
+                {"constant": "constant_with_warmup"}.get(options.lr_scheduler, options.lr_scheduler),
+                optimizer,
+                num_warmup_steps=round(options.warmup_ratio * total_steps),
+                num_training_steps=total_steps,
+            ),
+        )
     if config["zero_optimization"]["stage"] == 0:
         if options.precision == "bf16":
             _forget_first_step(engine.basic_optimizer)

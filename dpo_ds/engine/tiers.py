@@ -15,6 +15,7 @@ from dpo_ds.errors import UserError
 from dpo_ds.models.model import Model
 from dpo_ds.resources import tier_files
 
+GRAD_SUMS = "grad_accum_dtype"
 # DeepSpeed does not know which pairs a step has: dpo_ds marks the end of a step itself.
 BATCH_SIZES_ARE_OURS = (
     ': remove it or make it "auto"; a step is --global_batch_pairs pairs, and --micro_batch_tokens limits what a GPU '
@@ -72,6 +73,12 @@ def fill_tier(name: str, options: Options, model: Model, ranks: int, on_gpu: boo
 
     zero = config.setdefault("zero_optimization", {"stage": 0})
     zero.setdefault("stage", 0)
+    sums = config.get("data_types") or {}
+    if options.gradients == "gpu_bf16":
+        config["data_types"] = sums  # DeepSpeed sums in the model's dtype by default
+        settle(sums, GRAD_SUMS, "bf16", "--gradients gpu_bf16")
+    elif sums.get(GRAD_SUMS) == AUTO:
+        sums[GRAD_SUMS] = "fp32"
     if uses_nvme(config):
         _fill_nvme(name, zero, options, max(p.numel() for p in model.skeleton.parameters()), ranks)
     _fill_sizes(zero, model)
@@ -113,7 +120,8 @@ def _fill_sizes(zero: dict, model: Model) -> None:
         "stage3_max_live_parameters": live,
         "stage3_max_reuse_distance": live,
         "stage3_gather_16bit_weights_on_model_save": False,
-        "sub_group_size": 10**9,
+        # With the optimizer on the host, a sub-group's gradients pass through a block there.
+        "sub_group_size": 10**8 if (zero.get("offload_optimizer") or {}).get("device") == "cpu" else 10**9,
     }
     for key, value in rules.items():
         if zero.get(key) == AUTO:

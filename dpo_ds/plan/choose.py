@@ -9,7 +9,9 @@ from collections.abc import Callable
 from typing import Any
 
 from dpo_ds.config import Options, Precision
-from dpo_ds.engine.tiers import fill_tier
+from dpo_ds.engine.check_config import AUTO
+from dpo_ds.engine.forms import GPU, GPU_BF16, HOST, OWN, known, on_host
+from dpo_ds.engine.tiers import GRAD_SUMS, fill_tier, load_tier
 from dpo_ds.errors import UserError
 from dpo_ds.losses.table import reads_reference
 from dpo_ds.models.adapter import find_adapter
@@ -99,13 +101,44 @@ def choose(options: Options, machine: Machine, purpose: Purpose = Footprint) -> 
 
 
 def fill(shape: Shape, options: Options, machine: Machine, purpose: Purpose = Footprint) -> Plan:
-    """The plan of one tier with the largest micro-batch that fits. Activations are kept if the rank's whole share of a
-    step fits with them, else recomputed."""
-    trained = 0 if purpose is ScoringFootprint else shape.trained
-    somewhere = options
+    """The plan of one tier: of the first form of its gradients that fits, but rather of one that recomputes nothing; if
+    none fits, of the least excess."""
+    forms = forms_of(options, shape.model, machine)
+    plans = [fill_form(shape, options.replace(gradients=form), machine, purpose) for form in forms]
+    if fitting := [plan for plan in plans if plan.fits]:
+        return next((plan for plan in fitting if plan.options.gradient_checkpointing == "off"), fitting[0])
+    return min(plans, key=lambda plan: plan.excess)
+
+
+def forms_of(options: Options, model: Model, machine: Machine) -> list[str]:
+    """Where a tier's gradients may be summed, the one with the least host memory first.
+
+    On CPU, the "GPU" is the host, where the blocks that gradients pass through would only take memory.
+    """
+    if options.gradients != "auto":
+        return [options.gradients]
+    config = _filled(options, model, machine)
+    if not (on_host(config) and known()):
+        return [OWN]
+    in_fp32 = (config.get("data_types") or {}).get("grad_accum_dtype") == "fp32" or options.precision == "fp32"
+    if machine.gpu_memory is None:
+        return [HOST if in_fp32 else GPU]
+    in_bf16 = options.precision == "bf16" and load_tier(options.ds_config).get("data_types") == {GRAD_SUMS: AUTO}
+    return [GPU, *([GPU_BF16] if in_bf16 else []), *([HOST] if in_fp32 else [])]
+
+
+def _filled(options: Options, model: Model, machine: Machine) -> dict:
+    """The config of the options' tier on that machine."""
     if machine.nvme and not options.nvme_path:  # a plan for another machine, whose folders are not known
-        somewhere = options.replace(nvme_path="/nvme")
-    config = fill_tier(options.ds_config, somewhere, shape.model, machine.ranks, machine.gpu_memory is not None)
+        options = options.replace(nvme_path="/nvme")
+    return fill_tier(options.ds_config, options, model, machine.ranks, machine.gpu_memory is not None)
+
+
+def fill_form(shape: Shape, options: Options, machine: Machine, purpose: Purpose = Footprint) -> Plan:
+    """The plan of one tier and form with the largest micro-batch that fits. Activations are kept if the rank's whole
+    share of a step fits with them, else recomputed."""
+    trained = 0 if purpose is ScoringFootprint else shape.trained
+    config = _filled(options, shape.model, machine)
 
     def plan(tokens: int, checkpointing: str) -> Plan:
         planned = options.planned(micro_batch_tokens=tokens, gradient_checkpointing=checkpointing)

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from dpo_ds.config import Options, Planned
+from dpo_ds.engine import forms
 from dpo_ds.engine.tiers import reference_config
 from dpo_ds.models.adapter import find_adapter
 from dpo_ds.models.find import known_model
@@ -162,12 +163,17 @@ class Footprint:
         groups = [self.group] * (self.trained_share // self.group)
         groups += [self.trained_share % self.group] if self.trained_share % self.group else []
         a_number_each = sum(self.pinned(FP32 * size) for size in groups)
+        own = self.options.gradients == forms.OWN or self.stage < 3
         yield self.part("host", "Adam's moments and fp32 weights", self.state // FP32 * a_number_each)
-        yield self.part("host", "fp32 gradients", a_number_each)
+        if own:
+            yield self.part("host", "fp32 gradients", a_number_each)
+        elif self.sums_at == "gpu":
+            blocks = sum(self.pinned(FP32 * self.group) for _ in groups[:2])
+            yield self.part("host", "gradients on their way to Adam", blocks)
 
     def gradients(self) -> Iterator[Part]:
         """Gradients until the step, and what the step itself needs."""
-        on_gpu = self.optimizer_at == "gpu"
+        on_gpu = self.sums_at == "gpu"
         if self.stage == 0:
             yield self.part("gpu", "gradients", FP32 * self.trained_share, "compute and step")
         elif self.stage == 1:
@@ -186,6 +192,13 @@ class Footprint:
             # torch's own AdamW makes two temporaries as large as the tensor that it updates; a partition is one tensor.
             group = self.shape.largest_trained if self.stage == 0 else self.group
             yield self.part("gpu", "AdamW's temporaries", 2 * FP32 * group, "step")
+
+    @property
+    def sums_at(self) -> str:
+        """Where gradients are summed."""
+        if self.stage == 3 and self.optimizer_at == "cpu":
+            return "gpu" if self.options.gradients in (forms.GPU, forms.GPU_BF16) else "host"
+        return "gpu" if self.optimizer_at == "gpu" else "host"
 
     def live_parameters(self) -> Iterator[Part]:
         if not self.gathers:

@@ -4,12 +4,19 @@ import dataclasses
 from dataclasses import dataclass
 
 from dpo_ds.config import Planned
+from dpo_ds.engine import forms
 from dpo_ds.models.model import Model
 from dpo_ds.plan.footprint import WHEN, Part
 from dpo_ds.plan.machine import Machine, gib
 
 # Fraction of a GPU's memory; the rest is lost to the driver and to fragmentation. An estimate.
 USABLE = 0.95
+# Where gradients are summed, in words, if the optimizer's state is on the host.
+SUMS = {
+    forms.GPU: "gradients on the GPU",
+    forms.GPU_BF16: "gradients on the GPU in bf16",
+    forms.HOST: "gradients on the host",
+}
 
 
 @dataclass(frozen=True)
@@ -59,7 +66,11 @@ class Plan:
         recomputed = self.trained and self.options.gradient_checkpointing == "on"
         recompute = ", activations recomputed" if recomputed else ""
         lora = f"LoRA r={self.options.lora_r}, " if self.options.lora else ""
-        return f"{lora}{self.options.ds_config}, micro-batches of {self.options.micro_batch_tokens} tokens{recompute}"
+        gradients = f", {SUMS[self.options.gradients]}" if self.trained and self.options.gradients in SUMS else ""
+        return (
+            f"{lora}{self.options.ds_config}{gradients}, micro-batches of {self.options.micro_batch_tokens} tokens"
+            f"{recompute}"
+        )
 
     def as_markdown(self) -> str:
         """The parts and their sums in GiB, as Markdown."""
@@ -85,6 +96,7 @@ class Plan:
             "trained": self.trained,
             "machine": dataclasses.asdict(self.machine),
             "tier": self.options.ds_config,
+            "gradients": self.options.gradients,
             "micro_batch_tokens": self.options.micro_batch_tokens,
             "gradient_checkpointing": self.options.gradient_checkpointing == "on",
             "fits": self.fits,
