@@ -6,6 +6,7 @@ has run on CUDA yet.
 
 import contextlib
 from collections.abc import Iterator
+from importlib.metadata import version
 from typing import Any
 from unittest import mock
 
@@ -15,12 +16,18 @@ from deepspeed.runtime.superoffload import superoffload_stage3  # noqa: F401  # 
 from deepspeed.runtime.zero import stage3
 
 from dpo_ds.engine import forms
+from dpo_ds.ranks import console
 
 
 @contextlib.contextmanager
 def kept(form: str, config: dict) -> Iterator[None]:
     """Within it, deepspeed.initialize builds an engine that keeps its gradients in this form, if the config's
-    optimizer is on the host."""
+    optimizer is on the host. Says so where DeepSpeed's version is not known, so that its own form is all there is."""
+    if forms.on_host(config) and not forms.known():
+        console.say(
+            f"DeepSpeed {version('deepspeed')} keeps its gradients itself, which takes 20 host bytes a parameter: "
+            f"dpo_ds knows how to do with less in {', '.join(forms.KNOWN)} alone"
+        )
     own = {forms.GPU: SummedOnGPU, forms.GPU_BF16: SummedOnGPU, forms.HOST: SummedOnHost}.get(form)
     if own is None or not forms.on_host(config):
         yield

@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 
 from dpo_ds.config import Options
+from dpo_ds.engine import forms
 from dpo_ds.engine.check_config import AUTO, check_file, check_filled, leaves, shown
 from dpo_ds.errors import UserError
 from dpo_ds.models.model import Model
@@ -74,9 +75,9 @@ def fill_tier(name: str, options: Options, model: Model, ranks: int, on_gpu: boo
     zero = config.setdefault("zero_optimization", {"stage": 0})
     zero.setdefault("stage", 0)
     sums = config.get("data_types") or {}
-    if options.gradients == "gpu_bf16":
+    if options.gradients == forms.GPU_BF16 and forms.on_host(config):
         config["data_types"] = sums  # DeepSpeed sums in the model's dtype by default
-        settle(sums, GRAD_SUMS, "bf16", "--gradients gpu_bf16")
+        settle(sums, GRAD_SUMS, "bf16", f"--gradients {forms.GPU_BF16}")
     elif sums.get(GRAD_SUMS) == AUTO:
         sums[GRAD_SUMS] = "fp32"
     if uses_nvme(config):

@@ -30,7 +30,7 @@ def decide(options: Options, model: Model, on_gpu: bool) -> Options:
     """Fills precision, learning rate, length, reference and an adapter's shape from the model, the kind of machine and
     the losses.
 
-    Raises UserError for options that the model does not support.
+    Raises UserError for options that the model or one another do not allow.
     """
     changes: dict[str, Any] = {}
     if options.adapter is not None:
@@ -40,6 +40,8 @@ def decide(options: Options, model: Model, on_gpu: bool) -> Options:
         changes["reference"] = "precomputed" if reads_reference(options) else "none"
     if options.precision == "auto":
         changes["precision"] = "bf16" if on_gpu else "fp32"
+    if options.gradients == GPU_BF16 and changes.get("precision", options.precision) == "fp32":
+        raise UserError(f"--gradients {GPU_BF16} sums in bf16, but this run computes in fp32: say --gradients {GPU}")
     if options.learning_rate is None:
         changes["learning_rate"] = model.size_class.learning_rate * (10 if options.lora else 1)
     changes["max_length"] = model.max_length(options.max_length)
@@ -111,20 +113,28 @@ def fill(shape: Shape, options: Options, machine: Machine, purpose: Purpose = Fo
 
 
 def forms_of(options: Options, model: Model, machine: Machine) -> list[str]:
-    """Where a tier's gradients may be summed, the one with the least host memory first.
+    """The forms of a tier's gradients to try, the one with the least host memory first.
 
-    On CPU, the "GPU" is the host, where the blocks that gradients pass through would only take memory.
+    On CPU, the "GPU" is the host, where the blocks that gradients pass through would only take memory. With --plan off
+    nothing is known of the memory, and the first one is that which takes no more of any than DeepSpeed's own.
+
+    Raises UserError for a form that the tier rules out.
     """
-    if options.gradients != "auto":
-        return [options.gradients]
     config = _filled(options, model, machine)
     if not (on_host(config) and known()):
         return [OWN]
-    in_fp32 = (config.get("data_types") or {}).get("grad_accum_dtype") == "fp32" or options.precision == "fp32"
-    if machine.gpu_memory is None:
-        return [HOST if in_fp32 else GPU]
-    in_bf16 = options.precision == "bf16" and load_tier(options.ds_config).get("data_types") == {GRAD_SUMS: AUTO}
-    return [GPU, *([GPU_BF16] if in_bf16 else []), *([HOST] if in_fp32 else [])]
+    in_fp32 = options.precision == "fp32" or (config.get("data_types") or {}).get(GRAD_SUMS) == "fp32"
+    if options.gradients == HOST and not in_fp32:
+        raise UserError(
+            f"--gradients {HOST} sums in fp32, but --ds_config {options.ds_config} sums in bf16: set "
+            f'data_types.{GRAD_SUMS} to "fp32", or say --gradients {GPU}'
+        )
+    if options.gradients != "auto":
+        return [options.gradients]
+    if in_fp32 and (machine.gpu_memory is None or options.plan == "off"):
+        return [HOST]
+    may_be_bf16 = options.precision == "bf16" and (load_tier(options.ds_config).get("data_types") or {}).get(GRAD_SUMS)
+    return [GPU, *([GPU_BF16] if may_be_bf16 == AUTO else []), *([HOST] if in_fp32 else [])]
 
 
 def _filled(options: Options, model: Model, machine: Machine) -> dict:

@@ -13,7 +13,7 @@ from dpo_ds.models.find import known_models
 from dpo_ds.plan.choose import choose
 from dpo_ds.plan.machine import GIB, Machine
 
-MACHINE = Machine(ranks=8, ranks_per_node=8, gpu_memory=80 * GIB, host_memory=2000 * GIB)
+MACHINE = Machine(ranks=8, ranks_per_node=8, gpu_memory=80 * GIB, host_memory=1000 * GIB)
 WHY = {
     "model": "Hub id, or a folder with this model's weights.",
     "dataset": "61,000 pairs with GPT-4's preferences; or your own file with prompt, chosen and rejected.",

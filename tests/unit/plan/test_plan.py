@@ -4,8 +4,11 @@ import json
 
 import launching
 import pytest
+from deepspeed.runtime.zero import stage3
 
 from dpo_ds.config import parse_options
+from dpo_ds.engine import forms, gradients
+from dpo_ds.engine.tiers import fill_tier
 from dpo_ds.errors import UserError
 from dpo_ds.plan.choose import choose
 from dpo_ds.plan.footprint import ScoringFootprint
@@ -48,6 +51,34 @@ def test_where_gradients_are_by_the_room():
     assert planned("01-ai/Yi-34B-Chat", 16).options.gradients == "deepspeed", "nothing is on the host"
 
 
+def test_a_form_that_cannot_be_is_refused(tmp_path):
+    with pytest.raises(UserError, match="gpu_bf16 sums in bf16, but this run computes in fp32: say --gradients gpu"):
+        planned(LLAMA_70B, 8, 80, 2000, 0, "--gradients", "gpu_bf16", "--precision", "fp32")
+    own = tmp_path / "own.json"
+    zero = {"stage": 3, "offload_optimizer": {"device": "cpu", "pin_memory": True}}
+    for sums, form, words in (("fp32", "gpu_bf16", "--gradients gpu_bf16 says bf16"), ("bf16", "host", "sums in fp32")):
+        own.write_text(json.dumps({"zero_optimization": zero, "data_types": {"grad_accum_dtype": sums}}))
+        with pytest.raises(UserError, match=words):
+            planned(LLAMA_70B, 8, 80, 2000, 0, "--gradients", form, "--ds_config", str(own))
+        assert planned(LLAMA_70B, 8, 80, 2000, 0, "--ds_config", str(own)).options.gradients == "gpu"
+
+
+def test_an_unknown_deepspeed_keeps_its_gradients_itself(monkeypatch, capsys):
+    less = planned(LLAMA_70B)
+    monkeypatch.setattr(forms, "KNOWN", ("0.1",))
+    chosen = planned(LLAMA_70B)
+    assert chosen.options.gradients == "deepspeed" and chosen.need("host") > 1.5 * less.need("host")
+    config = fill_tier(chosen.options.ds_config, chosen.options, chosen.model, 8, on_gpu=True)
+    with gradients.kept(chosen.options.gradients, config):
+        assert stage3.DeepSpeedZeroOptimizer_Stage3.__module__ == stage3.__name__
+    assert "takes 20 host bytes a parameter: dpo_ds knows how to do with less in 0.1 alone" in capsys.readouterr().out
+
+
+def test_without_a_plan_no_form_takes_more_gpu_memory_than_deepspeeds():
+    options = parse_options(["--model", LLAMA_70B, "--gpus", "8", "--gpu_memory", "80", "--plan", "off"])
+    assert for_run(options).options.gradients == "host"
+
+
 def test_tiers_by_the_machine():
     assert planned("gpt2").options.ds_config == "zero0_debug"
     assert planned("01-ai/Yi-34B-Chat").options.ds_config == "zero3_offload_specialised"
@@ -72,7 +103,11 @@ def test_recomputation_only_where_memory_needs_it():
 
 
 def test_a_live_reference_is_counted():
-    alone, both = planned(LLAMA_70B), planned(LLAMA_70B, 8, 80, 2000, 0, "--reference", "live")
+    more = ("--gradients", "host")
+    alone, both = (
+        planned(LLAMA_70B, 8, 80, 2000, 0, *more),
+        planned(LLAMA_70B, 8, 80, 2000, 0, "--reference", "live", *more),
+    )
     assert both.need("gpu") - alone.need("gpu") == pytest.approx(2 * 70.55e9 / 8, rel=1e-3)
 
 
@@ -107,7 +142,7 @@ def test_a_refusal_says_what_would_fit_and_it_does():
 
 def test_scoring_needs_the_weights_and_a_forward_pass_alone():
     """No optimizer, no gradients: a model that cannot be trained on a machine can be evaluated there."""
-    machine = Machine(1, 1, 80 * GIB, 100 * GIB)
+    machine = Machine(1, 1, 80 * GIB, 60 * GIB)
     model = "meta-llama/Meta-Llama-3-8B-Instruct"
     options = parse_options(["--model", model])
     plan = choose(options, machine, ScoringFootprint)
