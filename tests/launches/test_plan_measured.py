@@ -36,6 +36,10 @@ TIERS = {
     "3": {"data_types": {"grad_accum_dtype": "fp32"}, "zero_optimization": {"stage": 3, **BASE}},
     "3-bf16-sums": {"zero_optimization": {"stage": 3, **BASE}},
     "3-offload": {"data_types": {"grad_accum_dtype": "fp32"}, "zero_optimization": {"stage": 3, **BASE, **OFFLOAD}},
+    "3-offload-groups": {
+        "data_types": {"grad_accum_dtype": "auto"},
+        "zero_optimization": {"stage": 3, "sub_group_size": 2_000_000, **BASE, **OFFLOAD},
+    },
 }
 # name: (shape, ranks, tier, further options)
 CASES = {
@@ -45,7 +49,15 @@ CASES = {
     "13M-2-stage2-bf16": ("13M", 2, "2", {"precision": "bf16"}),
     "17M-2-stage3-fp32": ("17M", 2, "3", {}),
     "13M-2-stage3-bf16-sums": ("13M", 2, "3-bf16-sums", {"precision": "bf16"}),
-    "17M-2-offload-bf16": ("17M", 2, "3-offload", {"precision": "bf16"}),
+    "17M-2-offload-bf16-deepspeeds-form": ("17M", 2, "3-offload", {"precision": "bf16", "gradients": "deepspeed"}),
+    "17M-2-offload-bf16-sums-on-host": ("17M", 2, "3-offload", {"precision": "bf16", "gradients": "host"}),
+    "17M-2-offload-bf16-sums-on-gpu": ("17M", 2, "3-offload-groups", {"precision": "bf16", "gradients": "gpu"}),
+    "17M-2-offload-bf16-sums-on-gpu-in-bf16": (
+        "17M",
+        2,
+        "3-offload-groups",
+        {"precision": "bf16", "gradients": "gpu_bf16"},
+    ),
     "17M-1-stage3-fp32-lora": ("17M", 1, "3", {"lora": "true"}),
     "17M-2-offload-bf16-lora": ("17M", 2, "3-offload", {"lora": "true", "precision": "bf16"}),
 }
