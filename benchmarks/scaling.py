@@ -87,10 +87,10 @@ def data_path(file: str, model: str, folder: str) -> dict:
         deal(pairs.parts(schedule.step(number), 8192), 8, 8192)
     dealt = time.perf_counter()
     table = Table(Path(folder), {"benchmark": len(pairs)}, len(pairs.answers))
-    rows = table.open_to_fill()
-    for start in range(0, len(pairs.answers), 4096):
-        rows[start : start + 4096] = np.float32(-1.0)
-        rows.flush()
+    rows = table.open_to_fill(table.read())
+    for start in range(0, table.rows, 4096):
+        places = np.arange(start, min(start + 4096, table.rows))
+        table.write(rows, places, np.full(len(places), -1.0, dtype=np.float32))
     table.close()
     return {
         "pairs": len(pairs),
