@@ -61,7 +61,10 @@ CASES = {
     "17M-1-stage3-fp32-lora": ("17M", 1, "3", {"lora": "true"}),
     "17M-2-offload-bf16-lora": ("17M", 2, "3-offload", {"lora": "true", "precision": "bf16"}),
 }
-REST = ("13M-1-stage0-bf16", "17M-2-stage3-fp32", "17M-1-stage3-fp32-lora", "13M-2-stage2-bf16")
+REST = (
+    *("13M-1-stage0-bf16", "17M-2-stage3-fp32", "17M-1-stage3-fp32-lora", "13M-2-stage2-bf16"),
+    *("17M-2-offload-bf16-deepspeeds-form", "17M-2-offload-bf16-sums-on-gpu-in-bf16"),
+)
 
 
 @pytest.fixture(scope="module")
