@@ -102,6 +102,13 @@ class Options:
         Literal["auto", "on", "off"],
         Help("Recompute activations in backward. auto: the plan turns it on if they do not fit otherwise."),
     ] = "auto"
+    recomputed_layers: Annotated[
+        int | None,
+        Help(
+            "How many layers recompute their activations, the first ones; the others keep them. By default as few as "
+            "fit, or all with --gradient_checkpointing on."
+        ),
+    ] = None
     micro_batch_tokens: Annotated[
         int | None,
         Help(
@@ -361,6 +368,7 @@ class Planned(Options):
     precision: Literal["bf16", "fp32"]
     gradients: Literal["gpu", "gpu_bf16", "host", "deepspeed"]
     gradient_checkpointing: Literal["on", "off"]
+    recomputed_layers: int
     micro_batch_tokens: int
     learning_rate: float
     max_length: int
@@ -665,6 +673,9 @@ def check(options: Options) -> None:
     if most is not None:
         _require(options, "min_prompt_tokens", lambda x: x < most, f"less than --max_length, {most}")
     template_variables(options)
+    _require(options, "recomputed_layers", lambda x: x > 0, "more than 0")
+    if options.recomputed_layers is not None and options.gradient_checkpointing == "off":
+        raise UserError("--gradient_checkpointing off recomputes no layers: leave out --recomputed_layers")
     _require(options, "seed", lambda x: x >= 0, "0 or more")
     _require(options, "min_margin", lambda x: x >= 0, "0 or more")
     if options.min_margin and options.pairs != "above_margin":

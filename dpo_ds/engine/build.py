@@ -23,6 +23,7 @@ from dpo_ds.errors import RunStopped
 from dpo_ds.models.adapter import Adapter, load_adapter
 from dpo_ds.models.lora import LanguageModel, add_lora
 from dpo_ds.models.model import torch_dtype
+from dpo_ds.models.recompute import recompute
 from dpo_ds.ranks import world
 from dpo_ds.scoring import attention
 from dpo_ds.scoring.rotary import fix_frequencies
@@ -42,8 +43,7 @@ def policy_engine(
     deepspeed.zero.Init.param_id = FIRST_PARAMETER_ID
     plain = _load(folder, config, options, kernel)
     model: LanguageModel = _adapted(plain, options, adapter) if options.lora else plain
-    if options.gradient_checkpointing == "on":
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    recompute(model, options.recomputed_layers)
     model.train()
     per_token, balance = options.ld_alpha is not None, float(options.router_aux_loss_coef) > 0
     scorer = Scorer(model, tokens=per_token, certainty=options.wpo, balance=balance)

@@ -129,5 +129,9 @@ class Model:
         return self.config.get_text_config().vocab_size
 
     @property
+    def layers(self) -> int:
+        return self.config.get_text_config().num_hidden_layers
+
+    @property
     def hidden_size(self) -> int:
         return self.config.get_text_config().hidden_size

@@ -15,6 +15,7 @@ from dpo_ds.engine import join
 from dpo_ds.errors import UserError
 from dpo_ds.models.find import known_models
 from dpo_ds.plan.choose import choose
+from dpo_ds.plan.footprint import recomputed
 from dpo_ds.plan.machine import GIB, NODE_GPUS, Machine, gib
 from dpo_ds.plan.plan import Plan
 from dpo_ds.plan.refuse import refusal, show
@@ -41,7 +42,7 @@ def everything() -> str:
 def _cell(plan: Plan) -> str:
     if not plan.fits:
         return f"no: {', '.join(plan.lacking)}"
-    recompute = ", recomputed" if plan.options.gradient_checkpointing == "on" else ""
+    recompute = f", {words}" if (words := recomputed(plan.options, plan.model)) else ""
     need = " + ".join(f"{gib(plan.need(where))}" for where in ("gpu", "host"))
     return f"`{plan.options.ds_config}` {plan.options.micro_batch_tokens:,} tokens{recompute}: {need}"
 

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 from dpo_ds.config import Options
 from dpo_ds.data.pairs import Group
 from dpo_ds.models.lora import add_lora
+from dpo_ds.models.recompute import recompute
 from dpo_ds.scoring import attention
 from dpo_ds.scoring.head import LogitBudget
 from dpo_ds.scoring.packed import PackedBatch, pack
@@ -68,6 +69,15 @@ class Activations:
     @property
     def bytes(self) -> int:
         return self.outside + self.per_layer * self.layers
+
+    @classmethod
+    def mixed(cls, kept: "Activations", recomputed: "Activations", layers: int) -> int:
+        """Bytes if the first `layers` layers recompute theirs, and the others keep them."""
+        first = layers * recomputed.per_layer
+        before_backward = kept.outside + first + (kept.layers - layers) * kept.per_layer
+        # Later, the first layers work one by one, and what the others kept is gone.
+        while_recomputing = recomputed.outside + first if layers else 0
+        return max(before_backward, while_recomputing)
 
 
 class Counter:
@@ -132,7 +142,10 @@ class Counter:
             outside, per_layer = (size * tokens // MOST_COUNTED for size in (most.outside, most.per_layer))
             return Activations(outside, per_layer, self.layers)
         batch = _batch(tokens, pair_tokens)
-        few, many = (self.scale * _peak(scorer, batch, checkpointing, budget) for scorer in self.scorers)
+        few, many = (
+            self.scale * peak(scorer, batch, count if checkpointing else 0, budget)
+            for scorer, count in zip(self.scorers, self.counts, strict=True)
+        )
         per_layer = (many - few) // (self.counts[1] - self.counts[0])
         return Activations(few - per_layer * self.counts[0], per_layer, self.layers)
 
@@ -158,12 +171,10 @@ def _lengths(size: int) -> tuple[int, int, int]:
     return prompt, chosen, max(1, size - prompt - chosen)
 
 
-def _peak(scorer: Scorer, batch: PackedBatch, checkpointing: bool, budget: LogitBudget) -> int:
+def peak(scorer: Scorer, batch: PackedBatch, layers: int, budget: LogitBudget) -> int:
+    """The most bytes at any time, if so many layers recompute their activations."""
     model, scorer.budget = scorer.model, budget
-    if checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    else:
-        model.gradient_checkpointing_disable()
+    recompute(model, layers)
     before = [
         *scorer.parameters(),
         *scorer.buffers(),

@@ -3,6 +3,7 @@
 footprint.py computes the memory that a choice needs; refuse.py writes the message if nothing fits.
 """
 
+import bisect
 import functools
 import math
 from collections.abc import Callable
@@ -22,6 +23,9 @@ from dpo_ds.plan.machine import GIB, Machine
 from dpo_ds.plan.plan import Plan
 
 PLENTY = 10**6 * GIB
+# Fraction of a GPU's memory that is used to recompute less. The rest is left for what the plan has wrong: a run that
+# recomputes a layer more is a little slower, but one that runs out of memory ends.
+FOR_SPEED = 0.9
 
 Purpose = type[Footprint]  # what a plan is for: training, or with ScoringFootprint scoring alone
 
@@ -44,6 +48,8 @@ def decide(options: Options, model: Model, on_gpu: bool) -> Options:
         raise UserError(f"--gradients {GPU_BF16} sums in bf16, but this run computes in fp32: say --gradients {GPU}")
     if options.learning_rate is None:
         changes["learning_rate"] = model.size_class.learning_rate * (10 if options.lora else 1)
+    if options.recomputed_layers is not None and options.recomputed_layers > model.layers:
+        raise UserError(f"--recomputed_layers {options.recomputed_layers}: the model has {model.layers} layers")
     changes["max_length"] = model.max_length(options.max_length)
     if options.router_aux_loss_coef == "model" or float(options.router_aux_loss_coef) > 0:
         changes["router_aux_loss_coef"] = _router_coefficient(options.router_aux_loss_coef, model)
@@ -145,13 +151,17 @@ def _filled(options: Options, model: Model, machine: Machine) -> dict:
 
 
 def fill_form(shape: Shape, options: Options, machine: Machine, purpose: Purpose = Footprint) -> Plan:
-    """The plan of one tier and form with the largest micro-batch that fits. Activations are kept if the rank's whole
-    share of a step fits with them, else recomputed."""
+    """The plan of one tier and form with the largest micro-batch that fits, and as few recomputed layers as fit with
+    it. Activations are kept in all layers if the rank's whole share of a step fits with them."""
+    layers = shape.model.layers
     trained = 0 if purpose is ScoringFootprint else shape.trained
     config = _filled(options, shape.model, machine)
 
-    def plan(tokens: int, checkpointing: str) -> Plan:
-        planned = options.planned(micro_batch_tokens=tokens, gradient_checkpointing=checkpointing)
+    def plan(tokens: int, recomputed: int) -> Plan:
+        checkpointing = "on" if recomputed else "off"
+        planned = options.planned(
+            micro_batch_tokens=tokens, gradient_checkpointing=checkpointing, recomputed_layers=recomputed
+        )
         return Plan(shape.model, planned, machine, trained, tuple(purpose(shape, planned, config, machine)))
 
     pair = longest_pair(options)
@@ -161,12 +171,26 @@ def fill_form(shape: Shape, options: Options, machine: Machine, purpose: Purpose
         most, least = tokens_on_cpu(pair), pair
     else:
         most, least = pair * min(math.ceil(options.global_batch_pairs / machine.ranks), max(1, 65536 // pair)), pair
-    asked = "on" if purpose is ScoringFootprint else options.gradient_checkpointing
-    if asked == "auto":
-        if not (smallest := plan(least, "on")).fits:
-            return smallest
-        asked = "off" if plan(most, "off").fits else "on"
-    return _largest(lambda tokens: plan(tokens, asked), least, most)
+    asked = options.recomputed_layers
+    if purpose is ScoringFootprint or (options.gradient_checkpointing == "on" and asked is None):
+        asked = layers
+    elif options.gradient_checkpointing == "off":
+        asked = 0
+    if asked is not None:
+        return _largest(lambda tokens: plan(tokens, asked), least, most)
+    if not (smallest := plan(least, layers)).fits:
+        return smallest
+    if (everything := plan(most, 0)).fits:
+        return everything
+    found = _largest(lambda tokens: plan(tokens, layers), least, most)
+    if not shape.switchable:
+        return found
+
+    def has_room(recomputed: int) -> bool:
+        trial = plan(found.options.micro_batch_tokens, recomputed)
+        return trial.fits and (machine.gpu_memory is None or trial.need("gpu") <= FOR_SPEED * machine.gpu_memory)
+
+    return plan(found.options.micro_batch_tokens, 1 + bisect.bisect_left(range(1, layers), True, key=has_room))
 
 
 def tokens_on_cpu(longest_pair: int) -> int:

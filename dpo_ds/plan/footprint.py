@@ -17,7 +17,8 @@ from dpo_ds.models.find import known_model
 from dpo_ds.models.lora import is_target
 from dpo_ds.models.lora import targets as lora_targets
 from dpo_ds.models.model import Model, torch_dtype
-from dpo_ds.plan import activations
+from dpo_ds.models.recompute import switched_layers
+from dpo_ds.plan.activations import Activations, Counter
 from dpo_ds.plan.machine import GIB, Machine
 from dpo_ds.ranks import process
 from dpo_ds.scoring.head import LogitBudget
@@ -67,15 +68,21 @@ class Shape:
         # ZeRO-3 gathers one module's own parameters at a time, but a whole block of experts at once.
         own = (sum(p.numel() for p in module.parameters(recurse=False)) for module in skeleton.modules())
         self.largest_gathered = max(model.largest_block, *own)
-        self.counter = activations.Counter(model.config, options, self.dtype, model.is_moe)
+        self.switchable = len(switched_layers(skeleton)) == model.layers  # each layer for itself
+        self.counter = Counter(model.config, options, self.dtype, model.is_moe)
 
     def small(self, threshold: int) -> int:
         """Number of parameters in tensors of at most `threshold` elements, which ZeRO-3 keeps whole on every rank."""
         return sum(size for size, _ in self.sizes if size <= threshold)
 
+    def activations(self, tokens: int, pair_tokens: int, recomputed: int, budget: LogitBudget) -> int:
+        """Bytes of a micro-batch's, if so many layers recompute theirs."""
+        kept, again = (self._counted(tokens, pair_tokens, recompute, budget) for recompute in (False, True))
+        return Activations.mixed(kept, again, recomputed)
+
     @functools.cache  # noqa: B019 (a plan's few shapes live as long as the process)
-    def activations(self, tokens: int, pair_tokens: int, recompute: bool, budget: LogitBudget) -> int:
-        return self.counter.count(tokens, pair_tokens, recompute, budget).bytes
+    def _counted(self, tokens: int, pair_tokens: int, recompute: bool, budget: LogitBudget) -> Activations:
+        return self.counter.count(tokens, pair_tokens, recompute, budget)
 
 
 class Footprint:
@@ -221,14 +228,14 @@ class Footprint:
 
     @property
     def activations(self) -> str:
-        return f"activations, {'recomputed' if self.options.gradient_checkpointing == 'on' else 'kept'},"
+        return f"activations, {recomputed(self.options, self.shape.model) or 'kept'},"
 
     def compute(self) -> Iterator[Part]:
         """A micro-batch's activations, and the libraries' own memory."""
-        recompute = self.options.gradient_checkpointing == "on"
         tokens = self.options.micro_batch_tokens
         budget = LogitBudget.on(self.machine.gpu_memory)
-        size = self.shape.activations(tokens, min(longest_pair(self.options), tokens), recompute, budget)
+        pair = min(longest_pair(self.options), tokens)
+        size = self.shape.activations(tokens, pair, self.options.recomputed_layers, budget)
         yield self.part("gpu", f"{self.activations} and head tiles", size, "compute")
         if self.machine.gpu_memory is not None:
             yield self.part("gpu", "CUDA context and libraries", CUDA)
@@ -266,6 +273,13 @@ class ScoringFootprint(Footprint):
     @property
     def activations(self) -> str:
         return "activations of a forward pass"
+
+
+def recomputed(options: Planned, model: Model) -> str:
+    """How many of the layers recompute their activations, in words; empty if none does."""
+    if options.recomputed_layers in (0, model.layers):
+        return "recomputed" if options.recomputed_layers else ""
+    return f"recomputed in {options.recomputed_layers} of {model.layers} layers"
 
 
 def checkpoints_at_once(options: Options) -> int:

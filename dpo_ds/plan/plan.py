@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from dpo_ds.config import Planned
 from dpo_ds.engine import forms
 from dpo_ds.models.model import Model
-from dpo_ds.plan.footprint import WHEN, Part
+from dpo_ds.plan.footprint import WHEN, Part, recomputed
 from dpo_ds.plan.machine import Machine, gib
 
 # Fraction of a GPU's memory; the rest is lost to the driver and to fragmentation. An estimate.
@@ -63,8 +63,8 @@ class Plan:
 
     @property
     def how(self) -> str:
-        recomputed = self.trained and self.options.gradient_checkpointing == "on"
-        recompute = ", activations recomputed" if recomputed else ""
+        recomputing = recomputed(self.options, self.model) if self.trained else ""
+        recompute = f", activations {recomputing}" if recomputing else ""
         lora = f"LoRA r={self.options.lora_r}, " if self.options.lora else ""
         gradients = f", {SUMS[self.options.gradients]}" if self.trained and self.options.gradients in SUMS else ""
         return (
@@ -99,6 +99,7 @@ class Plan:
             "gradients": self.options.gradients,
             "micro_batch_tokens": self.options.micro_batch_tokens,
             "gradient_checkpointing": self.options.gradient_checkpointing == "on",
+            "recomputed_layers": self.options.recomputed_layers,
             "fits": self.fits,
             "need": {where: self.need(where) for where in ("gpu", "host", "nvme", "disk")},
             "room": self.available,

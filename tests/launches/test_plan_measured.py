@@ -46,6 +46,7 @@ CASES = {
     "10M-1-stage0-fp32": ("10M", 1, "0", {}),
     "13M-1-stage0-bf16": ("13M", 1, "0", {"precision": "bf16"}),
     "25M-1-stage0-fp32-checkpointing": ("25M", 1, "0", {"gradient_checkpointing": "on"}),
+    "25M-1-stage0-fp32-3-layers-recomputed": ("25M", 1, "0", {"recomputed_layers": 3}),
     "13M-2-stage2-bf16": ("13M", 2, "2", {"precision": "bf16"}),
     "17M-2-stage3-fp32": ("17M", 2, "3", {}),
     "13M-2-stage3-bf16-sums": ("13M", 2, "3-bf16-sums", {"precision": "bf16"}),
@@ -63,7 +64,8 @@ CASES = {
 }
 REST = (
     *("13M-1-stage0-bf16", "17M-2-stage3-fp32", "17M-1-stage3-fp32-lora", "13M-2-stage2-bf16"),
-    *("17M-2-offload-bf16-deepspeeds-form", "17M-2-offload-bf16-sums-on-gpu-in-bf16"),
+    *("25M-1-stage0-fp32-checkpointing", "17M-2-offload-bf16-deepspeeds-form"),
+    "17M-2-offload-bf16-sums-on-gpu-in-bf16",
 )
 
 
@@ -86,7 +88,7 @@ def argv(place, case: str) -> list[str]:
     shape, ranks, tier, extra = CASES[case]
     options = {
         "model": place / shape, "dataset": "sample", "ds_config": place / f"{tier}.json", "output_dir": place / case,
-        "cache_dir": place / "cache", "max_steps": 2, "global_batch_pairs": 16 * ranks, "loss": "simpo",
+        "cache_dir": place / "cache", "max_steps": 2, "global_batch_pairs": 32 * ranks, "loss": "simpo",
         "max_length": 96, "eval_pairs": 0, "export": "none", "precision": "fp32", "micro_batch_tokens": 2048, **extra,
     }  # fmt: skip
     return [f"--{key}={value}" for key, value in options.items()]

@@ -99,11 +99,18 @@ def test_the_micro_batch_fills_the_gpu():
 def test_recomputation_only_where_memory_needs_it():
     model = "meta-llama/Meta-Llama-3-8B-Instruct"
     assert planned(model, gpu=80).options.gradient_checkpointing == "off"
-    assert planned(model, gpu=40).options.gradient_checkpointing == "on"
+    some = planned(model, gpu=40)
+    assert some.options.gradient_checkpointing == "on" and 0 < some.options.recomputed_layers < some.model.layers
+    less = ("--recomputed_layers", str(some.options.recomputed_layers - 1))
+    assert planned(model, 8, 40, 2000, 0, *less).need("gpu") > 0.9 * 40 * GIB >= some.need("gpu")
+    assert planned(model, 8, 40, 2000, 0, "--gradient_checkpointing", "on").options.recomputed_layers == 32
+    assert f"recomputed in {some.options.recomputed_layers} of 32 layers" in some.as_markdown()
+    with pytest.raises(UserError, match="--recomputed_layers 33: the model has 32 layers"):
+        planned(model, 8, 40, 2000, 0, "--recomputed_layers", "33")
 
 
 def test_a_live_reference_is_counted():
-    more = ("--gradients", "host")
+    more = ("--gradients", "host", "--gradient_checkpointing", "on")
     alone, both = (
         planned(LLAMA_70B, 8, 80, 2000, 0, *more),
         planned(LLAMA_70B, 8, 80, 2000, 0, "--reference", "live", *more),
