@@ -23,8 +23,9 @@ for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHU
 
 # The longest first, so that two workers end at about the same time (launch/test.sh keeps this order).
 LONGEST = (
-    *("test_models", "test_losses", "test_wheel", "test_damage", "test_nvme", "test_plan_measured", "test_resume"),
-    *("test_references", "test_signals", "test_curves", "test_export"),
+    *("test_signals", "test_losses", "test_models", "test_plan_measured", "test_resume", "test_wheel", "test_damage"),
+    *("test_benchmarks", "test_ops", "test_resume_anywhere", "test_commands", "test_curves", "test_references"),
+    *("test_hang", "test_nvme", "test_gradient_forms", "test_export"),
 )
 
 
