@@ -19,7 +19,8 @@ def recompute(model: LanguageModel, layers: int) -> None:
     The first ones, because the backward pass reaches them last: the activations that the others keep are free by then.
     """
     if not layers:
-        model.gradient_checkpointing_disable()
+        if model.is_gradient_checkpointing:
+            model.gradient_checkpointing_disable()
         return
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     for layer in switched_layers(model)[layers:]:
