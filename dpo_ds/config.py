@@ -673,9 +673,14 @@ def check(options: Options) -> None:
     if most is not None:
         _require(options, "min_prompt_tokens", lambda x: x < most, f"less than --max_length, {most}")
     template_variables(options)
-    _require(options, "recomputed_layers", lambda x: x > 0, "more than 0")
-    if options.recomputed_layers is not None and options.gradient_checkpointing == "off":
-        raise UserError("--gradient_checkpointing off recomputes no layers: leave out --recomputed_layers")
+    _require(options, "recomputed_layers", lambda x: x >= 0, "0 or more")
+    if options.recomputed_layers is not None:
+        contradicted = "off" if options.recomputed_layers else "on"
+        if options.gradient_checkpointing == contradicted:
+            raise UserError(
+                f"--gradient_checkpointing {contradicted} and --recomputed_layers {options.recomputed_layers} "
+                "contradict each other: leave one of them out"
+            )
     _require(options, "seed", lambda x: x >= 0, "0 or more")
     _require(options, "min_margin", lambda x: x >= 0, "0 or more")
     if options.min_margin and options.pairs != "above_margin":

@@ -176,6 +176,11 @@ def fill_form(shape: Shape, options: Options, machine: Machine, purpose: Purpose
         asked = layers
     elif options.gradient_checkpointing == "off":
         asked = 0
+    if asked not in (None, 0, layers) and not shape.switchable:
+        raise UserError(
+            f"--recomputed_layers {asked}: the layers of this model's code recompute all together: say "
+            "--gradient_checkpointing on"
+        )
     if asked is not None:
         return _largest(lambda tokens: plan(tokens, asked), least, most)
     if not (smallest := plan(least, layers)).fits:

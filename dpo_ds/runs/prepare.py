@@ -146,7 +146,8 @@ def prepare(options: Options, here: World, plan: Plan | None = None, claim: bool
     if options.micro_batch_tokens is None:
         # The plan assumed pairs as long as --max_length allows. Now the data's groups are known.
         longest = max(int(pairs.group_limits.max()) for pairs in (train_pairs, eval_pairs) if len(pairs))
-        planned = planned.replace(micro_batch_tokens=on_rank_0(lambda: _tokens_for(longest, planned)))
+        tokens, recomputed = on_rank_0(lambda: _sizes_for(longest, planned, model.layers))
+        planned = planned.replace(micro_batch_tokens=tokens, recomputed_layers=recomputed)
     schedule = Schedule.of(
         train_pairs.pair_groups, planned.global_batch_pairs, planned.epochs, planned.max_steps, planned.seed
     )
@@ -286,21 +287,24 @@ def _fetch_reference(model: Model) -> Path:
         return fetch_weights(model)
 
 
-def _tokens_for(longest: int, planned: Planned) -> int:
-    """The micro-batch's tokens for data whose longest group has so many: enough not to split it, if they fit.
+def _sizes_for(longest: int, planned: Planned, layers: int) -> tuple[int, int]:
+    """The micro-batch's tokens for data whose longest group has so many: enough not to split it, if they fit; and how
+    many layers recompute their activations then. layers: how many there are.
 
     On CPU no more than that, since larger micro-batches are not faster there.
     """
-    tokens = planned.micro_batch_tokens
+    tokens, recomputed = planned.micro_batch_tokens, planned.recomputed_layers
     if longest <= tokens:
-        return tokens if torch.cuda.is_available() else min(tokens, tokens_on_cpu(longest))
+        return tokens if torch.cuda.is_available() else min(tokens, tokens_on_cpu(longest)), recomputed
     larger = planned.replace(micro_batch_tokens=min(longest, MOST_GROWTH * tokens))
-    if planned.plan == "off" or choose(larger, Machine.of(planned)).fits:
-        tokens = larger.micro_batch_tokens
-        console.say(f"micro-batches of {tokens} tokens, so that a prompt's answers share one")
+    for count in (recomputed, layers) if recomputed else (0,):
+        if planned.plan == "off" or choose(larger.replace(recomputed_layers=count), Machine.of(planned)).fits:
+            tokens, recomputed = larger.micro_batch_tokens, count
+            console.say(f"micro-batches of {tokens} tokens, so that a prompt's answers share one")
+            break
     if longest > tokens:
         console.say(f"prompts whose answers need micro-batches of more than {tokens} tokens are split over several")
-    return tokens
+    return tokens, recomputed
 
 
 def _folder_of(options: Options) -> Path:

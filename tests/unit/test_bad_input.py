@@ -229,6 +229,10 @@ CASES = {
     "contradicting precision": (lambda p: {"ds_config": tier(p, "bf", {"bf16": {"enabled": True}})}, "make them agree"),
     "contradicting batch": (lambda p: {"ds_config": tier(p, "b", {"train_batch_size": 64})}, "--global_batch_pairs"),
     "contradicting clipping": (lambda p: {"ds_config": tier(p, "c", {"gradient_clipping": 0.5})}, "--max_grad_norm"),
+    "contradicting recomputation": (
+        lambda p: {"gradient_checkpointing": "off", "recomputed_layers": 1}, "contradict each other"),
+    "contradicting sums": (
+        lambda p: {"gradients": "gpu_bf16", "precision": "fp32"}, "this run computes in fp32: say --gradients gpu"),
     "contradicting rate": (
         lambda p: {"ds_config": tier(p, "lr", {"optimizer": {"type": "AdamW", "params": {"lr": 1}}})},
         "--learning_rate"),
@@ -315,6 +319,8 @@ NUMBERS = {
     "keep_last": (0, "more than 0"),
     "max_bad_steps": (0, "more than 0"),
     "eval_every": (-1, "0 or more"),
+    "recomputed_layers": (-1, "0 or more"),
+    "recomputed_layers ": (10**6, "the model has 2 layers"),
     "router_aux_loss_coef": ("much", "a number above it, or model"),
     "loss_weights": ("nan", "each weight must be more than 0"),
     "host_memory ": (1e-300, "does not fit"),
