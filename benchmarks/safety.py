@@ -36,14 +36,14 @@ def one(kind: str, place: Path, steps: int) -> dict:
     class Timer(Watcher):
         """When the second step began, and the last one was settled."""
 
-        began = ended = 0.0
+        first = last = 0.0
 
         def step_begins(self, step: int) -> None:
             if step == 2:
-                self.began = time.perf_counter()
+                self.first = time.perf_counter()
 
         def step_settled(self, step: int) -> None:
-            self.ended = time.perf_counter()
+            self.last = time.perf_counter()
 
     saves = []
     plain_save = checkpoint.save
@@ -65,7 +65,7 @@ def one(kind: str, place: Path, steps: int) -> dict:
     )
     timer = Timer()
     train(prepare(options, here), [timer], save=kind == "saving")
-    found = {"pairs/s": (steps - 1) * work.BATCH / (timer.ended - timer.began), "save_seconds": saves}
+    found = {"pairs/s": (steps - 1) * work.BATCH / (timer.last - timer.first), "save_seconds": saves}
     last = folders.checkpoint_folder(folder, steps)
     if last.is_dir():
         files = [file for file in last.rglob("*") if file.is_file()]
