@@ -1,8 +1,8 @@
 """The host memory of an optimizer that is there, in each form that its gradients can have, by real runs on two ranks.
 
-    python benchmarks/host_memory.py [--sizes 78 155 334]        (about half an hour on two cores)
+    python benchmarks/host_memory.py [--sizes 78 155 334]        (about 20 minutes on two cores)
 
-A run trains with ZeRO-3, weights in bf16 and sums in fp32, saves a checkpoint, and a second start resumes it. Measured
+A run trains on the tier of large models, but with small sub-groups, with weights in bf16 and sums in fp32. It saves a checkpoint, and a second start resumes it. Measured
 is each rank's own memory (tests/tools/memory.py), mapped files not counted, summed over the ranks: what stays between
 two steps, the peak, and the peak of the start that resumes. On CPU, the "GPU" is host memory as well. Beside them stand
 the plan's bytes by role. Written to benchmarks/results/host_memory.json and .png.
@@ -103,6 +103,8 @@ def plot(rows: list[dict], parameters: dict[int, int]) -> None:
 def main() -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    from dpo_ds.engine.tiers import load_tier
+
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sizes", type=int, nargs="+", choices=SIZES, default=list(SIZES))
     parser.add_argument("--forms", nargs="+", choices=FORMS, default=FORMS)
@@ -117,9 +119,9 @@ def main() -> None:
             model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(place / str(size)))
             parameters[size] = sum(parameter.numel() for parameter in model.parameters())
             del model
-            zero = {"stage": 3, "sub_group_size": GROUP, "offload_optimizer": {"device": "cpu", "pin_memory": True}}
-            sums = {"grad_accum_dtype": "auto"}
-            (place / "tier.json").write_text(json.dumps({"zero_optimization": zero, "data_types": sums}))
+            config = load_tier("zero3_offload_large")
+            config["zero_optimization"]["sub_group_size"] = GROUP
+            (place / "tier.json").write_text(json.dumps(config))
             for form in arguments.forms:
                 rows.append(measure(size, form, place))
                 count = parameters[size]
