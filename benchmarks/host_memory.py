@@ -2,10 +2,11 @@
 
     python benchmarks/host_memory.py [--sizes 78 155 334]        (about 20 minutes on two cores)
 
-A run trains on the tier of large models, but with small sub-groups, with weights in bf16 and sums in fp32. It saves a checkpoint, and a second start resumes it. Measured
-is each rank's own memory (tests/tools/memory.py), mapped files not counted, summed over the ranks: what stays between
-two steps, the peak, and the peak of the start that resumes. On CPU, the "GPU" is host memory as well. Beside them stand
-the plan's bytes by role. Written to benchmarks/results/host_memory.json and .png.
+A run trains on the tier of large models, but with small sub-groups, with weights in bf16 and sums in fp32. It saves a
+checkpoint, and a second start resumes it. Measured is each rank's own memory (tests/tools/memory.py), mapped files not
+counted, summed over the ranks: what stays between two steps, the peak, and the peak of the start that resumes. On CPU,
+the "GPU" is host memory as well. Beside them stand the plan's bytes by role. Written to benchmarks/results/host_memory.json
+and .png.
 """
 
 import argparse
