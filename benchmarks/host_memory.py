@@ -5,8 +5,8 @@
 A run trains on the tier of large models, but with small sub-groups, with weights in bf16 and sums in fp32. It saves a
 checkpoint, and a second start resumes it. Measured is each rank's own memory (tests/tools/memory.py), mapped files not
 counted, summed over the ranks: what stays between two steps, the peak, and the peak of the start that resumes. On CPU,
-the "GPU" is host memory as well. Beside them stand the plan's bytes by role. Written to benchmarks/results/host_memory.json
-and .png.
+the "GPU" is host memory as well. Beside them stand the plan's bytes by role. Written to results/host_memory.json and
+.png.
 """
 
 import argparse

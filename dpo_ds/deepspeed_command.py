@@ -52,6 +52,11 @@ def spell_out_module(argv: list[str]) -> list[str]:
     return rewritten if _launcher_accepts(rewritten) else argv
 
 
+def ending(words: list[str]) -> list[str]:
+    """The runner's command that ends launch.py on other nodes, for our launch.py. It cuts the last letter off."""
+    return [word.replace(THEIRS[:-1], OURS[:-1]) for word in words]
+
+
 class Command:
     """What DeepSpeed's runner starts: launch.py on this node, or a launcher for several such as pdsh or srun."""
 
@@ -74,7 +79,7 @@ class Command:
         """Starts what the runner has put together, with our launch.py. Other nodes need not have dpo_ds, unless it is
         what runs there."""
         if self.child is not None:  # the runner's command that ends launch.py on other nodes
-            return subprocess.Popen([word.replace(THEIRS, OURS) for word in words], env=env)
+            return subprocess.Popen(ending(words), env=env)
         local = words[:4] == [sys.executable, "-u", "-m", THEIRS]
         if local or any(word.startswith("dpo_ds.") for word in words):
             words = [OURS if word == THEIRS else word for word in words]

@@ -20,6 +20,7 @@ if TYPE_CHECKING:  # a command that refuses its options must not wait for these 
 
 
 def main(argv: list[str]) -> None:
+    console.outlive_readers()
     options = parse_options(argv)
     losses_of(options)
     if trackers_of(options) and options.plan != "only" and world.from_environment().speaks:

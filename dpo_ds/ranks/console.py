@@ -70,6 +70,41 @@ def complain(message: str) -> None:
     print(f"dpo_ds: {who}{message}", file=sys.stderr, flush=True)
 
 
+class _Lasting(io.TextIOWrapper):
+    """A stream to a reader that may leave, as an ssh connection to another node's launcher does. What is written after
+    that goes nowhere."""
+
+    def write(self, text: str) -> int:
+        try:
+            return super().write(text)
+        except BrokenPipeError:
+            self._let_go()
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            super().flush()
+        except BrokenPipeError:
+            self._let_go()
+
+    def _let_go(self) -> None:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self.fileno())
+        os.close(nowhere)
+        super().flush()
+
+
+def outlive_readers() -> None:
+    """From now on, this process goes on if nobody reads its output any more: a run must save though its terminal or its
+    connection is gone."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if isinstance(stream, io.TextIOWrapper):
+            stream.flush()
+            same = open(stream.fileno(), "wb", closefd=False)
+            setattr(sys, name, _Lasting(same, stream.encoding, stream.errors, line_buffering=stream.line_buffering))
+
+
 def run_main(main: Callable[[list[str]], object]) -> None:
     """Runs a command's main, and takes the signals over. UserError ends with one line and exit code 2, RunStopped with
     one line and 1, Stopped with one line and its code. Any other error prints its traceback and asks the user to

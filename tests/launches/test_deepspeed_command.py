@@ -17,6 +17,7 @@ import launching
 import psutil
 import pytest
 from deepspeed.launcher import runner
+from deepspeed.launcher.multinode_runner import PDSHRunner
 
 from dpo_ds import deepspeed_command
 from dpo_ds.deepspeed_command import spell_out_module
@@ -182,3 +183,14 @@ def until(reached) -> None:
     while not reached():
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+def test_pdsh_ends_our_launch_py_on_the_other_nodes():
+    """DeepSpeed looks for its own by name, without the last letter."""
+    args = runner.parse_args(["--module", "dpo_ds.train", "--model", "gpt2"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("shutil.which", lambda name: name)
+        pdsh = PDSHRunner(args, "world")
+    _, kill, _ = pdsh.get_cmd({}, {"node1": [0], "node2": [0]})
+    (pattern,) = [word for word in deepspeed_command.ending(kill) if "launc" in word]
+    assert pattern.replace("\\", "").endswith("-u -m dpo_ds.engine.launc"), pattern

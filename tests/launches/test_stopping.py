@@ -183,3 +183,38 @@ def test_a_rank_that_dies_takes_the_others_with_it(first, tmp_path):
     died.wait()
     assert "Traceback" not in said and len(said.splitlines()) == 1, said
     assert f"error: rank {first} on {socket.gethostname()} (process {died.pid}) has died" in said
+
+
+READER = """
+import sys
+from dpo_ds.ranks import console
+
+def main(argv):
+    if argv:
+        console.outlive_readers()
+    print("ready", flush=True)
+    sys.stdin.readline()
+    for _ in range(3):
+        console.say("to nobody")
+        console.complain("likewise")
+    open("ended", "w").close()
+
+console.run_main(main)
+"""
+
+
+@pytest.mark.parametrize("lasting", [True, False])
+def test_a_run_outlives_the_reader_of_its_output(lasting, tmp_path):
+    """Negative control: by default, Python's print raises an error then."""
+    (tmp_path / "reader.py").write_text(READER)
+    argv = [sys.executable, "reader.py", *(["lasting"] if lasting else [])]
+    with subprocess.Popen(
+        argv, cwd=tmp_path, text=True, env=launching.environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    ) as process:  # fmt: skip
+        assert process.stdout.readline() == "ready\n"
+        process.stdout.close()
+        process.stdin.write("\n")
+        process.stdin.close()
+        assert (process.wait(launching.HANGS) == 0) == lasting
+    assert (tmp_path / "ended").exists() == lasting
