@@ -74,6 +74,8 @@ class _Lasting(io.TextIOWrapper):
     """A stream to a reader that may leave, as an ssh connection to another node's launcher does. What is written after
     that goes nowhere."""
 
+    replaced: io.TextIOWrapper  # the stream before, of the same file
+
     def write(self, text: str) -> int:
         try:
             return super().write(text)
@@ -102,7 +104,9 @@ def outlive_readers() -> None:
         if type(stream) is io.TextIOWrapper:  # not one that catches what is written, and not twice
             stream.flush()
             same = open(stream.fileno(), "wb", closefd=False)
-            setattr(sys, name, _Lasting(same, stream.encoding, stream.errors, line_buffering=stream.line_buffering))
+            lasting = _Lasting(same, stream.encoding, stream.errors, line_buffering=stream.line_buffering)
+            lasting.replaced = stream  # which closes the file when nobody holds it any more
+            setattr(sys, name, lasting)
 
 
 def run_main(main: Callable[[list[str]], object]) -> None:
