@@ -109,8 +109,8 @@ def choose(options: Options, machine: Machine, purpose: Purpose = Footprint) -> 
 
 
 def fill(shape: Shape, options: Options, machine: Machine, purpose: Purpose = Footprint) -> Plan:
-    """The plan of one tier: of the first form of its gradients that fits, but rather of one that recomputes nothing; if
-    none fits, of the least excess."""
+    """The plan of one tier. Of the forms of its gradients that fit, it has the first that recomputes nothing, else the
+    first; if none fits, the one of least excess."""
     forms = forms_of(options, shape.model, machine)
     plans = [fill_form(shape, options.replace(gradients=form), machine, purpose) for form in forms]
     if fitting := [plan for plan in plans if plan.fits]:
@@ -122,7 +122,7 @@ def forms_of(options: Options, model: Model, machine: Machine) -> list[str]:
     """The forms of a tier's gradients to try, the one with the least host memory first.
 
     On CPU, the "GPU" is the host, where the blocks that gradients pass through would only take memory. With --plan off
-    nothing is known of the memory, and the first one is that which takes no more of any than DeepSpeed's own.
+    the memory is unknown. Then the form is `host`, which takes no more of the host or the GPU than DeepSpeed's own.
 
     Raises UserError for a form that the tier rules out.
     """
@@ -172,10 +172,10 @@ def fill_form(shape: Shape, options: Options, machine: Machine, purpose: Purpose
     else:
         most, least = pair * min(math.ceil(options.global_batch_pairs / machine.ranks), max(1, 65536 // pair)), pair
     asked = options.recomputed_layers
-    if purpose is ScoringFootprint or (options.gradient_checkpointing == "on" and asked is None):
+    if purpose is ScoringFootprint:
         asked = layers
-    elif options.gradient_checkpointing == "off":
-        asked = 0
+    elif asked is None:  # where it is given, it says more than on or off
+        asked = {"on": layers, "off": 0}.get(options.gradient_checkpointing)
     if asked not in (None, 0, layers) and not shape.switchable:
         raise UserError(
             f"--recomputed_layers {asked}: the layers of this model's code recompute all together: say "

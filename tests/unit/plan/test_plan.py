@@ -79,6 +79,12 @@ def test_without_a_plan_no_form_takes_more_gpu_memory_than_deepspeeds():
     assert for_run(options).options.gradients == "host"
 
 
+@pytest.mark.parametrize(("given", "expected"), [((), 0), (("--recomputed_layers", "3"), 3)])
+def test_without_a_plan_the_layers_that_are_named_recompute(given, expected):
+    words = ["--model", "gpt2", "--gpus", "1", "--gpu_memory", "80", "--plan", "off", *given]
+    assert for_run(parse_options(words)).options.recomputed_layers == expected
+
+
 def test_tiers_by_the_machine():
     assert planned("gpt2").options.ds_config == "zero0_debug"
     assert planned("01-ai/Yi-34B-Chat").options.ds_config == "zero3_offload_specialised"
