@@ -1,6 +1,6 @@
 """The host memory of an optimizer that is there, in each form that its gradients can have, by real runs on two ranks.
 
-    python benchmarks/host_memory.py [--sizes 78 155 334]        (about 20 minutes on two cores)
+    python benchmarks/host_memory.py [--sizes 78 155 334]
 
 A run trains on the tier of large models, but with small sub-groups, with weights in bf16 and sums in fp32. It saves a
 checkpoint, and a second start resumes it. Measured is each rank's own memory (tests/tools/memory.py), mapped files not
@@ -26,8 +26,6 @@ import launching
 SIZES = {78: (768, 2048, 6), 155: (768, 2048, 18), 334: (1024, 2816, 24)}
 FORMS = ("deepspeed", "host", "gpu", "gpu_bf16")
 RANKS, GROUP = 2, 10**7  # ranks; parameters of a sub-group
-# What is freed goes back at once: how much of it the C library keeps for itself is another matter.
-MALLOC = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "200000"}
 
 
 def argv(place: Path, size: int, form: str, **more: object) -> list[str]:
@@ -42,8 +40,7 @@ def argv(place: Path, size: int, form: str, **more: object) -> list[str]:
 
 def started(words: list[str], folder: Path) -> dict[str, int]:
     """Bytes of all ranks in one start."""
-    launching.run(RANKS, launching.TOOLS / "memory.py", *words, **MALLOC)
-    found = [json.loads(file.read_text()) for file in folder.glob("memory-*.json")]
+    found = launching.measured(RANKS, words, folder)
     return {key: sum(rank[key] for rank in found) for key in ("state", "peak")}
 
 

@@ -95,7 +95,8 @@ class Options:
         Help(
             "Where gradients are summed while a ZeRO-3 tier keeps the optimizer's state on the host: on the GPU in "
             "fp32 or bf16 (12 host bytes a parameter in all), on the host (16), or as DeepSpeed does it (20). auto: "
-            "the first that fits. But for gpu_bf16, which rounds sums, all give the same bits."
+            "the first that fits. All give the same bits, except gpu_bf16, which rounds the sums. It has no effect on "
+            "other tiers."
         ),
     ] = "auto"
     gradient_checkpointing: Annotated[

@@ -53,7 +53,8 @@ def spell_out_module(argv: list[str]) -> list[str]:
 
 
 def ending(words: list[str]) -> list[str]:
-    """The runner's command that ends launch.py on other nodes, for our launch.py. It cuts the last letter off."""
+    """The runner's command that ends launch.py on other nodes, made to end ours. The runner writes the name of its own
+    launch.py without the last letter."""
     return [word.replace(THEIRS[:-1], OURS[:-1]) for word in words]
 
 

@@ -58,18 +58,12 @@ class SummedOnGPU(stage3.DeepSpeedZeroOptimizer_Stage3):
             for block in self.blocks:
                 get_accelerator().unpin_memory(block)
 
-    @contextlib.contextmanager
-    def _on_host(self) -> Iterator[None]:
+    def _create_fp32_partitions(self) -> None:
+        """Makes the masters, on the host."""
         # The string, as DeepSpeed's own offload has it: on CPU, fp32 masters would be the weights themselves otherwise.
         device, self.device = self.device, "cpu"
-        try:
-            yield
-        finally:
-            self.device = device
-
-    def _create_fp32_partitions(self) -> None:
-        with self._on_host():
-            super()._create_fp32_partitions()
+        super()._create_fp32_partitions()
+        self.device = device
 
     def initialize_optimizer_states(self) -> None:
         """Adam makes its state in its first step. DeepSpeed would make a gradient here, which nobody reads."""

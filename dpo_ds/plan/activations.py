@@ -72,11 +72,11 @@ class Activations:
 
     @classmethod
     def mixed(cls, kept: "Activations", recomputed: "Activations", layers: int) -> int:
-        """Bytes if the first `layers` layers recompute theirs, and the others keep them."""
+        """Bytes if the first `layers` layers recompute theirs, and the others, at least one, keep them."""
         first = layers * recomputed.per_layer
         before_backward = kept.outside + first + (kept.layers - layers) * kept.per_layer
         # Later, the first layers work one by one, and what the others kept is gone.
-        while_recomputing = recomputed.outside + first if layers else 0
+        while_recomputing = recomputed.outside + first
         return max(before_backward, while_recomputing)
 
 

@@ -77,6 +77,8 @@ class Shape:
 
     def activations(self, tokens: int, pair_tokens: int, recomputed: int, budget: LogitBudget) -> int:
         """Bytes of a micro-batch's, if so many layers recompute theirs."""
+        if recomputed in (0, self.counter.layers):
+            return self._counted(tokens, pair_tokens, recomputed > 0, budget).bytes
         kept, again = (self._counted(tokens, pair_tokens, recompute, budget) for recompute in (False, True))
         return Activations.mixed(kept, again, recomputed)
 
@@ -170,9 +172,8 @@ class Footprint:
         groups = [self.group] * (self.trained_share // self.group)
         groups += [self.trained_share % self.group] if self.trained_share % self.group else []
         a_number_each = sum(self.pinned(FP32 * size) for size in groups)
-        own = self.options.gradients == forms.OWN or self.stage < 3
         yield self.part("host", "Adam's moments and fp32 weights", self.state // FP32 * a_number_each)
-        if own:
+        if self.stage < 3 or self.options.gradients == forms.OWN:
             yield self.part("host", "fp32 gradients", a_number_each)
         elif self.sums_at == "gpu":
             blocks = sum(self.pinned(FP32 * self.group) for _ in groups[:2])
@@ -203,9 +204,8 @@ class Footprint:
     @property
     def sums_at(self) -> str:
         """Where gradients are summed."""
-        if self.stage == 3 and self.optimizer_at == "cpu":
-            return "gpu" if self.options.gradients in (forms.GPU, forms.GPU_BF16) else "host"
-        return "gpu" if self.optimizer_at == "gpu" else "host"
+        apart = self.stage == 3 and self.optimizer_at == "cpu" and self.options.gradients in (forms.GPU, forms.GPU_BF16)
+        return "gpu" if apart or self.optimizer_at == "gpu" else "host"
 
     def live_parameters(self) -> Iterator[Part]:
         if not self.gathers:

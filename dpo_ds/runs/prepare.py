@@ -146,7 +146,8 @@ def prepare(options: Options, here: World, plan: Plan | None = None, claim: bool
     if options.micro_batch_tokens is None:
         # The plan assumed pairs as long as --max_length allows. Now the data's groups are known.
         longest = max(int(pairs.group_limits.max()) for pairs in (train_pairs, eval_pairs) if len(pairs))
-        tokens, recomputed = on_rank_0(lambda: _sizes_for(longest, planned, model.layers))
+        most = model.layers if options.recomputed_layers is None else planned.recomputed_layers
+        tokens, recomputed = on_rank_0(lambda: _sizes_for(longest, planned, most))
         planned = planned.replace(micro_batch_tokens=tokens, recomputed_layers=recomputed)
     schedule = Schedule.of(
         train_pairs.pair_groups, planned.global_batch_pairs, planned.epochs, planned.max_steps, planned.seed
@@ -287,9 +288,9 @@ def _fetch_reference(model: Model) -> Path:
         return fetch_weights(model)
 
 
-def _sizes_for(longest: int, planned: Planned, layers: int) -> tuple[int, int]:
+def _sizes_for(longest: int, planned: Planned, most: int) -> tuple[int, int]:
     """The micro-batch's tokens for data whose longest group has so many: enough not to split it, if they fit; and how
-    many layers recompute their activations then. layers: how many there are.
+    many layers then recompute their activations, `most` at most.
 
     On CPU no more than that, since larger micro-batches are not faster there.
     """
@@ -297,10 +298,11 @@ def _sizes_for(longest: int, planned: Planned, layers: int) -> tuple[int, int]:
     if longest <= tokens:
         return tokens if torch.cuda.is_available() else min(tokens, tokens_on_cpu(longest)), recomputed
     larger = planned.replace(micro_batch_tokens=min(longest, MOST_GROWTH * tokens))
-    for count in (recomputed, layers) if recomputed else (0,):
+    for count in dict.fromkeys((recomputed, most)) if recomputed else (0,):
         if planned.plan == "off" or choose(larger.replace(recomputed_layers=count), Machine.of(planned)).fits:
+            more = f", with {count} layers recomputed" if count != recomputed else ""
             tokens, recomputed = larger.micro_batch_tokens, count
-            console.say(f"micro-batches of {tokens} tokens, so that a prompt's answers share one")
+            console.say(f"micro-batches of {tokens} tokens, so that a prompt's answers share one{more}")
             break
     if longest > tokens:
         console.say(f"prompts whose answers need micro-batches of more than {tokens} tokens are split over several")

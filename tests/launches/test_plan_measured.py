@@ -94,20 +94,11 @@ def argv(place, case: str) -> list[str]:
     return [f"--{key}={value}" for key, value in options.items()]
 
 
-def measured(place, case: str) -> list[dict]:
-    launching.run(
-        CASES[case][1], launching.TOOLS / "memory.py", *argv(place, case),
-        # What is freed goes back at once: how much of it the C library keeps for itself is another matter.
-        MALLOC_ARENA_MAX="1", MALLOC_MMAP_THRESHOLD_="200000",
-    )  # fmt: skip
-    return [json.loads(file.read_text()) for file in (place / case).glob("memory-*.json")]
-
-
 @pytest.mark.parametrize("case", sampled(CASES, REST))
 def test_predicted_is_measured(case, place):
     """Host bytes of all ranks above those of idle processes: what stays to 5%, the peak to 15%."""
     ranks = CASES[case][1]
-    found = measured(place, case)
+    found = launching.measured(ranks, argv(place, case), place / case)
     assert len(found) == ranks
     options = parse_options(argv(place, case)).replace(micro_batch_tokens=max(rank["tokens"] for rank in found))
     chosen = choose(options, Machine(ranks, ranks, None, 24 * GIB))

@@ -13,5 +13,5 @@ _ONLY = pytest.mark.skipif(not EVERY, reason="EVERY=1 runs it")
 
 
 def sampled(cases: Iterable[str], rest: Iterable[str]) -> list:
-    """The cases as pytest's parameters; those in `rest` are skipped but with EVERY."""
+    """The cases as pytest's parameters; those in `rest` run with EVERY=1 alone."""
     return [pytest.param(case, marks=_ONLY if case in rest else ()) for case in cases]

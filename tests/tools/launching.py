@@ -168,6 +168,13 @@ def descendants(pid: int) -> list[int]:
     return children + [pid for child in children for pid in descendants(child)]
 
 
+def measured(ranks: int, words: list[str], folder: Path) -> list[dict]:
+    """Runs the main job and measures each rank's memory (see memory.py). folder: the run's."""
+    # What is freed goes back at once: how much of it the C library keeps for itself is another matter.
+    run(ranks, TOOLS / "memory.py", *words, MALLOC_ARENA_MAX="1", MALLOC_MMAP_THRESHOLD_="200000")
+    return [json.loads(file.read_text()) for file in folder.glob("memory-*.json")]
+
+
 def run_scenarios(ranks: int, scenarios: list[dict], file: Path, **env: str) -> str:
     """Runs scenarios (see scenarios.py) in one launch. Returns what they printed."""
     file.write_text(json.dumps(scenarios))
