@@ -138,20 +138,22 @@ def _run(main: Callable[[list[str]], object]) -> None:
     try:
         main(sys.argv[1:])
         lifeline.leave()
-    except UserError as error:
-        stop(str(error), 2)
-    except RunStopped as error:
-        stop(str(error), 1)
     except KeyboardInterrupt:  # where signals are not taken over, as in a thread
         raise SystemExit(130) from None
-    except MemoryError:
-        stop(OUT_OF_MEMORY, 1)
     except Exception as error:
+        # What a stop interrupts may fail in its own way: numpy and torch catch it within an import, and break later.
+        signals.stop_if_at_once()
         end_failed(error)
 
 
 def end_failed(error: Exception) -> NoReturn:
-    """Ends a run for a reason that it did not expect."""
+    """Ends a run that has raised an error."""
+    if isinstance(error, UserError):
+        stop(str(error), 2)
+    if isinstance(error, RunStopped):
+        stop(str(error), 1)
+    if isinstance(error, MemoryError):
+        stop(OUT_OF_MEMORY, 1)
     if isinstance(error, OSError) and error.errno in FULL:
         stop(f"{error.filename or 'a file'} cannot be written: {reason_of(error)}; {MAKE_ROOM}", 1)
     torch = sys.modules.get("torch")

@@ -75,6 +75,7 @@ class _Watch:
         self.seconds: float | None = None  # how long a request may wait for a step boundary; None: it may not
         self.ends_at, self.end_code, self.last_line = math.inf, 1, ""  # when time is up, and how the process ends then
         self.raises: Request | None = None  # to be raised in the main thread
+        self.at_once: Request | None = None  # one that the main thread did not wait with for a boundary
         self.launchers = family.launchers()
         words = [word for launcher in self.launchers for word in family.words_of(launcher.pid)]
         self.echo = ECHO if "deepspeed.launcher.launch" in words else 0.0
@@ -156,7 +157,7 @@ class _Watch:
 
     def stop_at_once(self, request: Request) -> None:
         """Raises Stopped in the main thread. If that does not end it, as within a collective, the process ends."""
-        self.raises = request
+        self.raises = self.at_once = request
         self.end_in(GRACE, request.code_alone, stopped(request).text if world.from_environment().speaks else "")
         signal.pthread_kill(threading.main_thread().ident or 0, WAKE)
 
@@ -253,6 +254,12 @@ def stop_now(number: int) -> None:
     so, because nothing was installed."""
     if _watch is not None:
         raise stopped(_watch.asked or Request.of(number))
+
+
+def stop_if_at_once() -> None:
+    """Raises Stopped if this process was asked to stop, and not at a step boundary."""
+    if _watch is not None and _watch.at_once is not None:
+        raise stopped(_watch.at_once)
 
 
 def ask(why: str, code: int) -> None:

@@ -20,6 +20,12 @@ def main(argv):
     if argv[0] == "outside":
         print("ready", flush=True)
         time.sleep(1000)
+    if argv[0] == "breaks":
+        try:
+            print("ready", flush=True)
+            time.sleep(1000)
+        except BaseException:  # as numpy does within an import
+            raise RecursionError
     with signals.at_boundaries(float(argv[1])):
         while True:
             print("ready", flush=True)
@@ -73,6 +79,13 @@ def test_a_signal_waits_for_the_step(number, code, tmp_path):
     script.hear(SAID)
     script.end_of_step()
     assert script.rest() == (code, f"dpo_ds: saved, {signal.Signals(number).name}\n")
+
+
+def test_what_breaks_because_of_the_stop_is_no_bug(tmp_path):
+    script = Script(tmp_path, "breaks")
+    script.process.send_signal(signal.SIGTERM)
+    code, said = script.rest()
+    assert code == 143 and said.startswith("dpo_ds: stopped by SIGTERM") and said.count("\n") == 1
 
 
 def test_outside_the_loop_it_stops_at_once_and_names_the_command(tmp_path):
