@@ -94,7 +94,7 @@ def plot(rows: list[dict], parameters: dict[int, int]) -> None:
             axis.plot(forms, [row[key] / count for row in of_size], mark, color="black", fillstyle="none", label=key)
         axis.set_title(f"{count / 1e6:.0f} M parameters")
     axes[0][0].set_ylabel("bytes a parameter")
-    axes[0][-1].legend(fontsize=7, loc="upper right")
+    axes[0][-1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(work.RESULTS / "host_memory.png", dpi=110, bbox_inches="tight")
 
 

@@ -52,9 +52,10 @@ def command(ranks: int, *words: str) -> list[str]:
 
 
 def run(ranks: int, *words: str, timeout: float = HANGS, check: bool = True, **env: str) -> subprocess.CompletedProcess:
-    """Runs words to their end. One rank in the tests' own environment is forked from a warm process."""
-    if ranks == 1 and not env:
-        return forked(1, [*map(str, words)], timeout, check)
+    """Runs words to their end. In the tests' own environment, ranks are forked from a warm process; our deepspeed
+    command, where it starts them, has tests of its own (test_deepspeed_command, test_signals)."""
+    if not env:
+        return forked(ranks, [*map(str, words)], timeout, check)
     return execute(command(ranks, *map(str, words)), timeout, check, env={**environment(), **env})
 
 
@@ -94,19 +95,19 @@ class Warm:
         )
         theirs.close()
 
-    def run(self, request: warm.Request, timeout: float) -> tuple[list[int] | None, str]:
-        """The ranks' exit codes, or None if they take longer; and what they printed."""
+    def run(self, request: warm.Request, timeout: float) -> tuple[int | None, str]:
+        """The ranks' exit code, or None if they take longer; and what they printed."""
         ours, theirs = os.pipe()
         self.requests.send(request)
         send_handle(self.requests, theirs, self.process.pid)
         os.close(theirs)
         with open(ours, errors="replace") as output, ThreadPoolExecutor(1) as reader:
             printed = reader.submit(output.read)
-            codes = self.requests.recv() if self.requests.poll(timeout) else None
-            if codes is None:
+            code = self.requests.recv() if self.requests.poll(timeout) else None
+            if code is None:
                 kill_tree(self.process.pid)
                 warm_process.cache_clear()
-            return codes, printed.result()
+            return code, printed.result()
 
 
 @functools.cache
@@ -124,10 +125,10 @@ def forked(
         shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
         shared |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
     each = [{**shared, "RANK": str(n), "LOCAL_RANK": str(n)} if ranks > 1 else shared for n in range(ranks)]
-    codes, stdout = warm_process().run(warm.Request(words, each), timeout)
-    if codes is None:
+    code, stdout = warm_process().run(warm.Request(words, each), timeout)
+    if code is None:
         raise AssertionError(f"still running after {timeout:.0f} s:\n{stdout[-6000:]}")
-    return ended(words, next(filter(None, codes), 0), stdout, check)
+    return ended(words, code, stdout, check)
 
 
 def kill_tree(pid: int) -> None:

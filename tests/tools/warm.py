@@ -1,7 +1,7 @@
 """A process that has imported the libraries, and forks the ranks of the tests' launches: python warm.py FD
 
 Most of a small run's time would be the import of torch, DeepSpeed and transformers. FD is the inherited end of a pipe,
-on which requests come in, each with a stream for its output, and exit codes go out. A forked rank has its own
+on which requests come in, each with a stream for its output, and an exit code goes out. A forked rank has its own
 environment, runs its words as `python` would, and ends as a process of Python does.
 """
 
@@ -39,14 +39,14 @@ def import_libraries() -> None:
 
 
 def serve(requests: Connection) -> tuple[list[str], dict[str, str]] | None:
-    """Answers each request with its ranks' exit codes. Returns None at the end, and in a forked rank its words and
+    """Answers each request with its exit code. Returns None at the end, and in a forked rank its words and
     environment, with its output redirected."""
     while True:
         try:
             request = requests.recv()
         except EOFError:
             return None
-        here, output, ranks = os.getpid(), recv_handle(requests), []
+        here, output, ranks = os.getpid(), recv_handle(requests), set()
         for environment in request.environments:
             if not (pid := os.fork()):
                 requests.close()
@@ -58,9 +58,22 @@ def serve(requests: Connection) -> tuple[list[str], dict[str, str]] | None:
 
                 family.end_with_parent(signal.SIGKILL, here)
                 return request.words, environment
-            ranks.append(pid)
+            ranks.add(pid)
         os.close(output)
-        requests.send([os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in ranks])
+        requests.send(code_of(ranks))
+
+
+def code_of(ranks: set[int]) -> int:
+    """Waits for ranks (process ids). Returns 0, or the exit code of the first that failed. As a launcher does, it kills
+    the others then."""
+    code = 0
+    while ranks:
+        pid, status = os.wait()
+        ranks.discard(pid)
+        if not code and (code := os.waitstatus_to_exitcode(status)):
+            for other in ranks:
+                os.kill(other, signal.SIGKILL)
+    return code
 
 
 def become(words: list[str], environment: dict[str, str]) -> None:
