@@ -119,10 +119,11 @@ class Options:
     ] = None
 
     plan: Annotated[
-        Literal["auto", "only", "off"],
+        Literal["auto", "only", "measure", "off"],
         Help(
             "auto: estimate memory and disk, pick tier and micro-batch, refuse what cannot fit; only: print the plan "
-            "and stop; off: take the tier of the model's size class without a check.",
+            "and stop; measure: time a few layers on this machine, say how long a step takes, and stop; off: take the "
+            "tier of the model's size class without a check.",
             heading="whether it fits",
         ),
     ] = "auto"
@@ -133,6 +134,21 @@ class Options:
     ] = None
     nvme: Annotated[
         float | None, Help("Plan for this many GiB on --nvme_path in each node; by default what is free there.")
+    ] = None
+    machine: Annotated[
+        str | None,
+        Help(
+            "The kind of machine, for the time that the plan estimates: a100-40, a100-80, a100-80-pcie, h100, "
+            "h100-pcie or h200; with --gpus, or where no GPU is, also for its memory. By default by the GPU's name or "
+            "memory."
+        ),
+    ] = None
+    pair_tokens: Annotated[
+        int | None,
+        Help("Estimate the time for packed pairs of this mean length in tokens; by default half of the longest."),
+    ] = None
+    price_per_gpu_hour: Annotated[
+        float | None, Help("Estimate the cost as well, in the currency of this price of a GPU for an hour.")
     ] = None
     nvme_path: Annotated[
         str | None, Help("Folder on a fast local disk, for tiers that keep the optimizer's state there.")
@@ -403,7 +419,8 @@ NOT_IDENTITY = frozenset(
     {"output_dir", "cache_dir", "resume", "resume_optimizer", "export", "generations", "save_every", "eval_every"}
     | {"attention", "report_to", "stop_seconds", "hang_minutes", "max_bad_steps"}
     | {"keep_last", "keep_best", "on_save_error"}
-    | {"plan", "gpus", "gpu_memory", "host_memory", "nvme", "nvme_path"}
+    | {"plan", "gpus", "gpu_memory", "host_memory", "nvme", "nvme_path", "machine", "pair_tokens"}
+    | {"price_per_gpu_hour"}
 )
 
 # Options that --adapter decides.
@@ -430,6 +447,8 @@ MOST = {
     "gpu_memory": 1e6,
     "host_memory": 1e6,
     "nvme": 1e9,
+    "pair_tokens": 2**24,
+    "price_per_gpu_hour": 1e6,
     "hang_minutes": 3e4,  # torch counts milliseconds in 32 bits
 }
 MOST_OF_TYPE = {int: 2**63 - 1, float: 1e30}
@@ -482,6 +501,8 @@ def parse_options(argv: list[str], command: str = "train", positional: str | Non
             raise UserError(f"--adapter {options.adapter} brings its own --{given[0]}: leave out one of them")
         options = options.replace(lora=True)
     check(options)
+    if options.plan == "measure" and command != "train":
+        raise UserError(f"--plan measure is for dpo_ds.train, and dpo_ds.{command} was called: leave it out")
     return options
 
 
@@ -657,6 +678,7 @@ def check(options: Options) -> None:
         "save_every",
         "generations",
         "nvme",
+        "price_per_gpu_hour",
     ):
         _require(options, name, lambda x: x >= 0, "0 or more")
     for name in ("gpus", "gpu_memory", "host_memory"):
@@ -667,6 +689,7 @@ def check(options: Options) -> None:
     _require(options, "sft_weight", lambda x: x > 0, "more than 0")
     _require(options, "lora_dropout", lambda x: 0 <= x < 1, "from 0 to below 1")
     _require(options, "max_length", lambda x: x >= 2, "2 or more: a token of the prompt and one of an answer")
+    _require(options, "pair_tokens", lambda x: x >= 3, "3 or more: a token of the prompt and one of each answer")
     _require(options, "min_prompt_tokens", lambda x: x > 0, "more than 0")
     if options.min_prompt_tokens is not None and options.truncation != "keep_question":
         raise UserError("--min_prompt_tokens is for --truncation keep_question: leave one of them out")

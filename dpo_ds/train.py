@@ -6,6 +6,7 @@ python -m dpo_ds.train --model tiny-gpt2 --dataset sample
 
 import contextlib
 import json
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -23,7 +24,7 @@ def main(argv: list[str]) -> None:
     console.outlive_readers()
     options = parse_options(argv)
     losses_of(options)
-    if trackers_of(options) and options.plan != "only" and world.from_environment().speaks:
+    if trackers_of(options) and options.plan not in ("only", "measure") and world.from_environment().speaks:
         from dpo_ds.reports.trackers import require_trackers
 
         require_trackers(options)
@@ -31,6 +32,12 @@ def main(argv: list[str]) -> None:
     if options.plan == "only":
         return
     from dpo_ds.engine import join
+
+    if options.plan == "measure":
+        from dpo_ds.runs.measure import measure
+
+        console.say(measure(options, join.join(), plan).as_line())
+        return
     from dpo_ds.runs.prepare import prepare
 
     train(prepare(options, join.join(), plan))
@@ -78,6 +85,7 @@ def _train(run: "Run", watchers: "Sequence[Watcher]", save: bool) -> dict:
     from dpo_ds.engine.build import policy_engine
     from dpo_ds.export import export_engine, rehearse
     from dpo_ds.files import write_whole, writing
+    from dpo_ds.plan import seconds
     from dpo_ds.references.kinds import reference_of
     from dpo_ds.reports.evaluation import write_logps
     from dpo_ds.reports.progress import watchers_of
@@ -86,6 +94,10 @@ def _train(run: "Run", watchers: "Sequence[Watcher]", save: bool) -> dict:
 
     speaks = world.from_environment().speaks
     console.say(describe(run))
+    mean = math.ceil(run.train_pairs.packed_lengths.sum() / len(run.train_pairs))
+    expected = seconds.of_run(run.model, run.options, mean) if speaks else None
+    if expected is not None:
+        console.say(f"estimated for pairs of {mean:,} tokens: {seconds.of_pairs(expected, len(run.train_pairs))}")
     curve = CurveReader(run.options)
     with contextlib.closing(reference_of(run)) as reference:
         findings = examine(run, reference.known()) if speaks else []
@@ -95,7 +107,8 @@ def _train(run: "Run", watchers: "Sequence[Watcher]", save: bool) -> dict:
             )
         rehearse(run, policy)
         reference.attach(policy)
-        watching = [*watchers_of(run.folder, run.options, [curve], run.own_checkpoint), *watchers]
+        a_step = None if expected is None else expected.step().seconds
+        watching = [*watchers_of(run.folder, run.options, [curve], run.own_checkpoint, a_step), *watchers]
         outcome = Trainer(run, policy, reference, watching, save).train()
         # A start that only had to export has trained no step, but the record has the last one's metrics.
         metrics = last_metrics(run.folder) | outcome.metrics

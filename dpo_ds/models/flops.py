@@ -5,6 +5,8 @@ once for every packed token, so a shared prompt counts once; the output head's c
 counts the pairs of tokens that see each other. Recomputation in backward does not count.
 """
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 
@@ -25,6 +27,16 @@ def peak_of(device: torch.device) -> float | None:
     if "PCIe" in name and "H100" in name:
         return 756e12
     return next((peak for word, peak in PEAKS.items() if word in name), None)
+
+
+@dataclass(frozen=True)
+class Forward:
+    """FLOPs of a forward pass: products with the body's weights and with the output head's, attention, adapters."""
+
+    body: float
+    head: float
+    attention: float
+    adapters: float
 
 
 class Flops:
@@ -64,13 +76,20 @@ class Flops:
     def step(self, prompts: np.ndarray, answers: np.ndarray, groups: np.ndarray) -> float:
         """FLOPs of a step on packed groups. prompts: tokens of each prompt, [G]; answers: tokens of each answer, [A];
         groups: the prompt of each answer, int [A]."""
+        once = self.forward(prompts, answers, groups)
+        policy = (1 + self.backward) * (once.body + once.head) + 3 * (once.attention + once.adapters)
+        return policy + (once.body + once.head + once.attention if self.reference else 0.0)
+
+    def forward(self, prompts: np.ndarray, answers: np.ndarray, groups: np.ndarray) -> "Forward":
+        """FLOPs of a forward pass on packed groups, described as in `step`."""
         prompts, answers = np.asarray(prompts, dtype=np.int64), np.asarray(answers, dtype=np.int64)
         tokens, responses = prompts.sum() + answers.sum(), answers.sum()
-        products = 2.0 * self.body * tokens + 2.0 * self.head * responses
-        attention = self._attention(prompts, prompts[groups], answers)
-        adapters = 2.0 * self.adapters * tokens
-        policy = (1 + self.backward) * products + 3 * (attention + adapters)
-        return policy + (products + attention if self.reference else 0.0)
+        return Forward(
+            2.0 * self.body * tokens,
+            2.0 * self.head * responses,
+            self._attention(prompts, prompts[groups], answers),
+            2.0 * self.adapters * tokens,
+        )
 
     def _attention(self, prompts: np.ndarray, own_prompts: np.ndarray, answers: np.ndarray) -> float:
         """FLOPs of a forward: for each visible key, a product of query and key and one of weight and value."""

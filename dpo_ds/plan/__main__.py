@@ -14,11 +14,13 @@ from dpo_ds.config import Options, parse_options
 from dpo_ds.engine import join
 from dpo_ds.errors import UserError
 from dpo_ds.models.find import known_models
+from dpo_ds.plan import seconds
 from dpo_ds.plan.choose import choose
 from dpo_ds.plan.footprint import recomputed
 from dpo_ds.plan.machine import GIB, NODE_GPUS, Machine, gib
 from dpo_ds.plan.plan import Plan
 from dpo_ds.plan.refuse import refusal, show
+from dpo_ds.plan.speeds import of_memory
 from dpo_ds.ranks import console
 
 
@@ -33,7 +35,7 @@ def everything() -> str:
             cells = []
             for gpu in (80, 40):
                 for host in (1, 2):
-                    machine = Machine(NODE_GPUS, NODE_GPUS, gpu * GIB, host * 1000 * GIB)
+                    machine = Machine(NODE_GPUS, NODE_GPUS, gpu * GIB, host * 1000 * GIB, speeds=of_memory(gpu))
                     cells.append(_cell(choose(Options(model=name, lora=lora), machine)))
             lines.append(f"| `{name}` | {'LoRA' if lora else 'full'} | {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -61,7 +63,7 @@ def main(argv: list[str]) -> None:
         show(options, print)
         return
     plan = choose(options, Machine.of(options))
-    print(json.dumps(plan.facts(), indent=1))
+    print(json.dumps(plan.facts() | seconds.facts(plan), indent=1))
     if not plan.fits:
         raise UserError(refusal(plan, options))
 

@@ -1,4 +1,4 @@
-"""Counts the memory of a forward and backward, beside that of weights and optimizer.
+"""Counts the memory of a forward and backward, beside that of weights and optimizer, and the bytes that they move.
 
 The model's own code (packed attention, fused head, LoRA, recomputation) runs on the meta device, where tensors have
 sizes but no content, and the count follows each tensor from its creation to its release. A few layers are enough,
@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
+from torch.utils.flop_counter import flop_registry
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from dpo_ds.config import Options
@@ -31,18 +32,25 @@ MOST_COUNTED = 2**18  # tokens
 
 class LiveBytes(TorchDispatchMode):
     """Counts the bytes of the meta tensors that were created inside the block and are alive (`now`), and their maximum
-    (`peak`). The tensors in `before`, and views of them, do not count."""
+    (`peak`). The tensors in `before`, and views of them, do not count.
+
+    Also counts what operations read and write (`moved`), but for matrix products, whose time is that of their FLOPs.
+    """
 
     def __init__(self, before: Iterable[torch.Tensor]):
         super().__init__()
-        self.now = self.peak = 0
+        self.now = self.peak = self.moved = 0
         self.known = weakref.WeakSet(tensor.untyped_storage() for tensor in before)
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         results = function(*args, **(kwargs or {}))
-        for tensor in tree_iter(results):
-            if isinstance(tensor, torch.Tensor) and tensor.is_meta:
-                self._count(tensor.untyped_storage())
+        written = [tensor for tensor in tree_iter(results) if isinstance(tensor, torch.Tensor) and tensor.is_meta]
+        for tensor in written:
+            self._count(tensor.untyped_storage())
+        product = function.overloadpacket in flop_registry or "grouped_mm" in str(function)  # of a layer's experts
+        if not function.is_view and not product:
+            read = [tensor for tensor in tree_iter((args, kwargs)) if isinstance(tensor, torch.Tensor)]
+            self.moved += sum(tensor.numel() * tensor.itemsize for tensor in (*read, *written))
         return results
 
     def _count(self, storage: torch.UntypedStorage) -> None:
@@ -60,11 +68,13 @@ class LiveBytes(TorchDispatchMode):
 
 @dataclass(frozen=True)
 class Activations:
-    """Bytes of one micro-batch's activations: a part outside the layers (head, embedding) and a part per layer."""
+    """Bytes of one micro-batch's activations: a part outside the layers (head, embedding) and a part per layer; and
+    the bytes that a layer's operations read and write."""
 
     outside: int
     per_layer: int
     layers: int
+    moved: int
 
     @property
     def bytes(self) -> int:
@@ -78,6 +88,17 @@ class Activations:
         # Later, the first layers work one by one, and what the others kept is gone.
         while_recomputing = recomputed.outside + first
         return max(before_backward, while_recomputing)
+
+
+def with_layers(config: PreTrainedConfig, layers: int) -> PreTrainedConfig:
+    """A copy of a model's config with so many layers, their kinds in equal parts."""
+    config = copy.deepcopy(config)
+    text = config.get_text_config()
+    before, text.num_hidden_layers = text.num_hidden_layers, layers
+    for name, value in vars(text).items():
+        if name.endswith("_types") and isinstance(value, list) and len(value) == before:
+            setattr(text, name, (list(dict.fromkeys(value)) * layers)[:layers])
+    return config
 
 
 class Counter:
@@ -103,11 +124,7 @@ class Counter:
         self.scorers = [self._scorer(config, count, dtype) for count in self.counts]
 
     def _scorer(self, config: PreTrainedConfig, layers: int, dtype: torch.dtype) -> Scorer:
-        config = copy.deepcopy(config)
-        text = config.get_text_config()
-        text.num_hidden_layers = layers
-        if getattr(text, "layer_types", None):
-            text.layer_types = (self.kinds * layers)[:layers]
+        config = with_layers(config, layers)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(
                 config,
@@ -139,15 +156,17 @@ class Counter:
         """
         if tokens > MOST_COUNTED:
             most = self.count(MOST_COUNTED, pair_tokens, checkpointing, budget)
-            outside, per_layer = (size * tokens // MOST_COUNTED for size in (most.outside, most.per_layer))
-            return Activations(outside, per_layer, self.layers)
+            sizes = (size * tokens // MOST_COUNTED for size in (most.outside, most.per_layer, most.moved))
+            outside, per_layer, moved = sizes
+            return Activations(outside, per_layer, self.layers, moved)
         batch = _batch(tokens, pair_tokens)
         few, many = (
-            self.scale * peak(scorer, batch, count if checkpointing else 0, budget)
+            passes(scorer, batch, count if checkpointing else 0, budget)
             for scorer, count in zip(self.scorers, self.counts, strict=True)
         )
-        per_layer = (many - few) // (self.counts[1] - self.counts[0])
-        return Activations(few - per_layer * self.counts[0], per_layer, self.layers)
+        more = self.counts[1] - self.counts[0]
+        per_layer, moved = (self.scale * (many.peak - few.peak) // more, self.scale * (many.moved - few.moved) // more)
+        return Activations(self.scale * few.peak - per_layer * self.counts[0], per_layer, self.layers, moved)
 
 
 def _drop_gradient(parameter: torch.nn.Parameter) -> None:
@@ -158,21 +177,21 @@ def _batch(tokens: int, pair_tokens: int) -> PackedBatch:
     pairs: list[Group] = []
     while tokens > 2:
         size = min(tokens, pair_tokens)
-        prompt, chosen, rejected = (np.zeros(n, dtype=np.int32) for n in _lengths(size))
+        prompt, chosen, rejected = (np.zeros(n, dtype=np.int32) for n in lengths(size))
         pairs.append(Group.of_pair(prompt, chosen, rejected))
         tokens -= size
     return pack(pairs).to("meta")
 
 
-def _lengths(size: int) -> tuple[int, int, int]:
+def lengths(size: int) -> tuple[int, int, int]:
     """A quarter of a pair is its prompt: between HH's half and AlpacaEval's twentieth."""
     prompt = max(1, size // 4)
     chosen = max(1, (size - prompt) // 2)
     return prompt, chosen, max(1, size - prompt - chosen)
 
 
-def peak(scorer: Scorer, batch: PackedBatch, layers: int, budget: LogitBudget) -> int:
-    """The most bytes at any time, if so many layers recompute their activations."""
+def passes(scorer: Scorer, batch: PackedBatch, layers: int, budget: LogitBudget) -> LiveBytes:
+    """The count of a forward and backward, if so many layers recompute their activations."""
     model, scorer.budget = scorer.model, budget
     recompute(model, layers)
     before = [
@@ -184,4 +203,4 @@ def peak(scorer: Scorer, batch: PackedBatch, layers: int, budget: LogitBudget) -
         logps = scorer(batch).answers
         logps.sum().backward()
         del logps
-    return live.peak
+    return live

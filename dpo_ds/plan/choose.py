@@ -4,21 +4,22 @@ footprint.py computes the memory that a choice needs; refuse.py writes the messa
 """
 
 import bisect
-import functools
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
 
-from dpo_ds.config import Options, Precision
+from dpo_ds.config import Options
 from dpo_ds.engine.check_config import AUTO
 from dpo_ds.engine.forms import GPU, GPU_BF16, HOST, OWN, known, on_host
-from dpo_ds.engine.tiers import GRAD_SUMS, fill_tier, load_tier
+from dpo_ds.engine.tiers import GRAD_SUMS, load_tier
 from dpo_ds.errors import UserError
 from dpo_ds.losses.table import reads_reference
 from dpo_ds.models.adapter import find_adapter
 from dpo_ds.models.find import known_model
 from dpo_ds.models.model import Model
-from dpo_ds.plan.footprint import Footprint, ScoringFootprint, Shape, longest_pair
+from dpo_ds.plan import seconds
+from dpo_ds.plan.footprint import Footprint, ScoringFootprint, Shape, filled, longest_pair, shape_of
 from dpo_ds.plan.machine import GIB, Machine
 from dpo_ds.plan.plan import Plan
 
@@ -26,6 +27,8 @@ PLENTY = 10**6 * GIB
 # Fraction of a GPU's memory that is used to recompute less. The rest is left for what the plan has wrong: a run that
 # recomputes a layer more is a little slower, but one that runs out of memory ends.
 FOR_SPEED = 0.9
+# How much faster a step must be, by the estimate, to take smaller micro-batches than fit.
+GAIN = 1.05
 
 Purpose = type[Footprint]  # what a plan is for: training, or with ScoringFootprint scoring alone
 
@@ -51,6 +54,10 @@ def decide(options: Options, model: Model, on_gpu: bool) -> Options:
     if options.recomputed_layers is not None and options.recomputed_layers > model.layers:
         raise UserError(f"--recomputed_layers {options.recomputed_layers}: the model has {model.layers} layers")
     changes["max_length"] = model.max_length(options.max_length)
+    if options.pair_tokens is not None and options.pair_tokens > (longest := 2 * changes["max_length"] - 1):
+        raise UserError(
+            f"--pair_tokens {options.pair_tokens}: no pair is longer than {longest} tokens, by --max_length"
+        )
     if options.router_aux_loss_coef == "model" or float(options.router_aux_loss_coef) > 0:
         changes["router_aux_loss_coef"] = _router_coefficient(options.router_aux_loss_coef, model)
     return options.replace(**changes)
@@ -85,25 +92,17 @@ def candidates(options: Options, model: Model, machine: Machine, purpose: Purpos
     return list(dict.fromkeys(order))
 
 
-@functools.cache  # small: a shape holds no weights
-def _shape(
-    model: str, trust_remote_code: bool, precision: Precision, lora: bool, lora_r: int, lora_targets: str
-) -> Shape:
-    options = Options(model=model, precision=precision, lora=lora, lora_r=lora_r, lora_targets=lora_targets)
-    return Shape(known_model(model, trust_remote_code), options)
-
-
 def choose(options: Options, machine: Machine, purpose: Purpose = Footprint) -> Plan:
     """The plan of the first tier that fits, with its largest micro-batch; if none fits, the plan of least excess."""
     model = known_model(options.model, options.trust_remote_code)
     options = decide(options, model, machine.gpu_memory is not None)
-    lora = (options.lora, options.lora_r, options.lora_targets) if options.lora else (False, 1, "")
-    shape = _shape(options.model, options.trust_remote_code, options.precision, *lora)
-    plans = []
+    shape = shape_of(options)
+    plans: list[Plan] = []
     for tier in candidates(options, model, machine, purpose):
         plan = fill(shape, options.replace(ds_config=tier), machine, purpose)
         if plan.fits:
-            return plan
+            others = [f"{other.options.ds_config} would need {' and '.join(other.lacking)}" for other in plans]
+            return dataclasses.replace(plan, reasons=(*others, *plan.reasons))
         plans.append(plan)
     return min(plans, key=lambda plan: plan.excess)
 
@@ -126,7 +125,7 @@ def forms_of(options: Options, model: Model, machine: Machine) -> list[str]:
 
     Raises UserError for a form that the tier rules out.
     """
-    config = _filled(options, model, machine)
+    config = filled(options, model, machine)
     if not (on_host(config) and known()):
         return [OWN]
     in_fp32 = options.precision == "fp32" or (config.get("data_types") or {}).get(GRAD_SUMS) == "fp32"
@@ -143,19 +142,12 @@ def forms_of(options: Options, model: Model, machine: Machine) -> list[str]:
     return [GPU, *([GPU_BF16] if may_be_bf16 == AUTO else []), *([HOST] if in_fp32 else [])]
 
 
-def _filled(options: Options, model: Model, machine: Machine) -> dict:
-    """The config of the options' tier on that machine."""
-    if machine.nvme and not options.nvme_path:  # a plan for another machine, whose folders are not known
-        options = options.replace(nvme_path="/nvme")
-    return fill_tier(options.ds_config, options, model, machine.ranks, machine.gpu_memory is not None)
-
-
 def fill_form(shape: Shape, options: Options, machine: Machine, purpose: Purpose = Footprint) -> Plan:
     """The plan of one tier and form with the largest micro-batch that fits, and as few recomputed layers as fit with
     it. Activations are kept in all layers if the rank's whole share of a step fits with them."""
     layers = shape.model.layers
     trained = 0 if purpose is ScoringFootprint else shape.trained
-    config = _filled(options, shape.model, machine)
+    config = filled(options, shape.model, machine)
 
     def plan(tokens: int, recomputed: int) -> Plan:
         checkpointing = "on" if recomputed else "off"
@@ -191,11 +183,36 @@ def fill_form(shape: Shape, options: Options, machine: Machine, purpose: Purpose
     if not shape.switchable:
         return found
 
-    def has_room(recomputed: int) -> bool:
-        trial = plan(found.options.micro_batch_tokens, recomputed)
-        return trial.fits and (machine.gpu_memory is None or trial.need("gpu") <= FOR_SPEED * machine.gpu_memory)
+    def recomputing_least(tokens: int) -> Plan:
+        """With so large micro-batches, and as few recomputed layers as fit."""
 
-    return plan(found.options.micro_batch_tokens, 1 + bisect.bisect_left(range(1, layers), True, key=has_room))
+        def has_room(recomputed: int) -> bool:
+            trial = plan(tokens, recomputed)
+            return trial.fits and (machine.gpu_memory is None or trial.need("gpu") <= FOR_SPEED * machine.gpu_memory)
+
+        return plan(tokens, bisect.bisect_left(range(layers), True, key=has_room))
+
+    largest = recomputing_least(found.options.micro_batch_tokens)
+    if seconds.estimate(largest) is None:
+        return largest
+    return _fastest(largest, recomputing_least, least)
+
+
+def _fastest(largest: Plan, recomputing_least: Callable[[int], Plan], least: int) -> Plan:
+    """Of a plan with the largest micro-batch and those with smaller ones, which recompute less, the fastest by the
+    estimate. least: tokens of the smallest."""
+    plans = [largest]
+    while plans[-1].options.recomputed_layers and (tokens := plans[-1].options.micro_batch_tokens) > least:
+        plans.append(recomputing_least(max(least, tokens // 2)))
+    steps = [seconds.of_step(plan) for plan in plans]
+    best = min(range(len(plans)), key=steps.__getitem__)
+    if steps[best] > steps[0] / GAIN:
+        return largest
+    reason = (
+        f"micro-batches of {largest.options.micro_batch_tokens} tokens fit as well, but recompute "
+        f"{largest.options.recomputed_layers} layers: a step would take {steps[0] / steps[best]:.2f} times as long"
+    )
+    return dataclasses.replace(plans[best], reasons=(reason,))
 
 
 def tokens_on_cpu(longest_pair: int) -> int:

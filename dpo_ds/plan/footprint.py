@@ -9,9 +9,9 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from dpo_ds.config import Options, Planned
+from dpo_ds.config import Options, Planned, Precision
 from dpo_ds.engine import forms
-from dpo_ds.engine.tiers import reference_config
+from dpo_ds.engine.tiers import fill_tier, reference_config
 from dpo_ds.models.adapter import find_adapter
 from dpo_ds.models.find import known_model
 from dpo_ds.models.lora import is_target
@@ -27,8 +27,9 @@ from dpo_ds.scoring.twin import require_exact
 # What every process needs before a model is loaded.
 CUDA = 2 * GIB  # per GPU: context, cuBLAS and NCCL workspaces; an estimate
 PROCESS = int(0.8 * GIB)  # host memory per rank: Python, torch, DeepSpeed, datasets; measured 0.35 to 0.7 GiB on CPU
-# The libraries' work space per rank on CPU, measured; products in bf16 need more.
-CPU_WORK, CPU_WORK_BF16 = 70 * 2**20, 160 * 2**20
+# The libraries' work space per rank on CPU, measured. Products in bf16 need more, above all on a CPU that computes them
+# in fp32.
+CPU_WORK, CPU_WORK_BF16, CPU_WORK_NO_BF16 = 70 * 2**20, 85 * 2**20, 160 * 2**20
 
 LEFT_BEHIND = "freed, but kept by the C library"
 
@@ -82,9 +83,36 @@ class Shape:
         kept, again = (self._counted(tokens, pair_tokens, recompute, budget) for recompute in (False, True))
         return Activations.mixed(kept, again, recomputed)
 
+    def moved(self, tokens: int, pair_tokens: int, recomputed: int, budget: LogitBudget) -> int:
+        """Bytes that a micro-batch's forward and backward read and write in the layers, beside matrix products."""
+        kept, again = (self._counted(tokens, pair_tokens, recompute, budget).moved for recompute in (False, True))
+        return (self.counter.layers - recomputed) * kept + recomputed * again
+
     @functools.cache  # noqa: B019 (a plan's few shapes live as long as the process)
     def _counted(self, tokens: int, pair_tokens: int, recompute: bool, budget: LogitBudget) -> Activations:
         return self.counter.count(tokens, pair_tokens, recompute, budget)
+
+
+def shape_of(options: Options) -> Shape:
+    """The sizes of the options' model, with their adapters. Precision is decided."""
+    lora = (options.lora, options.lora_r, options.lora_targets) if options.lora else (False, 1, "")
+    assert options.precision != "auto"
+    return _shape(options.model, options.trust_remote_code, options.precision, *lora)
+
+
+@functools.cache  # small: a shape holds no weights
+def _shape(
+    model: str, trust_remote_code: bool, precision: Precision, lora: bool, lora_r: int, lora_targets: str
+) -> Shape:
+    options = Options(model=model, precision=precision, lora=lora, lora_r=lora_r, lora_targets=lora_targets)
+    return Shape(known_model(model, trust_remote_code), options)
+
+
+def filled(options: Options, model: Model, machine: Machine) -> dict:
+    """The config of the options' tier on that machine."""
+    if machine.nvme and not options.nvme_path:  # a plan for another machine, whose folders are not known
+        options = options.replace(nvme_path="/nvme")
+    return fill_tier(options.ds_config, options, model, machine.ranks, machine.gpu_memory is not None)
 
 
 class Footprint:
@@ -187,8 +215,7 @@ class Footprint:
         elif self.stage == 1:
             yield self.part("gpu", "gradients", self.item * self.shape.trained, "compute and step")
         else:
-            sums = self.config.get("data_types", {}).get("grad_accum_dtype")
-            size = (FP32 if sums == "fp32" else self.item) * self.trained_share
+            size = self.sums_size * self.trained_share
             when = "always" if self.stage == 3 or not on_gpu else "compute and step"
             where, size = ("gpu", size) if on_gpu else ("host", self.pinned(size))
             yield self.part(where, "gradients, accumulated", size, when)
@@ -200,6 +227,11 @@ class Footprint:
             # torch's own AdamW makes two temporaries as large as the tensor that it updates; a partition is one tensor.
             group = self.shape.largest_trained if self.stage == 0 else self.group
             yield self.part("gpu", "AdamW's temporaries", 2 * FP32 * group, "step")
+
+    @property
+    def sums_size(self) -> int:
+        """Bytes of a summed gradient, at stage 2 and 3."""
+        return FP32 if self.config.get("data_types", {}).get("grad_accum_dtype") == "fp32" else self.item
 
     @property
     def sums_at(self) -> str:
@@ -230,6 +262,21 @@ class Footprint:
     def activations(self) -> str:
         return f"activations, {recomputed(self.options, self.shape.model) or 'kept'},"
 
+    def host_traffic(self, micro_batches: int) -> tuple[int, int]:
+        """Bytes that a step with so many micro-batches moves between a GPU and the host: to the host, and back. Read in
+        DeepSpeed's sources; tests/launches/test_host_traffic.py counts them.
+        """
+        to_host = to_gpu = 0
+        if self.weights_at != "gpu":  # gathered for forward and for backward; those on NVMe come by way of the host
+            to_gpu += 2 * self.item * self.share * micro_batches
+        if self.optimizer_at != "gpu":
+            if self.sums_at == "host":  # each micro-batch sends its gradients, brings the sums back, and adds there
+                to_host += self.sums_size * self.trained_share * micro_batches
+                to_gpu += self.sums_size * self.trained_share * micro_batches
+            to_host += FP32 * self.trained_share
+            to_gpu += self.item * self.trained_share
+        return to_host, to_gpu
+
     def compute(self) -> Iterator[Part]:
         """A micro-batch's activations, and the libraries' own memory."""
         tokens = self.options.micro_batch_tokens
@@ -242,8 +289,9 @@ class Footprint:
         else:
             # glibc keeps freed blocks below 32 MB: between a fifth and all of the activations, as measured.
             yield self.part("host", LEFT_BEHIND, size, "compute")
-            bf16 = CPU_WORK_BF16 if self.options.precision == "bf16" else 0
-            yield self.part("host", "work space of the libraries", CPU_WORK + bf16, "compute")
+            more = CPU_WORK_BF16 if process.multiplies_bf16() else CPU_WORK_NO_BF16
+            work = CPU_WORK + (more if self.options.precision == "bf16" else 0)
+            yield self.part("host", "work space of the libraries", work, "compute")
         yield self.part("host", "processes", PROCESS)
 
     def disk(self) -> Iterator[Part]:

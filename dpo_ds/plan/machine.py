@@ -7,6 +7,7 @@ from pathlib import Path
 
 from dpo_ds.config import Options
 from dpo_ds.errors import UserError
+from dpo_ds.plan.speeds import Speeds, named, of_device, of_memory
 from dpo_ds.ranks import world
 
 GIB = 2**30
@@ -28,6 +29,7 @@ class Machine:
     gpu_memory: int | None
     host_memory: int  # of each node
     nvme: int = 0  # of each node
+    speeds: Speeds | None = None  # as far as they are known
 
     @classmethod
     def of(cls, options: Options) -> "Machine":
@@ -38,14 +40,23 @@ class Machine:
         per_node = min(ranks, NODE_GPUS) if options.gpus else int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
         if ranks % per_node:
             raise UserError(f"--gpus {ranks} is not a multiple of the {NODE_GPUS} GPUs in a node: plan for a multiple")
-        gpu = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
-        host = host_memory()
-        if gpu is None and (options.gpus or options.gpu_memory):  # a plan for another machine: by default with A100s
+        gpu, fast, host = None, None, host_memory()
+        if torch.cuda.is_available():
+            device = torch.cuda.get_device_properties(0)
+            gpu, fast = device.total_memory, of_device(device.name)
+        elif options.gpus or options.gpu_memory or options.machine:  # another machine: by default with A100s
             gpu, host = 80 * GIB, 1000 * GIB
-        gpu = int(options.gpu_memory * GIB) if options.gpu_memory else gpu
+        if options.machine is not None:
+            fast = named(options.machine)
+            if options.gpus or not torch.cuda.is_available():  # else the sizes are those of the GPUs that are there
+                gpu, host = fast.gib * GIB, 1000 * GIB
+        if options.gpu_memory:
+            gpu = int(options.gpu_memory * GIB)
+        if gpu is not None and fast is None and not torch.cuda.is_available():
+            fast = of_memory(gpu / GIB)
         host = int(options.host_memory * GIB) if options.host_memory else host
         nvme = int(options.nvme * GIB) if options.nvme is not None else nvme_free(options.nvme_path)
-        return cls(ranks, per_node, gpu, host, nvme)
+        return cls(ranks, per_node, gpu, host, nvme, fast)
 
     @property
     def nodes(self) -> int:

@@ -28,6 +28,7 @@ class Plan:
     machine: Machine
     trained: int  # parameters; 0 if the model only scores
     parts: tuple[Part, ...]
+    reasons: tuple[str, ...] = ()  # why it is not another, one sentence each
 
     def need(self, where: str) -> int:
         """The most bytes that are needed there at any time."""
@@ -86,6 +87,7 @@ class Plan:
         for where in dict.fromkeys(part.where for part in self.parts):
             of_available = f" of {gib(self.available[where])}" if where in self.available else ""
             lines.append(f"| **{where}** | **at most** | **{gib(self.need(where))}**{of_available} | |")
+        lines += ["", *(f"- {reason}" for reason in self.reasons)] if self.reasons else []
         return "\n".join(lines)
 
     def facts(self) -> dict:
@@ -100,6 +102,7 @@ class Plan:
             "micro_batch_tokens": self.options.micro_batch_tokens,
             "gradient_checkpointing": self.options.gradient_checkpointing == "on",
             "recomputed_layers": self.options.recomputed_layers,
+            "reasons": self.reasons,
             "fits": self.fits,
             "need": {where: self.need(where) for where in ("gpu", "host", "nvme", "disk")},
             "room": self.available,

@@ -5,11 +5,16 @@ from collections.abc import Callable, Iterator
 
 from dpo_ds.config import Options
 from dpo_ds.errors import UserError
+from dpo_ds.plan import seconds
 from dpo_ds.plan.choose import PLENTY, Purpose, choose, decide_by_class
 from dpo_ds.plan.footprint import Footprint
 from dpo_ds.plan.machine import GIB, NODE_GPUS, Machine, gib
 from dpo_ds.plan.plan import Plan
 
+NO_SPEEDS = (
+    "The speeds of this machine are not known, so its time is not estimated: name one with --machine, or let "
+    "dpo_ds.train measure with --plan measure."
+)
 SHORTEST = 128  # tokens: a shorter --max_length is not suggested
 
 
@@ -35,7 +40,7 @@ def show(options: Options, say: Callable[[str], None], purpose: Purpose = Footpr
     """Says the plan's table and, if it does not fit, every single change that would make it fit. Then raises UserError
     if it does not fit."""
     plan = choose(options, Machine.of(options), purpose)
-    lines = [plan.as_markdown()]
+    lines = [described(plan)]
     if not plan.fits and (found := list(remedies(options, plan.machine, purpose))):
         lines += [
             "",
@@ -46,6 +51,18 @@ def show(options: Options, say: Callable[[str], None], purpose: Purpose = Footpr
     if not plan.fits:
         raise UserError(refusal(plan, options, purpose))
     return plan
+
+
+def described(plan: Plan) -> str:
+    """The plan and, where it can be estimated, how long its run takes."""
+    found = seconds.estimate(plan) if plan.fits else None
+    if found is not None:
+        return f"{plan.as_markdown()}\n\n{seconds.as_markdown(found)}"
+    options = plan.options
+    wanted = plan.machine.gpu_memory is not None or options.pair_tokens or options.price_per_gpu_hour is not None
+    if plan.fits and plan.trained and wanted:
+        return f"{plan.as_markdown()}\n\n{NO_SPEEDS}"
+    return plan.as_markdown()
 
 
 def refusal(plan: Plan, options: Options, purpose: Purpose = Footprint) -> str:

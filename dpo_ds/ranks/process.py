@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import functools
 import gc
 import multiprocessing
 import os
@@ -92,6 +93,13 @@ def knows_exact_pinned() -> bool:
     from packaging.version import Version
 
     return Version(torch.__version__.split("+")[0]) >= Version("2.13")
+
+
+@functools.cache
+def multiplies_bf16() -> bool:
+    """Whether this CPU has instructions for products in bf16; by Linux's word."""
+    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else ""
+    return any(word in flags for word in ("avx512_bf16", "amx_bf16", " bf16"))
 
 
 def end_without_search() -> None:

@@ -146,7 +146,8 @@ def prepare(options: Options, here: World, plan: Plan | None = None, claim: bool
     if options.micro_batch_tokens is None:
         # The plan assumed pairs as long as --max_length allows. Now the data's groups are known.
         longest = max(int(pairs.group_limits.max()) for pairs in (train_pairs, eval_pairs) if len(pairs))
-        most = model.layers if options.recomputed_layers is None else planned.recomputed_layers
+        free = options.recomputed_layers is None and options.gradient_checkpointing != "off"
+        most = model.layers if free else planned.recomputed_layers
         tokens, recomputed = on_rank_0(lambda: _sizes_for(longest, planned, most))
         planned = planned.replace(micro_batch_tokens=tokens, recomputed_layers=recomputed)
     schedule = Schedule.of(
@@ -298,7 +299,7 @@ def _sizes_for(longest: int, planned: Planned, most: int) -> tuple[int, int]:
     if longest <= tokens:
         return tokens if torch.cuda.is_available() else min(tokens, tokens_on_cpu(longest)), recomputed
     larger = planned.replace(micro_batch_tokens=min(longest, MOST_GROWTH * tokens))
-    for count in dict.fromkeys((recomputed, most)) if recomputed else (0,):
+    for count in dict.fromkeys((recomputed, most)):
         if planned.plan == "off" or choose(larger.replace(recomputed_layers=count), Machine.of(planned)).fits:
             more = f", with {count} layers recomputed" if count != recomputed else ""
             tokens, recomputed = larger.micro_batch_tokens, count

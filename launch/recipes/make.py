@@ -12,8 +12,10 @@ from dpo_ds.losses.table import losses_of
 from dpo_ds.models.find import known_models
 from dpo_ds.plan.choose import choose
 from dpo_ds.plan.machine import GIB, Machine
+from dpo_ds.plan.refuse import described
+from dpo_ds.plan.speeds import named
 
-MACHINE = Machine(ranks=8, ranks_per_node=8, gpu_memory=80 * GIB, host_memory=1000 * GIB)
+MACHINE = Machine(8, 8, gpu_memory=80 * GIB, host_memory=1000 * GIB, speeds=named("a100-80"))
 WHY = {
     "model": "Hub id, or a folder with this model's weights.",
     "dataset": "61,000 pairs with GPT-4's preferences; or your own file with prompt, chosen and rejected.",
@@ -73,7 +75,7 @@ def text(model: str, lora: bool) -> str:
     head = [
         f"# deepspeed --num_gpus {MACHINE.ranks} -m dpo_ds.train --config launch/recipes/{name(model, lora)}",
         "#",
-        *(f"# {line}".rstrip() for line in chosen.as_markdown().splitlines()),
+        *(f"# {line}".rstrip() for line in described(chosen).splitlines()),
     ]
     return "\n".join(head) + "\n\n" + "".join(f"# {WHY[key]}\n{key}: {value}\n" for key, value in values.items())
 

@@ -22,5 +22,5 @@ def test_a_part_of_the_layers_recomputes(name, recomputed, tmp_path):
     counter = Counter(config, Options(), torch.float32, experts=False)
     whole = counter._scorer(config, LAYERS, torch.float32)
     kept, again = (counter.count(TOKENS, PAIR, recompute, BUDGET) for recompute in (False, True))
-    real = activations.peak(whole, activations._batch(TOKENS, PAIR), recomputed, BUDGET)
+    real = activations.passes(whole, activations._batch(TOKENS, PAIR), recomputed, BUDGET).peak
     assert Activations.mixed(kept, again, recomputed) == pytest.approx(real, rel=0.03)
