@@ -181,6 +181,8 @@ def test_a_given_value_has_the_type_of_its_field(name):
     flags = [f"--{name}={text}"]
     if name == "max_length":
         flags = ["--max_length=2"]
+    elif name == "pair_tokens":
+        flags = ["--pair_tokens=3"]
     elif flags == ["--reference=base"]:
         flags.append("--lora")
     elif name.startswith("reference_update"):
