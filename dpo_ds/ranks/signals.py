@@ -234,9 +234,12 @@ def at_boundaries(seconds: float) -> Iterator[None]:
         _watch.seconds = seconds
     try:
         yield
-    except BaseException:
+    except BaseException as end:
         with _watch.lock:
             _watch.seconds = None
+            if isinstance(end, Stopped) and _watch.asked is None:
+                # Another rank was asked, and its launcher passes that on once it has ended: this rank is leaving too.
+                _watch.asked, _watch.asked_at = Request(end.text, end.code), time.monotonic()
         raise
     with _watch.lock:
         _watch.seconds, left = None, _watch.asked

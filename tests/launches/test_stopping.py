@@ -26,6 +26,13 @@ def main(argv):
             time.sleep(1000)
         except BaseException:  # as numpy does within an import
             raise RecursionError
+    if argv[0] == "agreed":
+        try:
+            with signals.at_boundaries(600):
+                raise Stopped("saved, another rank was asked", 143)
+        finally:
+            print("ready", flush=True)
+            sys.stdin.readline()
     with signals.at_boundaries(float(argv[1])):
         while True:
             print("ready", flush=True)
@@ -79,6 +86,15 @@ def test_a_signal_waits_for_the_step(number, code, tmp_path):
     script.hear(SAID)
     script.end_of_step()
     assert script.rest() == (code, f"dpo_ds: saved, {signal.Signals(number).name}\n")
+
+
+def test_a_rank_that_leaves_with_the_others_is_not_stopped_again(tmp_path):
+    """The first rank's launcher passes its signal on to those that are still saving what they say."""
+    script = Script(tmp_path, "agreed")
+    script.process.send_signal(signals.PASSED_ON[signal.SIGTERM])
+    time.sleep(1)
+    script.end_of_step()
+    assert script.rest() == (143, "dpo_ds: saved, another rank was asked\n")
 
 
 def test_what_breaks_because_of_the_stop_is_no_bug(tmp_path):
