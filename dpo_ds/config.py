@@ -130,7 +130,11 @@ class Options:
     gpus: Annotated[int | None, Help("Plan for this many GPUs (nodes of 8); by default one for each rank.")] = None
     gpu_memory: Annotated[float | None, Help("Plan for GPUs with this many GiB; by default this machine's.")] = None
     host_memory: Annotated[
-        float | None, Help("Plan for this many GiB of host memory in each node; by default this machine's.")
+        float | None,
+        Help(
+            "Plan for this many GiB of host memory in each node; by default this machine's, and 1,000 with GPUs that "
+            "are not here."
+        ),
     ] = None
     nvme: Annotated[
         float | None, Help("Plan for this many GiB on --nvme_path in each node; by default what is free there.")

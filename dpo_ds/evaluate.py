@@ -97,6 +97,7 @@ def evaluate(
     here = join.join()
     folder = folder_of(options, policy)
     on_rank_0(lambda: claim(folder))
+    require_whole([policy, reference])
     prepared = prepare(policy, reference, options, here, own_pairs)
     about = about_of(prepared, beta_of(policy, options))
     console.say(f"model: {about.policy}")
@@ -111,6 +112,17 @@ def evaluate(
             report(folder, prepared, sides, about, logps)
             generate(folder, own, options, sides, prepared, about)
         wait_for_all()
+
+
+def require_whole(models: "list[Named | None]") -> None:
+    """Raises UserError, on every rank, if a run's exported model is not what the run has written."""
+    from dpo_ds.runs.folders import merged_damage
+
+    for model in models:
+        if model is None or model.run is None or Path(model.model).resolve() != (model.run / "merged").resolve():
+            continue
+        if problem := merged_damage(model.run, None):
+            raise UserError(f"{model.option} {model.model} {problem}: the run's own command exports it again")
 
 
 def folder_of(options: Options, policy: "Named") -> Path:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from dpo_ds.config import Options, parse_options, trackers_of
+from dpo_ds.errors import UserError
 from dpo_ds.losses.table import losses_of
 from dpo_ds.ranks import collectives, console, hang, process, world
 
@@ -28,6 +29,7 @@ def main(argv: list[str]) -> None:
         from dpo_ds.reports.trackers import require_trackers
 
         require_trackers(options)
+    require_here(options)
     plan = make_plan(options)
     if options.plan == "only":
         return
@@ -41,6 +43,16 @@ def main(argv: list[str]) -> None:
     from dpo_ds.runs.prepare import prepare
 
     train(prepare(options, join.join(), plan))
+
+
+def require_here(options: Options) -> None:
+    """Raises UserError if --machine names one with GPUs, and a run without any would start."""
+    if options.machine is None or options.plan == "only":
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        raise UserError(f"--machine {options.machine} has GPUs, and none is here: leave it out, or say --plan only")
 
 
 def make_plan(options: Options) -> "Plan | None":

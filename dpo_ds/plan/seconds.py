@@ -230,9 +230,9 @@ def of_step(plan: Plan) -> float:
 
 def facts(plan: Plan) -> dict:
     """The estimate for --json: seconds of a step by its parts. Its keys are part of the command's interface."""
-    found = estimate(plan)
+    found = estimate(plan) if plan.fits else None
     if found is None:
-        return {"seconds": None}
+        return dict.fromkeys(("seconds", "traffic", "run", "gpu_hours", "cost"))
     to_host, to_gpu = found.footprint.host_traffic(found.micro_batches)
     step, price = found.step(), found.options.price_per_gpu_hour
     hours = gpu_hours(found, SHOWN_PAIRS)

@@ -256,10 +256,10 @@ def damage(checkpoint: Path, run: str | None) -> str | None:
     return problem
 
 
-def merged_damage(folder: Path, run: str) -> str | None:
+def merged_damage(folder: Path, run: str | None) -> str | None:
     """What is wrong with the run's exported model; None if nothing is. All ranks call it together.
 
-    run: the run's hash.
+    run: the run's hash, if it is known.
     """
     missing, files = collectives.on_rank_0(lambda: _merged_files(folder, run))
     if missing is None and files:
@@ -267,7 +267,7 @@ def merged_damage(folder: Path, run: str) -> str | None:
     return collectives.first(missing)
 
 
-def _merged_files(folder: Path, run: str) -> tuple[str | None, checksums.Files]:
+def _merged_files(folder: Path, run: str | None) -> tuple[str | None, checksums.Files]:
     """What is wrong with merged/ at first sight, and the files to compare: all but the model card, which people edit.
     A run of an older version has no merged.json."""
     if not (folder / "merged").is_dir():
@@ -281,7 +281,7 @@ def _merged_files(folder: Path, run: str) -> tuple[str | None, checksums.Files]:
         return f"cannot be checked, because {MERGED} is damaged ({error})", {}
     if not checksums.is_sealed(record):
         return f"cannot be checked, because {MERGED} does not match its own checksum", {}
-    if record.get("run", run) != run:
+    if run is not None and record.get("run", run) != run:
         return "is another run's", {}
     return None, {name: facts for name, facts in record[FILES].items() if name != "README.md"}
 

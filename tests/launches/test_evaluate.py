@@ -6,6 +6,7 @@ On 1 and 2 ranks, ZeRO-0 and ZeRO-3.
 import gzip
 import json
 import math
+import shutil
 
 import adapters
 import launching
@@ -18,6 +19,7 @@ from peft import PeftModel
 
 from dpo_ds.data.pairs import PairSet
 from dpo_ds.embedded import sample_file
+from dpo_ds.errors import UserError
 from dpo_ds.evaluate import main
 from dpo_ds.reports.figures import wilson
 
@@ -166,6 +168,18 @@ def test_a_checkpoint_is_what_the_run_was_then(place):
     assert "step 2 of the run" in early["policy"] and early["policy_short"] == "run, step 2"
     assert early["all"]["against"]["kl"] != last["all"]["against"]["kl"] and early["beta"] == BETA
     assert not list((place / "early").glob("weights-*"))
+
+
+def test_a_damaged_export_is_not_judged(place, tmp_path):
+    shutil.copytree(place / "run", tmp_path / "run")
+    weights = tmp_path / "run" / "merged" / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-5] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(
+        UserError, match=r"merged model\.safetensors does not match its checksum: the run's own command"
+    ):
+        in_this_process(place, "damaged", "--model", tmp_path / "run", "--generations", 0)
 
 
 def test_an_adapter_against_its_base_and_a_model_alone(place):

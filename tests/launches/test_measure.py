@@ -36,7 +36,7 @@ def test_it_says_how_long_a_step_takes(ranks, model, more, tmp_path):
 def test_a_run_says_what_is_expected(tmp_path):
     """As on a machine whose speeds are known; the steps' time on this one is another."""
     tiny.make("gpt2", tmp_path / "model")
-    options = {"model": tmp_path / "model", "dataset": "sample", "machine": "a100-80", "max_steps": 2, "export": "none",
+    options = {"model": tmp_path / "model", "dataset": "sample", "gpu_memory": 80, "max_steps": 2, "export": "none",
                "output_dir": tmp_path / "out", "cache_dir": tmp_path / "cache", "max_length": 128, "eval_pairs": 0,
                "precision": "fp32", "price_per_gpu_hour": 2}  # fmt: skip
     said = launching.run(1, "-m", "dpo_ds.train", *(f"--{key}={value}" for key, value in options.items())).stdout

@@ -307,6 +307,7 @@ NUMBERS = {
     "host_memory": (1e300, "at most 1,000,000.0: lower it"),
     "nvme": (1e300, "at most 1,000,000,000.0: lower it"),
     "machine": ("a100-8", "--machine a100-8 is not known: did you mean a100-80"),
+    "machine ": ("h100", "none is here: leave it out, or say --plan only"),
     "pair_tokens": (2, "3 or more: a token of the prompt and one of each answer"),
     "pair_tokens ": (10**6, "no pair is longer than"),
     "price_per_gpu_hour": (-1, "0 or more"),

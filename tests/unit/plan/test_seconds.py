@@ -175,7 +175,9 @@ def test_without_speeds_nothing_is_estimated():
     plan = choose(parse_options(["--model", "gpt2"]), Machine(1, 1, None, 64 * GIB))
     assert seconds.estimate(plan) is None and described(plan) == plan.as_markdown()
     other = choose(parse_options(["--model", "gpt2"]), Machine(1, 1, 24 * GIB, 64 * GIB))
-    assert "name one with --machine" in described(other) and seconds.facts(other) == {"seconds": None}
+    assert "name one with --machine" in described(other) and set(seconds.facts(other).values()) == {None}
+    refused = planned("--model", LLAMA_70B, "--machine", "a100-80", "--ds_config", "zero3_standard")
+    assert not refused.fits and seconds.facts(refused) == seconds.facts(other), "no hours for what cannot run"
 
 
 def test_weights_on_a_drive_are_read_in_each_pass():
