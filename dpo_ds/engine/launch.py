@@ -153,7 +153,9 @@ def main() -> None:
                 signal.signal(number, node.received)
         family.adopt_orphans()
         if (parent := os.environ.pop(PARENT, None)) is not None:
-            family.end_with_parent(signal.SIGTERM, int(parent))
+            # A copy of SIGTERM: the kernel may send this signal once for each of the parent's threads, and a second
+            # SIGTERM would end the ranks before they have saved.
+            family.end_with_parent(signals.PASSED_ON[signal.SIGTERM], int(parent))
         os.environ[lifeline.OUR_LAUNCHER] = str(os.getpid())
         os.environ[console.WORDS] = folder
         try:
