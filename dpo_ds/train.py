@@ -46,11 +46,14 @@ def main(argv: list[str]) -> None:
 
 
 def require_here(options: Options) -> None:
-    """Raises UserError if --machine names one with GPUs, and a run without any would start."""
+    """Raises UserError if --machine is not known, or has GPUs where none is."""
     if options.machine is None or options.plan == "only":
         return
     import torch
 
+    from dpo_ds.plan.speeds import named
+
+    named(options.machine)
     if not torch.cuda.is_available():
         raise UserError(f"--machine {options.machine} has GPUs, and none is here: leave it out, or say --plan only")
 
