@@ -118,7 +118,8 @@ class Started:
         if self.stop.target == "launch":
             return next(pid for pid, words in everyone.items() if "dpo_ds.engine.launch" in words)
         rank = self.stop.target.removeprefix("rank ")
-        return next(pid for pid in self.everyone if psutil.Process(pid).environ().get("RANK", "0") == rank)
+        alone = "0" if len(self.everyone) == 1 else None  # launchers have no RANK
+        return next(pid for pid in self.everyone if psutil.Process(pid).environ().get("RANK", alone) == rank)
 
     def send(self) -> None:
         if self.stop.target == "file":
