@@ -81,7 +81,7 @@ class Started:
     """A run that was started, and its processes."""
 
     def __init__(self, place: Path, ranks: int, stop: Stop, waiting: list[int], argv: list[str]):
-        self.stop, self.gate, self.output = stop, place / "gate", place / "output.txt"
+        self.stop, self.ranks, self.gate, self.output = stop, ranks, place / "gate", place / "output.txt"
         for file in place.glob("gate.*"):
             file.unlink()
         words = [str(launching.TOOLS / "gated.py"), *argv]
@@ -118,7 +118,7 @@ class Started:
         if self.stop.target == "launch":
             return next(pid for pid, words in everyone.items() if "dpo_ds.engine.launch" in words)
         rank = self.stop.target.removeprefix("rank ")
-        alone = "0" if len(self.everyone) == 1 else None  # launchers have no RANK
+        alone = "0" if self.ranks == 1 else None  # launchers have no RANK
         return next(pid for pid in self.everyone if psutil.Process(pid).environ().get("RANK", alone) == rank)
 
     def send(self) -> None:
