@@ -17,6 +17,7 @@ from dpo_ds.models.model import Model
 
 # FLOP/s of dense bf16 products, from NVIDIA's data sheets, by a word in the device's name.
 PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "A10G": 70e12, "A40": 150e12}
+H100_PCIE = 756e12
 
 
 def peak_of(device: torch.device) -> float | None:
@@ -25,7 +26,7 @@ def peak_of(device: torch.device) -> float | None:
         return None
     name = torch.cuda.get_device_name(device)
     if "PCIe" in name and "H100" in name:
-        return 756e12
+        return H100_PCIE
     return next((peak for word, peak in PEAKS.items() if word in name), None)
 
 

@@ -34,7 +34,7 @@ class LiveBytes(TorchDispatchMode):
     """Counts the bytes of the meta tensors that were created inside the block and are alive (`now`), and their maximum
     (`peak`). The tensors in `before`, and views of them, do not count.
 
-    Also counts what operations read and write (`moved`), but for matrix products, whose time is that of their FLOPs.
+    Also counts what operations read and write (`moved`), except matrix products: their time is that of their FLOPs.
     """
 
     def __init__(self, before: Iterable[torch.Tensor]):

@@ -184,7 +184,7 @@ def fill_form(shape: Shape, options: Options, machine: Machine, purpose: Purpose
         return found
 
     def recomputing_least(tokens: int) -> Plan:
-        """With so large micro-batches, and as few recomputed layers as fit."""
+        """With micro-batches of so many tokens, and as few recomputed layers as fit."""
 
         def has_room(recomputed: int) -> bool:
             trial = plan(tokens, recomputed)

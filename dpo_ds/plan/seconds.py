@@ -105,8 +105,8 @@ class Estimate:
 
     def _travelling(self) -> float:
         """Seconds in which a step's weights and gradients travel, while the rank computes."""
-        in_step, in_update = (self.footprint.host_traffic(count) for count in (self.micro_batches, 0))
-        host = max(all_ - later for all_, later in zip(in_step, in_update, strict=True)) / self.speeds.to_host
+        whole, update = (self.footprint.host_traffic(count) for count in (self.micro_batches, 0))
+        host = max(of_step - of_update for of_step, of_update in zip(whole, update, strict=True)) / self.speeds.to_host
         gathers = 0.0
         if self.footprint.gathers:  # for the forward and the backward pass, and for what is computed again
             times = 2 + self.options.recomputed_layers / self.model.layers
@@ -234,8 +234,8 @@ def facts(plan: Plan) -> dict:
     if found is None:
         return dict.fromkeys(("seconds", "traffic", "run", "gpu_hours", "cost"))
     to_host, to_gpu = found.footprint.host_traffic(found.micro_batches)
-    step, price = found.step(), found.options.price_per_gpu_hour
-    hours = gpu_hours(found, SHOWN_PAIRS)
+    step, price, parts = found.step(), found.options.price_per_gpu_hour, found.run(SHOWN_PAIRS)
+    hours = gpu_hours(found, parts)
     return {
         "seconds": {
             "pair_tokens": found.pair_tokens,
@@ -246,7 +246,7 @@ def facts(plan: Plan) -> dict:
             "export": found.export,
         },
         "traffic": {"to_host": to_host, "to_gpu": to_gpu},
-        "run": {"pairs": SHOWN_PAIRS, "steps": steps_of(found.options, SHOWN_PAIRS), **found.run(SHOWN_PAIRS)},
+        "run": {"pairs": SHOWN_PAIRS, "steps": steps_of(found.options, SHOWN_PAIRS), **parts},
         "gpu_hours": hours,
         "cost": None if price is None else hours * price,
     }
@@ -275,17 +275,16 @@ def as_markdown(found: Estimate) -> str:
 def of_pairs(found: Estimate, pairs: int) -> str:
     """The line on a run on so many pairs."""
     parts, price = found.run(pairs), found.options.price_per_gpu_hour
-    total = sum(parts.values())
-    hours = gpu_hours(found, pairs)
+    hours = gpu_hours(found, parts)
     cost = f", {hours * price:,.2f} at {price:g} each" if price is not None else ""
     said = ", ".join(f"{name} {duration(seconds)}" for name, seconds in parts.items() if seconds > 0)
     steps = f"{visited(found.options, pairs):,} pairs, {steps_of(found.options, pairs):,} steps"
-    return f"{steps}: {duration(total)}, {hours:,.3g} GPU-hours{cost} ({said})"
+    return f"{steps}: {duration(sum(parts.values()))}, {hours:,.3g} GPU-hours{cost} ({said})"
 
 
-def gpu_hours(found: Estimate, pairs: int) -> float:
-    """Of a run on so many pairs."""
-    return sum(found.run(pairs).values()) * found.machine.ranks / 3600
+def gpu_hours(found: Estimate, parts: dict[str, float]) -> float:
+    """Of a run with these parts, in seconds."""
+    return sum(parts.values()) * found.machine.ranks / 3600
 
 
 def _named(step: Step) -> dict[str, float]:

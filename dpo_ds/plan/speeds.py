@@ -3,14 +3,16 @@
 Nothing here was measured by us: dpo_ds has not run on a GPU yet. `--plan measure` needs none of it.
 """
 
+import dataclasses
 import difflib
 import re
 from dataclasses import dataclass
 
 from dpo_ds.errors import UserError
+from dpo_ds.models.flops import H100_PCIE, PEAKS
 
 # The part of a maker's figure that a run reaches. Estimates.
-PRODUCTS = 0.72  # of the peak of dense products; shared/notes say 70 to 75% for a layer's on an H100
+PRODUCTS = 0.72  # of the peak of dense products
 GPU_MEMORY = 0.85  # of the bandwidth of a GPU's memory, by element-wise kernels
 LINK = 0.77  # of a link's bandwidth one way, by NCCL's collectives and by copies of page-locked memory
 HOST_MEMORY = 0.65  # of the bandwidth of a node's memory, by CPUAdam
@@ -32,16 +34,15 @@ class Speeds:
 
     @property
     def reached(self) -> "Speeds":
-        return Speeds(
-            self.name,
-            self.gib,
-            PRODUCTS * self.products,
-            GPU_MEMORY * self.gpu_memory,
-            LINK * self.between_gpus,
-            LINK * self.between_nodes,
-            LINK * self.to_host,
-            HOST_MEMORY * self.host_memory,
-            self.disk,
+        """What a run reaches of a maker's figures."""
+        return dataclasses.replace(
+            self,
+            products=PRODUCTS * self.products,
+            gpu_memory=GPU_MEMORY * self.gpu_memory,
+            between_gpus=LINK * self.between_gpus,
+            between_nodes=LINK * self.between_nodes,
+            to_host=LINK * self.to_host,
+            host_memory=HOST_MEMORY * self.host_memory,
         )
 
 
@@ -56,12 +57,12 @@ DGX_H100 = {"between_nodes": 400e9, "host_memory": 2 * 8 * 38.4e9, "disk": 5e9}
 MACHINES = {
     machine.name: machine
     for machine in (
-        Speeds("a100-40", 40, 312e12, 1.555e12, 300e9, to_host=PCIE_4, **DGX_A100),
-        Speeds("a100-80", 80, 312e12, 2.039e12, 300e9, to_host=PCIE_4, **DGX_A100),
-        Speeds("a100-80-pcie", 80, 312e12, 1.935e12, PCIE_4, to_host=PCIE_4, **DGX_A100),
-        Speeds("h100", 80, 989e12, 3.35e12, 450e9, to_host=PCIE_5, **DGX_H100),
-        Speeds("h100-pcie", 80, 756e12, 2.0e12, PCIE_5, to_host=PCIE_5, **DGX_H100),
-        Speeds("h200", 140, 989e12, 4.8e12, 450e9, to_host=PCIE_5, **DGX_H100),
+        Speeds("a100-40", 40, PEAKS["A100"], 1.555e12, 300e9, to_host=PCIE_4, **DGX_A100),
+        Speeds("a100-80", 80, PEAKS["A100"], 2.039e12, 300e9, to_host=PCIE_4, **DGX_A100),
+        Speeds("a100-80-pcie", 80, PEAKS["A100"], 1.935e12, PCIE_4, to_host=PCIE_4, **DGX_A100),
+        Speeds("h100", 80, PEAKS["H100"], 3.35e12, 450e9, to_host=PCIE_5, **DGX_H100),
+        Speeds("h100-pcie", 80, H100_PCIE, 2.0e12, PCIE_5, to_host=PCIE_5, **DGX_H100),
+        Speeds("h200", 140, PEAKS["H200"], 4.8e12, 450e9, to_host=PCIE_5, **DGX_H100),
     )
 }
 

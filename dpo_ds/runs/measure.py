@@ -91,7 +91,7 @@ class Measured:
         pairs = visited(options, SHOWN_PAIRS)
         table = options.reference == "precomputed" and options.reference_table is None and reads_reference(options)
         reference = self.scoring * math.ceil(pairs / options.global_batch_pairs) if table else 0.0
-        before = f" after {duration(reference)} for the reference" if table else ""
+        before = f", and {duration(reference)} for the reference" if table else ""
         hours = (steps * self.step + reference) * self.ranks / 3600
         price = options.price_per_gpu_hour
         cost = f"; {hours:,.3g} GPU-hours, {hours * price:,.2f} at {price:g} each" if price is not None else ""
@@ -156,6 +156,10 @@ def _whole(found: Loadable, planned: Planned, batch: PackedBatch, folder: Path, 
     if many == few:
         return first
     second = _train(found, planned, batch, folder, many, recompute)
+    if second.learning < first.learning:
+        console.say(
+            f"{many} layers took less time than {few}, so something else is using the machine: measure again without it"
+        )
     return first.at((found.model.layers - few) / (many - few), second)
 
 
