@@ -11,10 +11,12 @@ import torch
 from deepspeed.runtime.zero.offload_config import OffloadDeviceEnum
 
 from dpo_ds.engine.memory import clear_swap_folders, free_swap_buffers, release_memory
+from dpo_ds.engine.slices import held_of
 from dpo_ds.engine.state import load_state, save_state
 from dpo_ds.engine.tiers import swap_folders
 from dpo_ds.models.lora import LanguageModel
 from dpo_ds.ranks import collectives
+from dpo_ds.ranks.world import from_environment
 from dpo_ds.scoring.packed import PackedBatch
 from dpo_ds.scoring.scorer import Scored
 
@@ -163,11 +165,12 @@ class Engine:
 
         Partitions that are kept on NVMe are not read.
         """
-        found = [torch.zeros(2, device=self.device)]
+        found, rank = [torch.zeros(2, device=self.device)], from_environment().rank
         for parameter in self.model.parameters():
             held = getattr(parameter, "ds_tensor", parameter)
-            if held.numel() and getattr(held, "final_location", None) != OffloadDeviceEnum.nvme:
-                found.append(torch.stack(held.detach().aminmax()).to(found[0]))
+            _, length = held_of(parameter, rank)
+            if length and getattr(held, "final_location", None) != OffloadDeviceEnum.nvme:
+                found.append(torch.stack(held.detach().flatten()[:length].aminmax()).to(found[0]))
         own = torch.stack(found).abs().max()  # NaN comes through
         largest = collectives.gather(float(own))
         return math.nan if any(map(math.isnan, largest)) else max(largest)

@@ -16,7 +16,7 @@ from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_local_fp32_param
 
 from dpo_ds.engine.engine import Engine
-from dpo_ds.engine.slices import Slice, SliceReader, write
+from dpo_ds.engine.slices import Slice, SliceReader, held_of, write
 from dpo_ds.ranks.world import World
 
 PREFIX = "reference"  # of the files' names
@@ -79,12 +79,10 @@ class MovingWeights:
         self._apply()
 
     def _slices(self, rank: int) -> list[Slice]:
-        """Which numbers of each parameter this rank holds. ZeRO-3 pads the last rank's."""
+        """Which numbers of each parameter this rank holds."""
         slices = []
         for name, parameter in self.reference.items():
-            held, whole = len(self.exact[name]), getattr(parameter, "ds_numel", parameter.numel())
-            start = held * rank if hasattr(parameter, "ds_tensor") else 0
-            length = max(0, min(held, whole - start))
+            start, length = held_of(parameter, rank)
             slices.append(
                 Slice(name, tuple(getattr(parameter, "ds_shape", parameter.shape)), start, length, torch.float32)
             )

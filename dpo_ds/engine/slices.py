@@ -39,6 +39,18 @@ class Slice:
     dtype: torch.dtype
 
 
+def held_of(parameter: Any, rank: int) -> tuple[int, int]:
+    """From where on, and how many of a flattened parameter's numbers the rank holds.
+
+    ZeRO-3 gives each rank equally many, so the last ranks' tensors may be longer. What follows the parameter's numbers
+    there is memory that nobody has written: any number, NaN too.
+    """
+    if not hasattr(parameter, "ds_tensor"):
+        return 0, parameter.numel()
+    start = parameter.partition_numel() * rank
+    return start, max(0, min(parameter.partition_numel(), parameter.ds_numel - start))
+
+
 def write(file: Path, slices: Sequence[Slice], numbers: Iterable[torch.Tensor], note: dict[str, Any]) -> dict:
     """Writes one rank's file and syncs it to the disk. Returns its size and checksum, as a manifest has them.
 

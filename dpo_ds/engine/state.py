@@ -21,7 +21,7 @@ from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
-from dpo_ds.engine.slices import Slice, SliceReader, write
+from dpo_ds.engine.slices import Slice, SliceReader, held_of, write
 from dpo_ds.ranks.world import from_environment
 
 PREFIX = "state"  # of the files' names
@@ -159,12 +159,10 @@ def _sub_groups(optimizer: DeepSpeedZeroOptimizer_Stage3, names: dict[int, str])
     for number, parameters in enumerate(optimizer.fp16_groups):
         places, offset = [], 0
         for parameter in parameters:
-            held = parameter.partition_numel()
-            start = held * optimizer._get_param_partition_rank(parameter)
-            length = min(held, parameter.ds_numel - start)
+            start, length = held_of(parameter, optimizer._get_param_partition_rank(parameter))
             if length > 0:
                 places.append(Place(names[id(parameter)], tuple(parameter.ds_shape), start, offset, length))
-            offset += held
+            offset += parameter.partition_numel()
         buffers.append(Buffer(optimizer.fp32_partitioned_groups_flat[number], places, number))
     return buffers
 

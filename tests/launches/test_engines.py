@@ -1,4 +1,4 @@
-"""Engines: memory that really comes back, bf16's first step at stage 0, param groups."""
+"""Engines: memory that really comes back, bf16's first step at stage 0, the largest weight of padded partitions."""
 
 import json
 import subprocess
@@ -94,3 +94,41 @@ def test_a_closed_engine_gives_its_memory_back(folder, stage, precision):
         # Adam's first update is the learning rate, whatever the gradient: a state that has already counted a step
         # (as DeepSpeed leaves it) would make it 0.74e-3.
         assert update == pytest.approx(1e-3, rel=0.1)
+
+
+PADDED = """
+import json, sys, torch
+from pathlib import Path
+from dpo_ds.engine import join
+join.join()
+from dpo_ds.config import parse_options
+from dpo_ds.engine.build import reference_engine
+from dpo_ds.engine.tiers import fill_tier
+from dpo_ds.models.find import find_model
+
+torch.use_deterministic_algorithms(True, warn_only=True)  # fills memory that nobody has written with NaN
+folder = Path(sys.argv[1])
+tier = folder / "stage3.json"
+options = parse_options(["--model", str(folder), "--precision", "fp32", "--learning_rate", "1e-3"])
+config = fill_tier(str(tier), options, find_model(str(folder)), ranks=2, on_gpu=False)
+engine = reference_engine(folder, config, options, "sdpa")
+padded = [n for n, p in engine.model.named_parameters() if p.ds_tensor.isnan().any()]
+print("RESULT", json.dumps([engine.largest_weight(), padded]), flush=True)
+"""
+
+
+def test_the_largest_weight_is_a_weight(tmp_path):
+    """ZeRO-3 leaves the end of the last rank's partition unwritten where a parameter's size is odd."""
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=33, head_dim=16, intermediate_size=40, num_hidden_layers=1, num_attention_heads=1,
+        num_key_value_heads=1,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(tmp_path)
+    (tmp_path / "stage3.json").write_text(json.dumps({"zero_optimization": {"stage": 3}}))
+    (tmp_path / "padded.py").write_text(PADDED)
+    out = launching.run(2, tmp_path / "padded.py", tmp_path).stdout
+    found = [json.loads(line.removeprefix("RESULT ")) for line in out.splitlines() if line.startswith("RESULT")]
+    largest = max(float(parameter.detach().abs().max()) for parameter in model.parameters())
+    assert [each[0] for each in found] == [largest, largest]
+    assert sum(len(each[1]) for each in found) == 3, "the last rank's part of every norm is padded"
