@@ -90,14 +90,15 @@ def evaluate(
 ) -> None:
     """Scores the pairs with each model, and writes and prints the report."""
     from dpo_ds.engine import join
+    from dpo_ds.plan.machine import require_here
     from dpo_ds.ranks.collectives import on_rank_0, wait_for_all
     from dpo_ds.references.table import Wanted, tables
     from dpo_ds.runs.evaluation import beta_of, prepare
 
+    require_here(options)
     here = join.join()
     folder = folder_of(options, policy)
     on_rank_0(lambda: claim(folder))
-    require_whole([policy, reference])
     prepared = prepare(policy, reference, options, here, own_pairs)
     about = about_of(prepared, beta_of(policy, options))
     console.say(f"model: {about.policy}")
@@ -112,17 +113,6 @@ def evaluate(
             report(folder, prepared, sides, about, logps)
             generate(folder, own, options, sides, prepared, about)
         wait_for_all()
-
-
-def require_whole(models: "list[Named | None]") -> None:
-    """Raises UserError, on every rank, if a run's exported model is not what the run has written."""
-    from dpo_ds.runs.folders import merged_damage
-
-    for model in models:
-        if model is None or model.run is None or Path(model.model).resolve() != (model.run / "merged").resolve():
-            continue
-        if problem := merged_damage(model.run, None):
-            raise UserError(f"{model.option} {model.model} {problem}: the run's own command exports it again")
 
 
 def folder_of(options: Options, policy: "Named") -> Path:
@@ -158,7 +148,7 @@ def weights_of(side: "Side", folder: Path) -> "Iterator[Side]":
     wait_for_all()
     try:
         with console.working("reading the checkpoint"):
-            export_checkpoint(side.named.checkpoint, place)
+            export_checkpoint(side.named.checkpoint, place, side.named.option)
         yield side.with_weights(place)
         wait_for_all()
     finally:

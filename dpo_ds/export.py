@@ -266,19 +266,17 @@ def export_engine(run: Run, policy: Engine, summary: dict) -> Path:
     return folder
 
 
-def export_checkpoint(source: Path, folder: Path) -> Path:
-    """Exports a training checkpoint. Raises UserError if `source` is no checkpoint or `folder` exists."""
+def export_checkpoint(source: Path, folder: Path, option: str = "--checkpoint") -> Path:
+    """Exports a training checkpoint, which the user named with `option`. Raises UserError if `source` is no checkpoint
+    or `folder` exists."""
     from transformers import AutoModelForCausalLM
 
     if folder.exists():
         raise UserError(f"--output_dir {folder} is there already: name a new folder")
     if reason := folders.damage(source, run=None):
-        raise UserError(
-            f"--checkpoint {source} is no checkpoint that can be used ({reason}): name a folder "
-            "checkpoints/step-… of a run"
-        )
+        raise folders.unusable(option, source, reason)
     facts = folders.describe(source)
-    options = folders.options_of(facts["options"], f"--checkpoint {source}")
+    options = folders.options_of(facts["options"], f"{option} {source}")
     found = find_model(options.model, options.trust_remote_code)
     dtype, reader = torch_dtype(options.precision), SliceReader(source, PREFIX)
     if options.lora:

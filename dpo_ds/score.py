@@ -26,11 +26,13 @@ def main(argv: list[str]) -> None:
     if not reads_reference(options):
         raise UserError(f"--loss {options.loss} reads no reference, so there is nothing to score: leave it out")
     from dpo_ds.engine import join
+    from dpo_ds.plan.machine import require_here
     from dpo_ds.ranks import world
     from dpo_ds.references.table import facts_of, reference_tables
     from dpo_ds.runs.prepare import prepare
     from dpo_ds.runs.table_file import write_table
 
+    require_here(options)
     run = prepare(options, join.join(), claim=False)
     tables = reference_tables(run, everything=True)
     if own.output is not None and world.from_environment().speaks:

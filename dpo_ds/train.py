@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from dpo_ds.config import Options, parse_options, trackers_of
-from dpo_ds.errors import UserError
 from dpo_ds.losses.table import losses_of
 from dpo_ds.ranks import collectives, console, hang, process, world
 
@@ -29,10 +28,13 @@ def main(argv: list[str]) -> None:
         from dpo_ds.reports.trackers import require_trackers
 
         require_trackers(options)
+    if options.plan == "only":
+        make_plan(options)
+        return
+    from dpo_ds.plan.machine import require_here
+
     require_here(options)
     plan = make_plan(options)
-    if options.plan == "only":
-        return
     from dpo_ds.engine import join
 
     if options.plan == "measure":
@@ -43,19 +45,6 @@ def main(argv: list[str]) -> None:
     from dpo_ds.runs.prepare import prepare
 
     train(prepare(options, join.join(), plan))
-
-
-def require_here(options: Options) -> None:
-    """Raises UserError if --machine is not known, or has GPUs where none is."""
-    if options.machine is None or options.plan == "only":
-        return
-    import torch
-
-    from dpo_ds.plan.speeds import named
-
-    named(options.machine)
-    if not torch.cuda.is_available():
-        raise UserError(f"--machine {options.machine} has GPUs, and none is here: leave it out, or say --plan only")
 
 
 def make_plan(options: Options) -> "Plan | None":

@@ -76,6 +76,23 @@ class Machine:
         return f"{where} GPU(s) of {gib(self.gpu_memory)} GiB"
 
 
+def require_here(options: Options) -> None:
+    """Raises UserError if what starts here is planned for another machine: other GPUs, or another number of them."""
+    import torch
+
+    ranks = world.from_environment().size
+    if options.machine is not None:
+        named(options.machine)
+    if options.gpus is not None and options.gpus != ranks:
+        raise UserError(
+            f"--gpus {options.gpus} plans for another machine than this, where {ranks} rank(s) run: leave it out, or "
+            "say --plan only"
+        )
+    for name in ("machine", "gpu_memory"):
+        if (value := getattr(options, name)) is not None and not torch.cuda.is_available():
+            raise UserError(f"--{name} {value} is of GPUs, and none is here: leave it out, or say --plan only")
+
+
 def host_memory() -> int:
     """Bytes of memory that this node's ranks may use: the machine's, or the limit of a control group or of ulimit if
     that is lower."""

@@ -74,7 +74,10 @@ def like_its_run(policy: Named, options: Options, given: set[str]) -> Options:
     """
     run = policy.options
     if "dataset" not in given and run is None:
-        raise UserError(f"--dataset is needed: name the pairs on which {policy.option} {policy.short} is evaluated")
+        there = "" if Path(policy.model).expanduser().exists() else ", which is no folder here,"
+        raise UserError(
+            f"--dataset is needed: name the pairs on which {policy.option} {policy.model}{there} is evaluated"
+        )
     if "dataset" in given and options.eval_dataset is not None:
         raise UserError("--eval_dataset is for training: here --dataset names the pairs to evaluate on")
     if run is None:

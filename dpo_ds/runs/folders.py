@@ -124,10 +124,14 @@ def open_folder(folder: Path, options: Options, this_run: dict, steps: int) -> F
 
 def _require_usable(checkpoint: Path) -> None:
     if reason := damage(checkpoint, run=None):
-        raise UserError(
-            f"--resume {checkpoint} is no checkpoint that can be used ({reason}): name a folder checkpoints/step-… of "
-            "a run"
-        )
+        raise unusable("--resume", checkpoint, reason)
+
+
+def unusable(option: str, checkpoint: Path, reason: str) -> UserError:
+    """The UserError for a checkpoint that the user named with `option`."""
+    damaged = (checkpoint / identity_file.CHECKPOINT).is_file()
+    remedy = "take another one of its run" if damaged else "name a folder checkpoints/step-… of a run"
+    return UserError(f"{option} {checkpoint} is no checkpoint that can be used ({reason}): {remedy}")
 
 
 def _with_parent(this_run: dict, checkpoint: Path, optimizer: bool) -> dict:
@@ -254,6 +258,11 @@ def damage(checkpoint: Path, run: str | None) -> str | None:
         size = in_words(manifest.size_of(files))
         console.say(f"{checkpoint} is whole: {size} verified in {time.monotonic() - began:.1f} s")
     return problem
+
+
+def is_merged(folder: Path) -> bool:
+    """Whether a model's folder is what a run has exported."""
+    return folder.resolve().name == "merged" and (folder.resolve().parent / "run.json").is_file()
 
 
 def merged_damage(folder: Path, run: str | None) -> str | None:

@@ -17,6 +17,7 @@ from dpo_ds.models.model import Model, torch_dtype
 from dpo_ds.ranks import console
 from dpo_ds.ranks.collectives import on_rank_0
 from dpo_ds.ranks.world import World
+from dpo_ds.runs import folders
 from dpo_ds.scoring.twin import choose_kernel, require_exact
 
 
@@ -66,7 +67,9 @@ def require_same_tokens(policy: PreTrainedTokenizerBase, reference: PreTrainedTo
 
 def hashes_of(model: Model, folder: Path, options: Planned) -> dict[str, str]:
     """Rank 0's hashes of a model's files, on every rank. Raises UserError, on every rank, for weights that are not
-    those of the model's config, or not finite."""
+    those of the model's config, or not finite, or no longer those that a run has exported."""
+    if folders.is_merged(folder) and (problem := folders.merged_damage(folder.resolve().parent, None)):
+        raise UserError(f"{folder} {problem}: its run's command exports it again; a copy elsewhere is taken as it is")
     cache = Path(options.cache_dir).expanduser()
 
     def checked() -> dict[str, str]:

@@ -15,7 +15,7 @@ from dpo_ds import hub
 from dpo_ds.config import Options
 from dpo_ds.errors import UserError, one_line
 from dpo_ds.models.adapter import CONFIG as ADAPTER_CONFIG
-from dpo_ds.runs.folders import checkpoints, describe, options_of, read_record
+from dpo_ds.runs.folders import checkpoints, describe, is_merged, options_of, read_record
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def _run(option: str, folder: Path) -> Named:
 def _folder(option: str, folder: Path) -> Named:
     """A Hugging Face folder: a run's merged one, one that dpo_ds.export wrote, or any other."""
     run = folder.resolve().parent
-    if folder.resolve().name == "merged" and (run / "run.json").is_file():
+    if is_merged(folder):
         options = options_of(read_record(run), f"{option} {folder}")
         return Named(option, str(folder), run.name, str(folder), run=run, options=options)
     return Named(option, str(folder), folder.resolve().name, str(folder), base=_base_of_card(folder / "README.md"))

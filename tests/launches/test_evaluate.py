@@ -6,6 +6,7 @@ On 1 and 2 ranks, ZeRO-0 and ZeRO-3.
 import gzip
 import json
 import math
+import re
 import shutil
 
 import adapters
@@ -170,16 +171,22 @@ def test_a_checkpoint_is_what_the_run_was_then(place):
     assert not list((place / "early").glob("weights-*"))
 
 
-def test_a_damaged_export_is_not_judged(place, tmp_path):
+def test_a_damaged_export_is_neither_judged_nor_trained_on(place, tmp_path):
     shutil.copytree(place / "run", tmp_path / "run")
-    weights = tmp_path / "run" / "merged" / "model.safetensors"
-    content = bytearray(weights.read_bytes())
+    merged = tmp_path / "run" / "merged"
+    content = bytearray((merged / "model.safetensors").read_bytes())
     content[-5] ^= 1
-    weights.write_bytes(content)
-    with pytest.raises(
-        UserError, match=r"merged model\.safetensors does not match its checksum: the run's own command"
-    ):
+    (merged / "model.safetensors").write_bytes(content)
+    problem = f"{merged} model.safetensors does not match its checksum: its run's command exports it again"
+    with pytest.raises(UserError, match=re.escape(problem)):
         in_this_process(place, "damaged", "--model", tmp_path / "run", "--generations", 0)
+    words = ["--model", merged, "--dataset", "sample", "--output_dir", tmp_path / "next", "--max_steps", 1]
+    trained = launching.run(1, "-m", "dpo_ds.train", *words, check=False)
+    assert trained.returncode == 2 and problem in trained.stdout
+    assert not (tmp_path / "next").exists()
+    shutil.copytree(merged, tmp_path / "copy")
+    words = ["--model", tmp_path / "copy", "--reference", "none", "--dataset", place / "a.jsonl", "--generations", 0]
+    in_this_process(place, "as-it-is", *words)
 
 
 def test_an_adapter_against_its_base_and_a_model_alone(place):

@@ -37,7 +37,7 @@ def place(tmp_path_factory):
 
 
 CASES = {
-    "no pairs named": ({"dataset": None}, "--dataset is needed: name the pairs on which --model llama"),
+    "no pairs named": ({"dataset": None}, "--dataset is needed: name the pairs on which --model"),
     "no such data": ({"dataset": "./none.jsonl"}, "--dataset ./none.jsonl"),
     "data for training": ({"eval_dataset": "sample"}, "--eval_dataset is for training"),
     "no such model": ({"model": "./nowhere"}, "--model ./nowhere is not there"),
