@@ -117,6 +117,14 @@ class Options:
             "the most that fits by the plan, up to the rank's share of a step (on CPU 1024, or the longest pair)."
         ),
     ] = None
+    scoring_tokens: Annotated[
+        int | None,
+        Help(
+            "The most tokens in a micro-batch that is scored without gradients, for the reference table and the "
+            "held-out pairs. By default as many as take no more memory than training, and on CPU or with "
+            "--reference_model no more than --micro_batch_tokens."
+        ),
+    ] = None
 
     plan: Annotated[
         Literal["auto", "only", "measure", "off"],
@@ -391,6 +399,7 @@ class Planned(Options):
     gradient_checkpointing: Literal["on", "off"]
     recomputed_layers: int
     micro_batch_tokens: int
+    scoring_tokens: int
     learning_rate: float
     max_length: int
     reference: Literal["precomputed", "live", "base", "none"]
@@ -445,6 +454,7 @@ MOST = {
     "max_steps": 10**9,
     "global_batch_pairs": 10**9,
     "micro_batch_tokens": 2**24,
+    "scoring_tokens": 2**24,
     "max_length": 2**24,
     "lora_r": 2**16,
     "gpus": 10**6,
@@ -667,6 +677,7 @@ def check(options: Options) -> None:
         "lora_r",
         "lora_alpha",
         "micro_batch_tokens",
+        "scoring_tokens",
         "max_bad_steps",
         "stop_seconds",
         "hang_minutes",

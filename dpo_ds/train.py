@@ -104,7 +104,6 @@ def _train(run: "Run", watchers: "Sequence[Watcher]", save: bool) -> dict:
         console.say(f"estimated for pairs of {mean:,} tokens: {seconds.of_pairs(expected, len(run.train_pairs))}")
     curve = CurveReader(run.options)
     with contextlib.closing(reference_of(run)) as reference:
-        findings = examine(run, reference.known()) if speaks else []
         with console.working("loading the policy"):
             policy = policy_engine(
                 run.weights, run.ds_config, run.options, run.attention, run.schedule.steps, run.adapter
@@ -113,7 +112,10 @@ def _train(run: "Run", watchers: "Sequence[Watcher]", save: bool) -> dict:
         reference.attach(policy)
         a_step = None if expected is None else expected.step().seconds
         watching = [*watchers_of(run.folder, run.options, [curve], run.own_checkpoint, a_step), *watchers]
-        outcome = Trainer(run, policy, reference, watching, save).train()
+        trainer = Trainer(run, policy, reference, watching, save)
+        trainer.begin()
+        findings = examine(run, reference.known()) if speaks else []
+        outcome = trainer.train()
         # A start that only had to export has trained no step, but the record has the last one's metrics.
         metrics = last_metrics(run.folder) | outcome.metrics
         if len(run.eval_pairs) and speaks:

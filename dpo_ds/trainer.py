@@ -57,14 +57,28 @@ class Trainer:
         self.stop_file = run.folder / STOP_FILE
         self.asked: signals.Request | None = None  # this rank was asked to stop
         self.stopping = False  # some rank was, which all ranks learn in a step
-        self.sense: Sense  # set once training starts
+        self.sense: Sense  # set by `begin`
+        self.done: int  # steps; likewise
         self.latest: Dealt | None = None  # a micro-batch of the last step
         self.reference_moved = True  # since its held-out logps were computed
         nothing = np.zeros(0, dtype=np.float32)
         self.held_out_policy = self.held_out_reference = nothing  # the latest evaluation's
 
+    def begin(self) -> None:
+        """Restores the checkpoint, if there is one, and lets the reference compute what the first step needs."""
+        torch.manual_seed(self.options.seed + self.here.rank)  # only LoRA's dropout uses it
+        self.done, self.sense = 0, Sense(self.run.model.vocabulary, self.policy.largest_weight())
+        if self.run.resume_from:
+            self.done, self.learner.running = checkpoint.load(
+                self.policy, self.reference, self.run.resume_from, self.run.keeps_optimizer
+            )
+        with console.working("the first forward and backward"):
+            # A run that only has to export has no step left.
+            self.learner.warm_up(min(self.done, self.run.schedule.steps - 1))
+        self.reference.begin()
+
     def train(self) -> Outcome:
-        """Runs the remaining steps of the schedule."""
+        """Runs the remaining steps of the schedule. `begin` comes first."""
         try:
             return Outcome(self._train(), self.held_out_policy, self.held_out_reference)
         except Nonsense as error:
@@ -75,17 +89,9 @@ class Trainer:
             self.notify("ended")
 
     def _train(self) -> dict:
-        torch.manual_seed(self.options.seed + self.here.rank)  # only LoRA's dropout uses it
-        done, self.sense = 0, Sense(self.run.model.vocabulary, self.policy.largest_weight())
-        if self.run.resume_from:
-            done, self.learner.running = checkpoint.load(
-                self.policy, self.reference, self.run.resume_from, self.run.keeps_optimizer
-            )
-        steps = self.run.schedule.steps
+        done, steps = self.done, self.run.schedule.steps
         self.notify("starting", done, steps)
         self.sense.remember(collectives.on_rank_0(lambda: first_lines(self.run.folder)))
-        with console.working("the first forward and backward"):
-            self.learner.warm_up(min(done, steps - 1))  # a run that only has to export has no step left
         last = self.evaluate(0) if done == 0 else {}
         dealt = ahead(self.learner.pack, self.learner.micro_batches(done))
         if self.here.speaks and self.stop_file.exists():
@@ -244,7 +250,7 @@ class Trainer:
             self.held_out_reference = self.reference.held_out_logps()
             self.reference_moved = False
         everything, per_token = np.arange(len(pairs.answers)), self.options.ld_alpha is not None
-        limit = self.options.micro_batch_tokens
+        limit = self.options.scoring_tokens
         logps = score_set(self.policy.score, pairs, everything, limit, "held-out pairs", per_token)
         self.held_out_policy = logps
         found = self.learner.held_out(logps, self.held_out_reference)

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import ArrayLike
 
+from dpo_ds.config import Planned
 from dpo_ds.errors import UserError
 
 # What the manifest counts, and the arrays that have so many entries.
@@ -226,7 +227,7 @@ class PairSet:
                 taken, more = [], dict.fromkeys(needed)
             taken, held = [*taken, number], more
             if len(taken) == 1 and (tokens := P + sum(length[a] for a in held)) > limit:
-                raise UserError(too_small(limit, tokens))
+                raise UserError(too_small("micro_batch_tokens", limit, tokens))
         yield self._part(group, taken, held)
 
     def _part(self, group: int, pairs: list[int], answers: Iterable[int]) -> Part:
@@ -287,8 +288,15 @@ def named_rows(pairs: PairSet, places: ArrayLike, most: int = 5) -> str:
     return f"row{'s' if len(rows) > 1 else ''} {', '.join(names)}{more}"
 
 
-def too_small(micro_batch_tokens: int, longest: int) -> str:
+def require_holds(options: Planned, longest: int) -> None:
+    """Raises UserError if a pair that packs to so many tokens does not fit a micro-batch."""
+    for name in ("micro_batch_tokens", "scoring_tokens"):
+        if (tokens := getattr(options, name)) < longest:
+            raise UserError(too_small(name, tokens, longest))
+
+
+def too_small(option: str, tokens: int, longest: int) -> str:
     return (
-        f"--micro_batch_tokens {micro_batch_tokens} cannot hold the longest pair, which packs to {longest} tokens: "
+        f"--{option} {tokens} cannot hold the longest pair, which packs to {longest} tokens: "
         "raise it to that, or lower --max_length"
     )

@@ -4,7 +4,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import deepspeed
 import torch
@@ -17,6 +17,7 @@ from dpo_ds.engine.tiers import swap_folders
 from dpo_ds.models.lora import LanguageModel
 from dpo_ds.ranks import collectives
 from dpo_ds.ranks.world import from_environment
+from dpo_ds.scoring.adapters import left_out
 from dpo_ds.scoring.packed import PackedBatch
 from dpo_ds.scoring.scorer import Scored
 
@@ -67,17 +68,10 @@ class Engine:
         return found.answers if found.tokens is None else found.tokens
 
     def score_base(self, batch: PackedBatch) -> torch.Tensor:
-        """Likewise with LoRA's base weights. The adapters are scaled to 0, because peft's
-        disable_adapter would invalidate ZeRO-3's trace at every switch."""
-        modules: Iterator[Any] = self.model.modules()
-        layers = [(module, dict(module.scaling)) for module in modules if hasattr(module, "lora_A")]
-        for module, scaling in layers:
-            module.scaling = dict.fromkeys(scaling, 0.0)
-        try:
+        """Likewise with LoRA's base weights. (peft's disable_adapter would invalidate ZeRO-3's trace at every
+        switch.)"""
+        with left_out(self.model):
             return self.score(batch)
-        finally:
-            for module, scaling in layers:
-                module.scaling = scaling
 
     def backward(self, loss: torch.Tensor, last: bool) -> None:
         """Adds the gradients of the loss to the step's. `last` means that `step` comes next."""

@@ -147,21 +147,23 @@ class Counter:
                 parameter.register_post_accumulate_grad_hook(_drop_gradient)
         return Scorer(model)
 
-    def count(self, tokens: int, pair_tokens: int, checkpointing: bool, budget: LogitBudget) -> Activations:
+    def count(
+        self, tokens: int, pair_tokens: int, checkpointing: bool, budget: LogitBudget, learns: bool = True
+    ) -> Activations:
         """Counts for a micro-batch of `tokens` packed tokens in pairs of `pair_tokens`. `budget` limits the head's
-        logits.
+        logits. Unless it `learns`, it is only scored.
 
         A micro-batch of more than MOST_COUNTED tokens is taken to need as much for each token as one of that size. Of
         many millions of tokens, the description alone would take minutes and gigabytes.
         """
         if tokens > MOST_COUNTED:
-            most = self.count(MOST_COUNTED, pair_tokens, checkpointing, budget)
+            most = self.count(MOST_COUNTED, pair_tokens, checkpointing, budget, learns)
             sizes = (size * tokens // MOST_COUNTED for size in (most.outside, most.per_layer, most.moved))
             outside, per_layer, moved = sizes
             return Activations(outside, per_layer, self.layers, moved)
         batch = _batch(tokens, pair_tokens)
         few, many = (
-            passes(scorer, batch, count if checkpointing else 0, budget)
+            passes(scorer, batch, count if checkpointing else 0, budget, learns)
             for scorer, count in zip(self.scorers, self.counts, strict=True)
         )
         more = self.counts[1] - self.counts[0]
@@ -190,8 +192,9 @@ def lengths(size: int) -> tuple[int, int, int]:
     return prompt, chosen, max(1, size - prompt - chosen)
 
 
-def passes(scorer: Scorer, batch: PackedBatch, layers: int, budget: LogitBudget) -> LiveBytes:
-    """The count of a forward and backward, if so many layers recompute their activations."""
+def passes(scorer: Scorer, batch: PackedBatch, layers: int, budget: LogitBudget, learns: bool = True) -> LiveBytes:
+    """The count of a forward and backward, if so many layers recompute their activations; or of a forward alone, which
+    keeps none."""
     model, scorer.budget = scorer.model, budget
     recompute(model, layers)
     before = [
@@ -199,8 +202,9 @@ def passes(scorer: Scorer, batch: PackedBatch, layers: int, budget: LogitBudget)
         *scorer.buffers(),
         *(t for t in vars(batch).values() if isinstance(t, torch.Tensor)),
     ]
-    with LiveBytes(before) as live:
+    with LiveBytes(before) as live, torch.set_grad_enabled(learns):
         logps = scorer(batch).answers
-        logps.sum().backward()
+        if learns:
+            logps.sum().backward()
         del logps
     return live

@@ -30,6 +30,8 @@ FOR_SPEED = 0.9
 # How much faster a step must be, by the estimate, to take smaller micro-batches than fit.
 GAIN = 1.05
 
+MOST_SCORED = 2**16  # tokens of a micro-batch without gradients: a GPU is busy with less
+
 Purpose = type[Footprint]  # what a plan is for: training, or with ScoringFootprint scoring alone
 
 
@@ -102,6 +104,8 @@ def choose(options: Options, machine: Machine, purpose: Purpose = Footprint) -> 
         plan = fill(shape, options.replace(ds_config=tier), machine, purpose)
         if plan.fits:
             others = [f"{other.options.ds_config} would need {' and '.join(other.lacking)}" for other in plans]
+            if options.scoring_tokens is None:
+                plan = with_scoring(plan, shape)
             return dataclasses.replace(plan, reasons=(*others, *plan.reasons))
         plans.append(plan)
     return min(plans, key=lambda plan: plan.excess)
@@ -152,8 +156,9 @@ def fill_form(shape: Shape, options: Options, machine: Machine, purpose: Purpose
     def plan(tokens: int, recomputed: int) -> Plan:
         checkpointing = "on" if recomputed else "off"
         planned = options.planned(
-            micro_batch_tokens=tokens, gradient_checkpointing=checkpointing, recomputed_layers=recomputed
-        )
+            micro_batch_tokens=tokens, gradient_checkpointing=checkpointing, recomputed_layers=recomputed,
+            scoring_tokens=options.scoring_tokens or tokens,
+        )  # fmt: skip
         return Plan(shape.model, planned, machine, trained, tuple(purpose(shape, planned, config, machine)))
 
     pair = longest_pair(options)
@@ -213,6 +218,21 @@ def _fastest(largest: Plan, recomputing_least: Callable[[int], Plan], least: int
         f"{largest.options.recomputed_layers} layers: a step would take {steps[0] / steps[best]:.2f} times as long"
     )
     return dataclasses.replace(plans[best], reasons=(reason,))
+
+
+def with_scoring(plan: Plan, shape: Shape) -> Plan:
+    """The plan with the largest micro-batches to score that take no more memory than those to train on.
+
+    Larger ones gather the weights, or read them from a drive, less often. Where nothing is gathered they save little.
+    """
+    if not plan.trained or plan.machine.gpu_memory is None or plan.options.reference_model is not None:
+        return plan
+    config = filled(plan.options, plan.model, plan.machine)
+    footprint = Footprint(shape, plan.options, config, plan.machine)
+    tokens, room = plan.options.micro_batch_tokens, footprint.learned_bytes
+    while 2 * tokens <= MOST_SCORED and footprint.scored_bytes(2 * tokens) <= room:
+        tokens *= 2
+    return dataclasses.replace(plan, options=plan.options.replace(scoring_tokens=tokens))
 
 
 def tokens_on_cpu(longest_pair: int) -> int:

@@ -83,14 +83,20 @@ class Shape:
         kept, again = (self._counted(tokens, pair_tokens, recompute, budget) for recompute in (False, True))
         return Activations.mixed(kept, again, recomputed)
 
+    def scored(self, tokens: int, pair_tokens: int, budget: LogitBudget) -> int:
+        """Bytes of a micro-batch's, if it is scored without gradients."""
+        return self._counted(tokens, pair_tokens, False, budget, learns=False).bytes
+
     def moved(self, tokens: int, pair_tokens: int, recomputed: int, budget: LogitBudget) -> int:
         """Bytes that a micro-batch's forward and backward read and write in the layers, beside matrix products."""
         kept, again = (self._counted(tokens, pair_tokens, recompute, budget).moved for recompute in (False, True))
         return (self.counter.layers - recomputed) * kept + recomputed * again
 
     @functools.cache  # noqa: B019 (a plan's few shapes live as long as the process)
-    def _counted(self, tokens: int, pair_tokens: int, recompute: bool, budget: LogitBudget) -> Activations:
-        return self.counter.count(tokens, pair_tokens, recompute, budget)
+    def _counted(
+        self, tokens: int, pair_tokens: int, recompute: bool, budget: LogitBudget, learns: bool = True
+    ) -> Activations:
+        return self.counter.count(tokens, pair_tokens, recompute, budget, learns)
 
 
 def shape_of(options: Options) -> Shape:
@@ -262,6 +268,23 @@ class Footprint:
     def activations(self) -> str:
         return f"activations, {recomputed(self.options, self.shape.model) or 'kept'},"
 
+    @property
+    def learned_bytes(self) -> int:
+        """Of the activations of a micro-batch that is trained on."""
+        tokens, budget = self.options.micro_batch_tokens, LogitBudget.on(self.machine.gpu_memory)
+        pair = min(longest_pair(self.options), tokens)
+        return self.shape.activations(tokens, pair, self.options.recomputed_layers, budget)
+
+    def scored_bytes(self, tokens: int) -> int:
+        """Of the activations of a micro-batch of so many tokens that is scored."""
+        pair = min(longest_pair(self.options), tokens)
+        return self.shape.scored(tokens, pair, LogitBudget.on(self.machine.gpu_memory))
+
+    @property
+    def activation_bytes(self) -> int:
+        larger = self.options.scoring_tokens > self.options.micro_batch_tokens
+        return max(self.learned_bytes, self.scored_bytes(self.options.scoring_tokens) if larger else 0)
+
     def host_traffic(self, micro_batches: int) -> tuple[int, int]:
         """Bytes that a step with so many micro-batches moves between a GPU and the host: to the host, and back. Read in
         DeepSpeed's sources; tests/launches/test_host_traffic.py counts them.
@@ -279,10 +302,7 @@ class Footprint:
 
     def compute(self) -> Iterator[Part]:
         """A micro-batch's activations, and the libraries' own memory."""
-        tokens = self.options.micro_batch_tokens
-        budget = LogitBudget.on(self.machine.gpu_memory)
-        pair = min(longest_pair(self.options), tokens)
-        size = self.shape.activations(tokens, pair, self.options.recomputed_layers, budget)
+        size = self.activation_bytes
         yield self.part("gpu", f"{self.activations} and head tiles", size, "compute")
         if self.machine.gpu_memory is not None:
             yield self.part("gpu", "CUDA context and libraries", CUDA)
@@ -304,11 +324,7 @@ class Footprint:
 
 
 class ScoringFootprint(Footprint):
-    """The memory of a frozen model that only scores, as in dpo_ds.evaluate. `config` is a policy's.
-
-    NOTE, an upper bound: activations are counted as for training with recomputation, which also keeps each layer's
-    input. Scoring keeps none.
-    """
+    """The memory of a frozen model that only scores, as in dpo_ds.evaluate. `config` is a policy's."""
 
     def __init__(self, shape: Shape, options: Planned, config: dict, machine: Machine):
         super().__init__(shape, options, reference_config(config), machine)
@@ -321,6 +337,10 @@ class ScoringFootprint(Footprint):
     @property
     def activations(self) -> str:
         return "activations of a forward pass"
+
+    @property
+    def activation_bytes(self) -> int:
+        return self.scored_bytes(self.options.scoring_tokens)
 
 
 def recomputed(options: Planned, model: Model) -> str:

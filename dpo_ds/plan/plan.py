@@ -68,10 +68,9 @@ class Plan:
         recompute = f", activations {recomputing}" if recomputing else ""
         lora = f"LoRA r={self.options.lora_r}, " if self.options.lora else ""
         gradients = f", {SUMS[self.options.gradients]}" if self.trained and self.options.gradients in SUMS else ""
-        return (
-            f"{lora}{self.options.ds_config}{gradients}, micro-batches of {self.options.micro_batch_tokens} tokens"
-            f"{recompute}"
-        )
+        tokens, scored = self.options.micro_batch_tokens, self.options.scoring_tokens
+        more = f" ({scored} without gradients)" if scored != tokens else ""
+        return f"{lora}{self.options.ds_config}{gradients}, micro-batches of {tokens} tokens{more}{recompute}"
 
     def as_markdown(self) -> str:
         """The parts and their sums in GiB, as Markdown."""
@@ -100,6 +99,7 @@ class Plan:
             "tier": self.options.ds_config,
             "gradients": self.options.gradients,
             "micro_batch_tokens": self.options.micro_batch_tokens,
+            "scoring_tokens": self.options.scoring_tokens,
             "gradient_checkpointing": self.options.gradient_checkpointing == "on",
             "recomputed_layers": self.options.recomputed_layers,
             "reasons": self.reasons,

@@ -114,14 +114,14 @@ class Estimate:
             gathers = times * self.footprint.item * self.shape.all * self.micro_batches
         reduced = self.footprint.item * self.shape.trained
         reduced *= {0: 2, 1: 1}.get(self.footprint.stage, self.micro_batches)
-        return max(self._between_ranks(gathers + reduced), host, self._from_drive(2))
+        return max(self._between_ranks(gathers + reduced), host, self._from_drive(2 * self.micro_batches))
 
-    def _from_drive(self, passes: int) -> float:
-        """Seconds in which a node's drive gives so many passes over the weights that are there, in each micro-batch."""
+    def _from_drive(self, passes: float) -> float:
+        """Seconds in which a node's drive gives so many passes over the weights that are there."""
         if self.footprint.weights_at != "nvme":
             return 0.0
         size = self.footprint.item * self.footprint.share * self.machine.ranks_per_node
-        return passes * self.micro_batches * size / self.speeds.disk
+        return passes * size / self.speeds.disk
 
     def _between_ranks(self, size: float) -> float:
         """Seconds of collectives in which every rank gets so many bytes, its own share included."""
@@ -159,8 +159,9 @@ class Estimate:
         """Seconds of a forward pass over a step's pairs."""
         products = self.forward.body + self.forward.head + self.forward.attention
         computing = products / self.speeds.products + self._forward_moved / self.speeds.gpu_memory
-        gathers = self.footprint.item * self.shape.all * self.micro_batches if self.footprint.gathers else 0
-        return max(computing, self._between_ranks(gathers), self._from_drive(1))
+        batches = self.tokens / max(self.options.scoring_tokens, self.pair_tokens)
+        gathers = self.footprint.item * self.shape.all * batches if self.footprint.gathers else 0
+        return max(computing, self._between_ranks(gathers), self._from_drive(batches))
 
     @property
     def checkpoint(self) -> float:
@@ -171,6 +172,11 @@ class Estimate:
         """Seconds of the export, or of reading the model at the start."""
         return self.footprint.item * self.model.parameters / self.speeds.disk
 
+    @property
+    def _reads_once(self) -> bool:
+        """Whether the policy fills the reference table: it starts as the reference."""
+        return self.options.reference_model is None and self.options.reference_adapter is None
+
     def run(self, pairs: int) -> dict[str, float]:
         """Seconds of a run on so many pairs, by its parts. Tokenising and the sample answers are not estimated."""
         steps, batch = steps_of(self.options, pairs), self.options.global_batch_pairs
@@ -179,7 +185,7 @@ class Estimate:
         evaluations = 1 + (math.ceil(steps / every) if every else 1)
         held_out = min(500, pairs // 20) if self.options.eval_pairs is None else self.options.eval_pairs
         return {
-            "reading the model": self.export * (2 if self.reference else 1),
+            "reading the model": self.export * (2 if self.reference and not self._reads_once else 1),
             "the reference": self.reference * math.ceil(visited(self.options, pairs) / batch),
             "training": steps * self.step().seconds,
             "evaluations": evaluations * self.scoring * held_out / batch,

@@ -19,11 +19,15 @@ UPDATE_ALPHA = 0.6  # the paper's soft update
 
 
 class Reference(Protocol):
-    """What the trainer needs from a reference. It is made before the policy, so that the engine that fills a table is
-    gone by then. Log-probabilities are those of answers [A], or of their learned tokens [N] in a run of LD-DPO."""
+    """What the trainer needs from a reference. It is made before the policy, so that an engine that only fills a table
+    is gone by then. Log-probabilities are those of answers [A], or of their learned tokens [N] in a run of LD-DPO."""
 
     def attach(self, policy: Engine) -> None:
         """Takes the policy's engine. Called once, before the other methods."""
+
+    def begin(self) -> None:
+        """Computes what must be known before the first step. Called once: the policy has run `backward` and, unless it
+        was restored from a checkpoint, is as it starts."""
 
     def logps(self, micro_batch: MicroBatch, batch: PackedBatch) -> torch.Tensor:
         """Those of a micro-batch of training pairs, [A] or [N], on the policy's device."""
@@ -51,6 +55,9 @@ class Reference(Protocol):
 class Fixed:
     """A reference that stays as it is."""
 
+    def begin(self) -> None:
+        pass
+
     def known(self) -> np.ndarray | None:
         return None
 
@@ -67,31 +74,46 @@ class Fixed:
 def reference_of(run: Run) -> Reference:
     """The reference that the run's options name."""
     kind = run.options.reference
-    if run.table is not None:
-        return Precomputed(run, run.table.training, run.table.held_out)
-    if kind == "precomputed":
-        return Precomputed(run, *reference_tables(run))
+    if run.table is not None or kind == "precomputed":
+        return Precomputed(run)
     if kind == "live":
         return Live(run) if run.options.reference_update_every is None else Moving(run)
     return Base(run) if kind == "base" else NoReference(run)
 
 
 class Precomputed(Fixed):
-    """Reads the logps from the reference table."""
+    """Reads the logps from the reference table.
 
-    def __init__(self, run: Run, training: np.ndarray, held_out: np.ndarray):
+    What the table lacks is scored by the policy itself where it starts as the reference: its weights are not read
+    twice, and a lack of memory shows before the scoring. Otherwise an engine of the reference's own has scored it
+    before the policy comes.
+    """
+
+    training: np.ndarray  # float32, flat; with the held-out ones set at the latest by `begin`
+    held_out: np.ndarray
+    policy: Engine  # set by attach
+
+    def __init__(self, run: Run):
+        self.run = run
         self.places = Places.of_set(run.train_pairs, run.options.ld_alpha is not None)
-        self.training, self.held_out = training, held_out
-        self.device = torch.device("cpu")
+        self.by_policy = run.table is None and run.starts_equal and run.resume_from is None
+        if run.table is not None:
+            self.training, self.held_out = run.table.training, run.table.held_out
+        elif not self.by_policy:
+            self.training, self.held_out = reference_tables(run)
 
     def attach(self, policy: Engine) -> None:
-        self.device = policy.device
+        self.policy = policy
+
+    def begin(self) -> None:
+        if self.by_policy:
+            self.training, self.held_out = reference_tables(self.run, score=self.policy.score)
 
     def known(self) -> np.ndarray | None:
         return self.training
 
     def logps(self, micro_batch: MicroBatch, batch: PackedBatch) -> torch.Tensor:
-        return move(torch.from_numpy(self.training[self.places.of(micro_batch.answers)]), self.device)
+        return move(torch.from_numpy(self.training[self.places.of(micro_batch.answers)]), self.policy.device)
 
     def held_out_logps(self) -> np.ndarray:
         return self.held_out
@@ -192,4 +214,4 @@ class NoReference(Fixed):
 def _score_held_out(run: Run, score: Score) -> np.ndarray:
     everything = np.arange(len(run.eval_pairs.answers))
     per_token, title = run.options.ld_alpha is not None, "reference: held-out pairs"
-    return score_set(score, run.eval_pairs, everything, run.options.micro_batch_tokens, title, per_token)
+    return score_set(score, run.eval_pairs, everything, run.options.scoring_tokens, title, per_token)

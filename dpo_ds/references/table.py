@@ -29,7 +29,7 @@ from dpo_ds.ranks.collectives import array_from_rank_0, one_after_another
 from dpo_ds.runs.loadable import Loadable
 from dpo_ds.runs.prepare import Run
 from dpo_ds.scoring.rotary import depends_on_length
-from dpo_ds.scoring.sweep import Places, score_set
+from dpo_ds.scoring.sweep import Places, Score, score_set
 
 FORMAT = 3
 
@@ -162,14 +162,18 @@ class Wanted:
         return cls(title, pairs, np.ones(len(pairs.answers), dtype=bool))
 
 
-def reference_tables(run: Run, everything: bool = False) -> list[np.ndarray]:
+def reference_tables(run: Run, everything: bool = False, score: Score | None = None) -> list[np.ndarray]:
     """The reference's logps of the training and of the held-out answers, float32 [n] each, on every rank.
 
     Scores the answers that no earlier run has scored. Of the training answers these are the ones in the schedule (the
-    others stay NaN), or all of them with `everything`. On return, the engine is closed and its memory free.
+    others stay NaN), or all of them with `everything`. score: of an engine that has the reference's weights; None: one
+    is built if it is needed, and is closed and its memory free on return.
     """
     pairs = np.arange(len(run.train_pairs)) if everything else np.flatnonzero(run.schedule.visited())
-    return _of_reference(run, [_training(run, pairs), Wanted.all_of("reference: held-out pairs", run.eval_pairs)])
+    sets = [_training(run, pairs), Wanted.all_of("reference: held-out pairs", run.eval_pairs)]
+    if score is None:
+        return _of_reference(run, sets)
+    return [_table(run.reference, run.options, lambda: score, wanted) for wanted in sets]
 
 
 def sample_table(run: Run, pairs: np.ndarray) -> np.ndarray:
@@ -198,7 +202,7 @@ def tables(model: Loadable, options: Planned, what: str, sets: list[Wanted]) -> 
         with console.working(f"loading {what}"):
             return engine_of(model, options)
 
-    results = [_table(model, options, engine, wanted) for wanted in sets]
+    results = [_table(model, options, lambda: engine().score, wanted) for wanted in sets]
     if engine.cache_info().currsize:
         engine().close()
     return results
@@ -219,8 +223,8 @@ def facts_of(model: Loadable, options: Planned) -> dict:
     }
 
 
-def _table(model: Loadable, options: Planned, engine: Callable[[], Engine], wanted: Wanted) -> np.ndarray:
-    """One set's logps. engine: gives the model's, which it builds if some answer must be scored."""
+def _table(model: Loadable, options: Planned, scorer: Callable[[], Score], wanted: Wanted) -> np.ndarray:
+    """One set's logps. scorer: gives the model's `score`. It is called if some answer must be scored."""
     title, pairs, needed = wanted.title, wanted.pairs, wanted.needed
     if len(pairs) == 0:
         return np.zeros(0, dtype=np.float32)
@@ -245,7 +249,7 @@ def _table(model: Loadable, options: Planned, engine: Callable[[], Engine], want
             if table is not None:
                 table.write(filled[0], places.of(answers), scored)
 
-        limit = options.micro_batch_tokens
-        logps[places.of(left)] = score_set(engine().score, pairs, left, limit, title, per_token, keep)
+        limit = options.scoring_tokens
+        logps[places.of(left)] = score_set(scorer(), pairs, left, limit, title, per_token, keep)
         one_after_another(lambda: table.close() if table else None)
     return logps

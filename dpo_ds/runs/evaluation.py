@@ -8,7 +8,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from dpo_ds.config import Options, Planned, check
-from dpo_ds.data.pairs import PairSet, too_small
+from dpo_ds.data.pairs import PairSet, require_holds
 from dpo_ds.engine.requirements import require_nvme
 from dpo_ds.engine.tiers import reference_config, swap_folders
 from dpo_ds.errors import UserError, require_writable, said_of
@@ -132,8 +132,7 @@ def prepare(policy: Named, reference: Named | None, options: Options, here: Worl
     pairs, sources, dataset = one_after_another(lambda: _pairs(policy, options, tokenizer, here, own_pairs))
     longest = int(pairs.packed_lengths.max())
     for side in filter(None, (first, other)):
-        if side.options.micro_batch_tokens < longest:
-            raise UserError(too_small(side.options.micro_batch_tokens, longest))
+        require_holds(side.options, longest)
     return Prepared(first, other, tokenizer, pairs, sources, dataset)
 
 

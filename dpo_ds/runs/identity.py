@@ -22,7 +22,8 @@ OF_PAIRS = frozenset(
 # Options that name files, which count by their hashes, or that do not decide the curve. They are recorded for readers.
 FREE = frozenset(
     {"model", "adapter", "reference_model", "reference_adapter", "reference_table", "trust_remote_code"}
-    | {"ds_config", "gradients", "micro_batch_tokens", "gradient_checkpointing", "recomputed_layers", "date"}
+    | {"ds_config", "gradients", "micro_batch_tokens", "scoring_tokens", "gradient_checkpointing", "recomputed_layers"}
+    | {"date"}
 )
 # What a run that begins from another run's checkpoint may change.
 CHANGEABLE = frozenset({"learning_rate", "lr_scheduler", "warmup_ratio", "epochs", "max_steps"})

@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from dpo_ds.config import Decided, Options, Planned
-from dpo_ds.data.pairs import PairSet, too_small
+from dpo_ds.data.pairs import PairSet, require_holds
 from dpo_ds.data.steps import Schedule
 from dpo_ds.engine.requirements import require_compiler, require_nvme
 from dpo_ds.engine.tiers import swap_folders
@@ -141,15 +141,17 @@ def prepare(options: Options, here: World, plan: Plan | None = None, claim: bool
     loaded = one_after_another(lambda: read_pairs(planned, tokenizer, here, date))
     train_pairs, eval_pairs = loaded.train, loaded.held_out
     longest = max(int(pairs.packed_lengths.max()) for pairs in (train_pairs, eval_pairs) if len(pairs))
-    if planned.micro_batch_tokens < longest:
-        raise UserError(too_small(planned.micro_batch_tokens, longest))
+    require_holds(planned, longest)
     if options.micro_batch_tokens is None:
         # The plan assumed pairs as long as --max_length allows. Now the data's groups are known.
         longest = max(int(pairs.group_limits.max()) for pairs in (train_pairs, eval_pairs) if len(pairs))
         free = options.recomputed_layers is None and options.gradient_checkpointing != "off"
         most = model.layers if free else planned.recomputed_layers
         tokens, recomputed = on_rank_0(lambda: _sizes_for(longest, planned, most))
-        planned = planned.replace(micro_batch_tokens=tokens, recomputed_layers=recomputed)
+        scored = options.scoring_tokens or (
+            max(tokens, planned.scoring_tokens) if torch.cuda.is_available() else tokens
+        )
+        planned = planned.replace(micro_batch_tokens=tokens, scoring_tokens=scored, recomputed_layers=recomputed)
     schedule = Schedule.of(
         train_pairs.pair_groups, planned.global_batch_pairs, planned.epochs, planned.max_steps, planned.seed
     )

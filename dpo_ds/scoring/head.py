@@ -25,23 +25,26 @@ from dpo_ds.scoring.embedding import TiedGradient
 from dpo_ds.scoring.packed import CannotPack
 
 FEWEST_COLUMNS = 256  # the least width of a tile, for any number of rows
+WIDE = 8192  # columns with which a product of many rows comes near a GPU's speed (an estimate)
 KEPT_ON_CPU = 2**25  # logits, 128 MiB
 
 
 @dataclass(frozen=True)
 class LogitBudget:
-    """How many fp32 logits the head may hold: in one tile, and in the tiles that forward keeps for backward."""
+    """How many fp32 logits the head may hold: in one tile, in the tiles that forward keeps for backward, and in a tile
+    of many rows, so that it still has WIDE columns."""
 
     tile: int
     kept: int = 0
+    wide: int = 0
 
     @classmethod
     def on(cls, gpu_memory: int | None) -> "LogitBudget":
-        """On a GPU with this many bytes, a tile takes a 512th of them, 128 MiB at most. On CPU (None), it takes half a
-        MiB per thread, which fits into the cache of its core."""
+        """On a GPU with this many bytes, a tile takes a 512th of them, 128 MiB at most; one of many rows a 128th, 512
+        MiB at most. On CPU (None), it takes half a MiB per thread, which fits into the cache of its core."""
         if gpu_memory is None:
             return cls(2**17 * torch.get_num_threads(), KEPT_ON_CPU)
-        return cls(min(gpu_memory // 2048, 2**25))
+        return cls(min(gpu_memory // 2048, 2**25), wide=min(gpu_memory // 512, 2**27))
 
     @classmethod
     def of(cls, device: torch.device) -> "LogitBudget":
@@ -91,7 +94,7 @@ def replace_head(model: PreTrainedModel) -> None:
 
 
 def _replace_adapter(head: Any) -> None:
-    """The same for peft's wrapper of a head with an adapter."""
+    """The same for peft's wrapper of a head with an adapter, whose layers scoring/adapters.py has replaced."""
     plain_wrapper = head.forward
     (name,) = head.lora_A
     down_layer, up_layer, dropout = head.lora_A[name], head.lora_B[name], head.lora_dropout[name]
@@ -104,7 +107,9 @@ def _replace_adapter(head: Any) -> None:
         return self.base_layer(hidden, targets, budget, tied, collisions, low, up_layer)
 
     def forward_up(self, low, inputs=None):
-        return plain_up(low) if inputs is None else fused_logps(inputs, low, self.weight)
+        if not isinstance(inputs, HeadInputs):
+            return plain_up(low, inputs)
+        return fused_logps(inputs) if head.left_out else fused_logps(inputs, low, self.weight)
 
     head.forward = types.MethodType(forward, head)
     up_layer.forward = types.MethodType(forward_up, up_layer)
@@ -244,7 +249,8 @@ class _Tiles:
         # On CPU, products of bf16 matrices are rounded to bf16, so fp32 copies are used.
         self.hidden = hidden.float() if hidden.device.type == "cpu" else hidden
         self.rows, self.vocabulary = len(hidden), len(weight)
-        self.width = min(self.vocabulary, max(FEWEST_COLUMNS, budget.tile // max(1, self.rows)))
+        fitting, wide = (size // max(1, self.rows) for size in (budget.tile, budget.wide))
+        self.width = min(self.vocabulary, max(FEWEST_COLUMNS, fitting, min(WIDE, wide)))
         # With a soft cap, backward needs the logits themselves, so no tile is kept.
         self.most_kept = 0 if softcap else budget.kept // max(1, self.rows * self.width)
         self.kept = {} if kept is None else kept
@@ -344,6 +350,6 @@ def _add_mm_fp32(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
     if b.dtype == torch.float32:
         torch.addmm(total, a, b, out=total)
     elif a.is_cuda or a.is_meta:
-        total += torch.mm(a, b, out_dtype=torch.float32)
+        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
     else:
         torch.addmm(total, a.float(), b.float(), out=total)

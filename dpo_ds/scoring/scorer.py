@@ -10,6 +10,7 @@ import torch
 
 from dpo_ds.models.lora import LanguageModel, plain_model
 from dpo_ds.scoring import attention
+from dpo_ds.scoring.adapters import replace_adapters
 from dpo_ds.scoring.embedding import TiedGradient, replace_embedding
 from dpo_ds.scoring.head import LogitBudget, replace_head
 from dpo_ds.scoring.packed import CannotPack, PackedBatch
@@ -50,6 +51,7 @@ class Scorer(torch.nn.Module):
         self.causal_lm = [plain_model(model)]
         attention.require_packed(self.causal_lm[0])
         self.tied_embedding = [replace_embedding(self.causal_lm[0])]
+        replace_adapters(self.causal_lm[0])
         replace_head(self.causal_lm[0])
 
     def forward(self, batch: PackedBatch) -> Scored:

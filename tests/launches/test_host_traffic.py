@@ -67,7 +67,7 @@ for form, sums in words:
                              "--max_grad_norm", "1e-3"])
     model = known_model(options.model, False)
     options = decide(options, model, False).planned(
-        gradients=form, micro_batch_tokens=100, recomputed_layers=0, gradient_checkpointing="off"
+        gradients=form, micro_batch_tokens=100, scoring_tokens=100, recomputed_layers=0, gradient_checkpointing="off"
     )
     config = filled(options, model, machine)
     generator = np.random.default_rng(0)

@@ -331,6 +331,7 @@ NUMBERS = {
     "router_aux_loss_coef": ("much", "a number above it, or model"),
     "loss_weights": ("nan", "each weight must be more than 0"),
     "host_memory ": (1e-300, "does not fit"),
+    "scoring_tokens": (9, "--scoring_tokens 9 cannot hold"),
     "micro_batch_tokens ": (2**24, "of host memory are missing"),
 }
 CASES |= {f"{name}={value}": (lambda p, name=name, value=value: {name.strip(): value}, words)

@@ -24,3 +24,16 @@ def test_a_part_of_the_layers_recomputes(name, recomputed, tmp_path):
     kept, again = (counter.count(TOKENS, PAIR, recompute, BUDGET) for recompute in (False, True))
     real = activations.passes(whole, activations._batch(TOKENS, PAIR), recomputed, BUDGET).peak
     assert Activations.mixed(kept, again, recomputed) == pytest.approx(real, rel=0.03)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "google/gemma-7b-it"])
+def test_scoring_keeps_no_activations(name, tmp_path):
+    config = AutoConfig.from_pretrained(tiny.make(name, tmp_path / name))
+    config.num_hidden_layers = LAYERS
+    counter = Counter(config, Options(), torch.float32, experts=False)
+    whole = counter._scorer(config, LAYERS, torch.float32)
+    scored = counter.count(TOKENS, PAIR, False, BUDGET, learns=False)
+    real = activations.passes(whole, activations._batch(TOKENS, PAIR), 0, BUDGET, learns=False).peak
+    assert scored.bytes == pytest.approx(real, rel=0.03) and scored.per_layer == 0
+    recomputed = counter.count(TOKENS, PAIR, True, BUDGET)
+    assert scored.bytes < recomputed.bytes

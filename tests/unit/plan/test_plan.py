@@ -10,7 +10,7 @@ from dpo_ds.config import parse_options
 from dpo_ds.engine import forms, gradients
 from dpo_ds.engine.tiers import fill_tier
 from dpo_ds.errors import UserError
-from dpo_ds.plan.choose import choose
+from dpo_ds.plan.choose import MOST_SCORED, choose
 from dpo_ds.plan.footprint import ScoringFootprint
 from dpo_ds.plan.machine import GIB, Machine, host_memory
 from dpo_ds.plan.plan import Plan
@@ -167,13 +167,31 @@ def test_scoring_needs_the_weights_and_a_forward_pass_alone():
     assert large.fits and large.options.ds_config == "zero3_standard"
 
 
+def test_more_tokens_are_scored_than_trained_on_in_the_same_memory():
+    plan = planned(LLAMA_70B, host=1000)
+    tokens, scored = plan.options.micro_batch_tokens, plan.options.scoring_tokens
+    assert scored in (2 * tokens, 4 * tokens, 8 * tokens) and f"({scored} without gradients)" in plan.how
+    same = planned(LLAMA_70B, 8, 80, 1000, 0, "--scoring_tokens", str(tokens))
+    assert same.need("gpu") == plan.need("gpu")
+    more = planned(LLAMA_70B, 8, 80, 1000, 0, "--scoring_tokens", str(2 * scored), "--micro_batch_tokens", str(tokens))
+    assert more.need("gpu") > plan.need("gpu") or 2 * scored > MOST_SCORED
+
+
+def test_on_cpu_and_beside_another_reference_no_more_is_scored():
+    for plan in (
+        choose(parse_options(["--model", "gpt2"]), Machine(2, 2, None, 64 * GIB)),
+        planned(LLAMA_70B, 8, 80, 1000, 0, "--reference_model", "meta-llama/Meta-Llama-3-8B-Instruct"),
+    ):
+        assert plan.options.scoring_tokens == plan.options.micro_batch_tokens
+
+
 def test_a_refused_scoring_does_not_suggest_lora():
     words = ["--model", LLAMA_70B, "--gpus", "1", "--gpu_memory", "80", "--host_memory", "100"]
     options = parse_options(words)
     with pytest.raises(UserError, match=r"does not fit 1 GPU\(s\).*would fit with --nvme_path"):
         for_run(options, ScoringFootprint)
     found = dict(remedies(options, Machine.of(options), ScoringFootprint))
-    assert list(found) == ["--nvme_path on a local disk", "4 GPUs"] and all(plan.fits for plan in found.values())
+    assert list(found) == ["--nvme_path on a local disk", "2 GPUs"] and all(plan.fits for plan in found.values())
 
 
 def test_each_place_where_memory_is_missing_is_named():

@@ -187,7 +187,10 @@ def test_weights_on_a_drive_are_read_in_each_pass():
     step = estimate.step()
     passes = step.waiting + step.products + step.recomputed + step.element_wise
     assert passes == pytest.approx(2 * estimate.micro_batches * weights, rel=1e-3)
-    assert estimate.reference == pytest.approx(estimate.micro_batches * weights, rel=1e-3)
+    tokens = estimate.options.micro_batch_tokens
+    small = found(*words, "--scoring_tokens", str(tokens), "--micro_batch_tokens", str(tokens))
+    assert small.reference == pytest.approx(small.tokens / tokens * weights, rel=1e-3)
+    assert estimate.reference < small.reference / 4, "larger micro-batches read the weights less often"
     assert step.optimizer == pytest.approx(2 * 16 * estimate.model.parameters / 5e9, rel=1e-3)
 
 

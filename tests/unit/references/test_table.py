@@ -22,6 +22,7 @@ from dpo_ds.checksums import sealed
 from dpo_ds.config import parse_options
 from dpo_ds.data.pairs import PairSet
 from dpo_ds.engine import join
+from dpo_ds.engine.build import policy_engine
 from dpo_ds.engine.engine import Engine
 from dpo_ds.errors import RunStopped, UserError
 from dpo_ds.losses.table import losses_of
@@ -184,6 +185,7 @@ def test_an_interruption_while_rows_are_added_loses_none_that_were_there(place, 
 KILLED = """
 import os, signal, sys
 from dpo_ds import score
+from dpo_ds.engine.build import policy_engine
 from dpo_ds.engine.engine import Engine
 from dpo_ds.scoring import sweep
 
@@ -385,6 +387,25 @@ def test_a_file_has_the_tables_values_to_the_bit(place, straight, parquet, tmp_p
     reference = reference_of(run)
     assert isinstance(reference, Precomputed) and reference.training is run.table.training
     assert run.starts_equal, "the file was made with the policy's own weights"
+
+
+def test_the_policy_scores_what_it_starts_as(place, straight, scored, monkeypatch, tmp_path):
+    """No second engine reads the weights. Another reference has an engine of its own, before the policy comes."""
+    monkeypatch.setattr(sweep, "CHUNK", CHUNK)
+    run = prepared(place, tmp_path / "cache")
+    reference = reference_of(run)
+    assert not scored
+    policy = policy_engine(run.weights, run.ds_config, run.options, run.attention, run.schedule.steps)
+    reference.attach(policy)
+    reference.begin()
+    policy.close()
+    assert scored and np.array_equal(reference.known(), straight[1][0])
+    assert np.array_equal(reference.held_out_logps(), straight[1][1])
+    shutil.copytree(place / "llama", tmp_path / "other")
+    one_weight(tmp_path / "other" / "model.safetensors")
+    scored.clear()
+    other = reference_of(prepared(place, tmp_path / "again", reference_model=tmp_path / "other"))
+    assert scored and not np.array_equal(other.known(), straight[1][0])
 
 
 def test_a_file_says_what_is_in_it(place, straight, parquet):
