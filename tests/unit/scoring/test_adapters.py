@@ -30,7 +30,7 @@ def both(request, tmp_path):
 
 
 def test_the_results_and_gradients_are_pefts(both):
-    theirs, ours, base = both
+    theirs, ours, _ = both
     logits = [model(IDS).logits for model in both]
     torch.testing.assert_close(logits[1], logits[0], rtol=0, atol=1e-6)
     assert (logits[0] - logits[2]).abs().max() > 1e-3, "the adapters change nothing: the test shows nothing"
