@@ -67,7 +67,7 @@ class Table:
         """What is wrong with the table as a whole, and its rows."""
         try:
             logps = np.load(self.path)
-        except (OSError, ValueError, EOFError):
+        except Exception:  # numpy reads the file's head as Python's text, whose errors are of many kinds
             return "does not match its hash", self._empty()
         if logps.shape != (self.rows,) or logps.dtype != np.float32:
             return "does not match its hash", self._empty()
@@ -235,7 +235,8 @@ def _table(model: Loadable, options: Planned, scorer: Callable[[], Score], wante
         if world.from_environment().speaks:
             facts = {"format": FORMAT, **facts_of(model, options), "answers": pairs.answers_digest}
             table = Table(Path(options.cache_dir).expanduser(), facts, places.total)
-            held.enter_context(table.lock)
+            with console.working(f"waiting for the run that fills the reference table {table.folder}"):
+                held.enter_context(table.lock)
         logps = array_from_rank_0(table.read() if table else np.empty(places.total, dtype=np.float32))
         left = np.flatnonzero(needed & np.isnan(logps[places.starts]))
         if len(left) == 0:

@@ -573,6 +573,12 @@ def flip_a_bit(folder):
     (folder / "logps.npy").write_bytes(content)
 
 
+def break_the_head(folder):
+    content = bytearray((folder / "logps.npy").read_bytes())
+    content[112] = ord("(")
+    (folder / "logps.npy").write_bytes(content)
+
+
 def fewer_rows(folder):
     np.save(folder / "logps.npy", np.load(folder / "logps.npy")[1:])
 
@@ -598,6 +604,8 @@ def forged(**facts):
 
 DAMAGE = {
     "a flipped bit": flip_a_bit,
+    "a broken head": break_the_head,
+    "a broken head while it was filled": unfinished(break_the_head),
     "cut short": shorten,
     "cut short while it was filled": unfinished(shorten),
     "emptied": lambda folder: (folder / "logps.npy").write_bytes(b""),
