@@ -2,8 +2,8 @@
 
     python benchmarks/gpu_layers.py [--small] [--output FILE]
 
-A layer is timed with eager, compiled and Liger's norms, rotary positions and SwiGLU, and with activations kept or
-recomputed. The speeds of a large product and of copying memory are measured too.
+A layer is timed with eager norms, rotary positions and SwiGLU, with compiled ones (scoring/fuse.py) and with Liger's,
+and with activations kept or recomputed. The speeds of a large product and of copying memory are measured too.
 """
 
 import argparse
@@ -30,19 +30,13 @@ CLASSES = llama.LlamaRMSNorm, llama.LlamaMLP  # Liger replaces them by its own
 PLAIN = llama.LlamaRMSNorm.forward, llama.apply_rotary_pos_emb, llama.LlamaMLP.forward
 
 
-def use(how: str) -> None:
-    """Puts the plain or the compiled functions into transformers' llama."""
+def take_liger_out() -> None:
     llama.LlamaRMSNorm, llama.LlamaMLP = CLASSES
     llama.LlamaRMSNorm.forward, llama.apply_rotary_pos_emb, llama.LlamaMLP.forward = PLAIN
-    if how == "compiled":
-        llama.LlamaRMSNorm.forward = torch.compile(PLAIN[0], dynamic=True)
-        llama.apply_rotary_pos_emb = torch.compile(PLAIN[1], dynamic=True)
-        silu_mul = torch.compile(lambda gate, up: torch.nn.functional.silu(gate) * up, dynamic=True)
-        llama.LlamaMLP.forward = lambda self, x: self.down_proj(silu_mul(self.gate_proj(x), self.up_proj(x)))
 
 
 def build(shape: dict, layers: int, how: str, recompute: bool) -> Scorer:
-    use(how)
+    take_liger_out()
     shape = {**shape, "num_hidden_layers": layers, "tie_word_embeddings": False, "max_position_embeddings": 8192}
     config = LlamaConfig(**shape)
     kernel = attention.usable("auto", config, DTYPE, attention.capability())[0]
@@ -58,7 +52,7 @@ def build(shape: dict, layers: int, how: str, recompute: bool) -> Scorer:
     model.train()
     if recompute:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return Scorer(model)
+    return Scorer(model, fused=how == "fused")
 
 
 def layer(shape: dict, lengths: tuple[int, int, int], pairs: int, how: str, recompute: bool) -> dict:
@@ -157,14 +151,13 @@ def main() -> None:
         results.attempt("tile of the head", {"m, k, n": (4096, 4096, 8192)}, lambda: tile(4096, 4096, 8192))
         results.attempt("copy", {}, copy)
     for pairs in counts:
-        for how in ("eager", "compiled", *(("liger",) if ON_GPU else ())):
+        for how in ("eager", "fused", *(("liger",) if ON_GPU else ())):
             for recompute in (True, False):
                 words = shape, lengths, pairs, how, recompute
                 facts = {"how": how, "recompute": recompute}
                 results.attempt("layers", facts, lambda words=words: layer(*words))
                 if ON_GPU:
                     torch.cuda.empty_cache()
-    use("eager")
     packing_noise(shape if options.small else {**SHAPE_8B, "vocab_size": 32000}, 2 if options.small else 8, results)
 
 

@@ -90,6 +90,13 @@ class Options:
         Literal["auto", "flash_attention_3", "flash_attention_2", "varlen", "sdpa"],
         Help("Attention kernel. auto: the fastest that the GPU and the model support; varlen is torch's own."),
     ] = "auto"
+    fuse: Annotated[
+        Literal["auto", "on", "off"],
+        Help(
+            "Compile the layers' norms, rotations and gated activations, each to one kernel. auto: on a GPU, where "
+            "the model's architecture is known and it works."
+        ),
+    ] = "auto"
     gradients: Annotated[
         Literal["auto", "gpu", "gpu_bf16", "host", "deepspeed"],
         Help(
@@ -395,6 +402,7 @@ class Planned(Options):
     """A plan's options: what follows from the model and the machine is filled in."""
 
     precision: Literal["bf16", "fp32"]
+    fuse: Literal["on", "off"]
     gradients: Literal["gpu", "gpu_bf16", "host", "deepspeed"]
     gradient_checkpointing: Literal["on", "off"]
     recomputed_layers: int
@@ -430,7 +438,7 @@ def _require_filled(options: Options, kind: type[Options]) -> None:
 # Fields that say where or how to run, not what to compute: two runs that differ only here are the same run.
 NOT_IDENTITY = frozenset(
     {"output_dir", "cache_dir", "resume", "resume_optimizer", "export", "generations", "save_every", "eval_every"}
-    | {"attention", "report_to", "stop_seconds", "hang_minutes", "max_bad_steps"}
+    | {"attention", "fuse", "report_to", "stop_seconds", "hang_minutes", "max_bad_steps"}
     | {"keep_last", "keep_best", "on_save_error"}
     | {"plan", "gpus", "gpu_memory", "host_memory", "nvme", "nvme_path", "machine", "pair_tokens"}
     | {"price_per_gpu_hour"}

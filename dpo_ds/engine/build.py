@@ -46,7 +46,7 @@ def policy_engine(
     recompute(model, options.recomputed_layers)
     model.train()
     per_token, balance = options.ld_alpha is not None, float(options.router_aux_loss_coef) > 0
-    scorer = Scorer(model, tokens=per_token, certainty=options.wpo, balance=balance)
+    scorer = Scorer(model, per_token, options.wpo, balance, fused=options.fuse == "on")
     with gradients.kept(options.gradients, config):
         engine = _initialize(
             model=scorer,
@@ -90,7 +90,8 @@ def reference_engine(
     plain = _load(folder, config, options, kernel)
     model: LanguageModel = plain if adapter is None else _adapted(plain, options, adapter)
     model.requires_grad_(False)
-    return Engine(_initialize(model=Scorer(model, tokens=options.ld_alpha is not None), config=config), config)
+    scorer = Scorer(model, tokens=options.ld_alpha is not None, fused=options.fuse == "on")
+    return Engine(_initialize(model=scorer, config=config), config)
 
 
 def _adapted(model: PreTrainedModel, options: Planned, adapter: Adapter | None) -> LanguageModel:

@@ -22,6 +22,7 @@ from dpo_ds.plan import seconds
 from dpo_ds.plan.footprint import Footprint, ScoringFootprint, Shape, filled, longest_pair, shape_of
 from dpo_ds.plan.machine import GIB, Machine
 from dpo_ds.plan.plan import Plan
+from dpo_ds.scoring.fuse import parts
 
 PLENTY = 10**6 * GIB
 # Fraction of a GPU's memory that is used to recompute less. The rest is left for what the plan has wrong: a run that
@@ -51,6 +52,10 @@ def decide(options: Options, model: Model, on_gpu: bool) -> Options:
         changes["precision"] = "bf16" if on_gpu else "fp32"
     if options.gradients == GPU_BF16 and changes.get("precision", options.precision) == "fp32":
         raise UserError(f"--gradients {GPU_BF16} sums in bf16, but this run computes in fp32: say --gradients {GPU}")
+    if options.fuse == "auto":
+        changes["fuse"] = "on" if on_gpu and parts(model.skeleton) else "off"
+    elif options.fuse == "on" and not parts(model.skeleton):
+        raise UserError(f"--fuse on: no rule is known for {model.name}'s layers: leave it out")
     if options.learning_rate is None:
         changes["learning_rate"] = model.size_class.learning_rate * (10 if options.lora else 1)
     if options.recomputed_layers is not None and options.recomputed_layers > model.layers:

@@ -22,7 +22,14 @@ from dpo_ds.ranks.collectives import on_rank_0, one_after_another
 from dpo_ds.ranks.world import World
 from dpo_ds.runs import folders
 from dpo_ds.runs.data import read_dataset, read_pairs
-from dpo_ds.runs.loadable import Loadable, adapter_hashes_of, find_loadable, hashes_of, require_same_tokens
+from dpo_ds.runs.loadable import (
+    Loadable,
+    adapter_hashes_of,
+    find_loadable,
+    fused_where_it_works,
+    hashes_of,
+    require_same_tokens,
+)
 from dpo_ds.runs.named import Named
 
 # Of a run that is evaluated, unless the command line says otherwise: how pairs become tokens, and in which precision.
@@ -138,7 +145,7 @@ def prepare(policy: Named, reference: Named | None, options: Options, here: Worl
 
 def _side(named: Named, options: Options, here: World) -> Side:
     """A model with its plan, before its weights."""
-    planned = on_rank_0(lambda: plan_of(named, options).options)
+    planned = fused_where_it_works(on_rank_0(lambda: plan_of(named, options).options), options.fuse)
     with said_of(named.option):
         found = find_loadable(planned, here)
     if used := swap_folders(reference_config(found.ds_config)):

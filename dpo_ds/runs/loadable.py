@@ -18,7 +18,7 @@ from dpo_ds.ranks import console
 from dpo_ds.ranks.collectives import on_rank_0
 from dpo_ds.ranks.world import World
 from dpo_ds.runs import folders
-from dpo_ds.scoring.twin import choose_kernel, require_exact
+from dpo_ds.scoring.twin import choose_kernel, fused_problem, require_exact
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,33 @@ def find_loadable(options: Planned, here: World) -> Loadable:
     return Loadable(model, Path(model.source), ds_config, kernel)
 
 
+def fused_where_it_works(planned: Planned, asked: str) -> Planned:
+    """The options with --fuse on only if that is right on this machine. asked: what the user said.
+
+    Raises UserError, on every rank, if the user said `on` and it is not.
+    """
+    if planned.fuse == "off":
+        return planned
+
+    def problem() -> str | None:
+        model = find_model(planned.model, planned.trust_remote_code)
+        with console.working("compiling the layers' small functions"):
+            found = fused_problem(model.config, torch_dtype(planned.precision), _device(), planned.trust_remote_code)
+        if found is not None and asked == "on":
+            raise UserError(f"--fuse on: on this machine it {found}; leave it out")
+        if found is not None:
+            console.say(f"the layers' small functions are not compiled: that {found}")
+        return found
+
+    return planned if on_rank_0(problem) is None else planned.replace(fuse="off")
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def _kernel(options: Options, model: Model) -> str:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = _device()
     dtype = torch_dtype(options.precision)
     kernel, passed_over = choose_kernel(options.attention, model.config, dtype, device, options.trust_remote_code)
     for problem in passed_over:

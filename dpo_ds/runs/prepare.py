@@ -34,7 +34,14 @@ from dpo_ds.ranks.world import World
 from dpo_ds.runs import folders
 from dpo_ds.runs.data import read_pairs
 from dpo_ds.runs.identity import PARENT, hash_of, identity
-from dpo_ds.runs.loadable import Loadable, adapter_hashes_of, find_loadable, hashes_of, require_same_tokens
+from dpo_ds.runs.loadable import (
+    Loadable,
+    adapter_hashes_of,
+    find_loadable,
+    fused_where_it_works,
+    hashes_of,
+    require_same_tokens,
+)
 from dpo_ds.runs.lock import Lock
 from dpo_ds.runs.shared import require_shared
 from dpo_ds.runs.table_file import TableFile
@@ -118,7 +125,7 @@ def prepare(options: Options, here: World, plan: Plan | None = None, claim: bool
     run's folder is not touched: for commands that need a run's pairs and models, but do not train.
     """
     # The plan comes before any download. It is made for rank 0's machine.
-    planned = on_rank_0(lambda: (plan or for_run(options)).options)
+    planned = fused_where_it_works(on_rank_0(lambda: (plan or for_run(options)).options), options.fuse)
     folder = _folder_of(planned)
     policy = find_loadable(planned, here)
     model, ds_config = policy.model, policy.ds_config

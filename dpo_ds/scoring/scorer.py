@@ -12,6 +12,7 @@ from dpo_ds.models.lora import LanguageModel, plain_model
 from dpo_ds.scoring import attention
 from dpo_ds.scoring.adapters import replace_adapters
 from dpo_ds.scoring.embedding import TiedGradient, replace_embedding
+from dpo_ds.scoring.fuse import fuse
 from dpo_ds.scoring.head import LogitBudget, replace_head
 from dpo_ds.scoring.packed import CannotPack, PackedBatch
 from dpo_ds.scoring.router import router_loss
@@ -31,8 +32,8 @@ class Scorer(torch.nn.Module):
 
     tokens: forward also returns each token's logp. certainty: in training also WPO's factor of each answer, exp of the
     mean over its tokens of log p(token) - log sum over the vocabulary of p^2 (Zhou et al. 2024, arXiv 2406.11827).
-    balance: in training also a mixture's load-balancing loss. `budget` limits the logits that the head may hold; None:
-    by the device.
+    balance: in training also a mixture's load-balancing loss. fused: small functions of the layers are compiled
+    (fuse.py). `budget` limits the logits that the head may hold; None: by the device.
     """
 
     def __init__(
@@ -41,6 +42,7 @@ class Scorer(torch.nn.Module):
         tokens: bool = False,
         certainty: bool = False,
         balance: bool = False,
+        fused: bool = False,
         budget: LogitBudget | None = None,
     ):
         super().__init__()
@@ -51,6 +53,8 @@ class Scorer(torch.nn.Module):
         self.causal_lm = [plain_model(model)]
         attention.require_packed(self.causal_lm[0])
         self.tied_embedding = [replace_embedding(self.causal_lm[0])]
+        if fused:
+            fuse(self.causal_lm[0])
         replace_adapters(self.causal_lm[0])
         replace_head(self.causal_lm[0])
 

@@ -250,6 +250,24 @@ def _kernel_problem(
     name: str, config: PreTrainedConfig, dtype: torch.dtype, device: torch.device, trust_remote_code: bool
 ) -> str | None:
     """What is wrong with a kernel on a twin with the model's own head dimension; None if nothing is."""
+    return _problem(config, name, dtype, device, trust_remote_code, fused=False)
+
+
+def fused_problem(
+    config: PreTrainedConfig, dtype: torch.dtype, device: torch.device, trust_remote_code: bool = False
+) -> str | None:
+    """What is wrong with the compiled functions of scoring/fuse.py, likewise."""
+    return _problem(config, attention.SDPA, dtype, device, trust_remote_code, fused=True)
+
+
+def _problem(
+    config: PreTrainedConfig,
+    kernel: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    trust_remote_code: bool,
+    fused: bool,
+) -> str | None:
     small = twin(config, head_dim=attention.head_dim_of(config.get_text_config()))
     if getattr(small.get_text_config(), "num_experts_per_tok", None):
         # Use all experts: with fewer, bf16's rounding would decide which of them a token goes to.
@@ -257,8 +275,8 @@ def _kernel_problem(
     try:
         truth = _scored(small, attention.SDPA, torch.float32, device, trust_remote_code)
         torchs = _scored(small, attention.SDPA, dtype, device, trust_remote_code)
-        found = _scored(small, name, dtype, device, trust_remote_code)
-    except Exception as error:  # a kernel built for another torch, GPU or CUDA may raise anything
+        found = _scored(small, kernel, dtype, device, trust_remote_code, fused)
+    except Exception as error:  # what was built for another torch, GPU or CUDA, or a compiler, may raise anything
         return f"stops: {one_line(f'{type(error).__name__}: {error}', 200)}"
     for what, exact, plain, fast in zip(("log-probabilities", "gradients"), truth, torchs, found, strict=True):
         off, allowed = float((fast - exact).abs().max()), KERNEL_SLACK * float((plain - exact).abs().max())
@@ -269,11 +287,16 @@ def _kernel_problem(
 
 
 def _scored(
-    config: PreTrainedConfig, kernel: str, dtype: torch.dtype, device: torch.device, trust_remote_code: bool
+    config: PreTrainedConfig,
+    kernel: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    trust_remote_code: bool,
+    fused: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The twin's logps [A] and the gradient of its embedding [V, H], both fp32."""
     model = _build(config, trust_remote_code).to(device, dtype)
     model.set_attn_implementation(attention.implementation(kernel))
-    logps = Scorer(model)(pack(_groups()).to(device)).answers
+    logps = Scorer(model, fused=fused)(pack(_groups()).to(device)).answers
     (logps * torch.arange(1, 1 + len(logps), device=device)).sum().backward()
     return logps.detach().float(), model.get_input_embeddings().weight.grad.float()

@@ -40,6 +40,12 @@ CASES = {
     "2-stage3-offload-both": (2, "llama", "stage3-offload-both", {}),
     "2-stage3-live": (2, "llama", "stage3", {"reference": "live"}),
     "2-stage3-one-layer-recomputed": (2, "llama", "stage3", {"recomputed_layers": 1}),
+    "2-stage3-fused-recomputed": (
+        2,
+        "llama",
+        "stage3",
+        {"fuse": "on", "gradient_checkpointing": "on", "micro_batch_tokens": SMALL},
+    ),
     "1-stage0-resumed": (1, "llama", "stage0", {"save_every": SAVE}),
     "2-stage3-offload-resumed": (2, "llama", "stage3-offload", {"save_every": SAVE}),
     "1-gpt2-stage0": (1, "gpt2", "stage0", {}),

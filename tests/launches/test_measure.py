@@ -33,13 +33,33 @@ def test_it_says_how_long_a_step_takes(ranks, model, more, tmp_path):
     assert not (tmp_path / "out").exists() and not list((tmp_path / "cache").glob("measure-*"))
 
 
+KNOWN = """
+import dataclasses, sys
+from dpo_ds.plan import seconds
+from dpo_ds.plan.machine import Machine
+from dpo_ds.plan.speeds import named
+from dpo_ds.train import main
+
+class Known(Machine):
+    @classmethod
+    def of(cls, options):
+        return dataclasses.replace(Machine.of(options), speeds=named("a100-80"))
+
+seconds.Machine = Known
+main(sys.argv[1:])
+"""
+
+
 def test_a_run_says_what_is_expected(tmp_path):
     """As on a machine whose speeds are known; the steps' time on this one is another."""
     tiny.make("gpt2", tmp_path / "model")
-    options = {"model": tmp_path / "model", "dataset": "sample", "gpu_memory": 80, "max_steps": 2, "export": "none",
-               "output_dir": tmp_path / "out", "cache_dir": tmp_path / "cache", "max_length": 128, "eval_pairs": 0,
-               "precision": "fp32", "price_per_gpu_hour": 2}  # fmt: skip
-    said = launching.run(1, "-m", "dpo_ds.train", *(f"--{key}={value}" for key, value in options.items())).stdout
+    (tmp_path / "known.py").write_text(KNOWN)
+    options = {
+        "model": tmp_path / "model", "dataset": "sample", "max_steps": 2, "export": "none", "precision": "fp32",
+        "output_dir": tmp_path / "out", "cache_dir": tmp_path / "cache", "max_length": 128, "eval_pairs": 0,
+        "price_per_gpu_hour": 2,
+    }  # fmt: skip
+    said = launching.run(1, tmp_path / "known.py", *(f"--{key}={value}" for key, value in options.items())).stdout
     (line,) = [line for line in said.splitlines() if "dpo_ds: estimated for pairs of" in line]
     lengths = [line["tokens/s"] / line["pairs/s"] for line in launching.metrics(tmp_path / "out") if "pairs/s" in line]
     assert int(re.search(r"pairs of (\d+) tokens", line)[1]) == pytest.approx(sum(lengths) / len(lengths), rel=0.2)
