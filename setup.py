@@ -52,6 +52,7 @@ setup(
     ],
     extras_require={
         "flash": ["flash-attn>=2.7,<3"],
+        "fa3": ["kernels>=0.17,<1"],  # flash-attention 3 on Hopper, from the hub
         "test": [
             "pytest>=8,<10",
             "pytest-xdist>=3.6",

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 
-from dpo_ds.errors import UserError
+from dpo_ds.errors import UserError, one_line
 from dpo_ds.scoring.packed import CannotPack, Layout, is_segments, layout_of
 
 
@@ -57,8 +57,8 @@ def packed_attention(
 
 
 def _flash_attention_3(query, key, value, layout: Layout, scale, window, softcap):
-    from flash_attn_interface import flash_attn_varlen_func
-
+    name = "flash_attn_interface", "flash_attn_varlen_func"
+    flash_attn_varlen_func = _installed(*name) or _from_hub(*name)
     out = flash_attn_varlen_func(
         query,
         key,
@@ -191,7 +191,7 @@ KERNELS = {
         "flash_attn_varlen_func",
         frozenset({"softmax_scale", "causal", "window_size", "softcap"}),
         capabilities=range(9, 10),
-        remedy="build it from flash-attention's hopper folder",
+        remedy="pip install kernels, or build it from flash-attention's hopper folder",
     ),
     "flash_attention_2": Kernel(
         _flash_attention_2,
@@ -211,6 +211,10 @@ KERNELS = {
     SDPA: Kernel(_per_segment),
 }
 SIZES_ONLY = "sizes_only"
+# Kernels that nobody needs to build: by module, the hub's repository and version, from which the package `kernels`
+# loads them. It looks in the folders of LOCAL_KERNELS first, and under HF_HUB_OFFLINE only in the hub's cache. This is
+# code from the hub, so the user must have named the kernel.
+ON_HUB = {"flash_attn_interface": ("kernels-community/flash-attn3", 1)}
 
 
 def implementation(kernel: str) -> str:
@@ -240,7 +244,7 @@ def usable(wanted: str, config: PreTrainedConfig, dtype: torch.dtype, capability
 
     Raises UserError, with the remedy, if the wanted one does not support it.
     """
-    obstacles = {name: _obstacle(name, config, dtype, capability) for name in KERNELS}
+    obstacles = {name: _obstacle(name, config, dtype, capability, name == wanted) for name in KERNELS}
     found = [name for name, obstacle in obstacles.items() if not obstacle]
     if wanted == "auto":
         return found
@@ -250,9 +254,9 @@ def usable(wanted: str, config: PreTrainedConfig, dtype: torch.dtype, capability
 
 
 def _obstacle(
-    name: str, config: PreTrainedConfig, dtype: torch.dtype, capability: tuple[int, int] | None
+    name: str, config: PreTrainedConfig, dtype: torch.dtype, capability: tuple[int, int] | None, asked: bool
 ) -> str | None:
-    """Why a kernel cannot be used, or None."""
+    """Why a kernel cannot be used, or None. asked: the user named it."""
     kernel = KERNELS[name]
     if kernel.module is None:
         return None
@@ -261,6 +265,11 @@ def _obstacle(
     if capability[0] not in kernel.capabilities:
         return f"is not for GPUs of compute capability {capability[0]}.{capability[1]}"
     words = _arguments(kernel.module, kernel.function)
+    if words is None and asked and kernel.module in ON_HUB and importlib.util.find_spec("kernels") is not None:
+        try:
+            words = frozenset(inspect.signature(_from_hub(kernel.module, kernel.function)).parameters)
+        except Exception as error:  # no network, or no build for this torch, CUDA and GPU
+            return f"cannot be had from the hub: {one_line(error, 200)}"
     if words is None:
         return f"is not installed ({kernel.remedy})"
     if missing := kernel.words - words:
@@ -287,9 +296,25 @@ def head_dim_of(text_config: PreTrainedConfig) -> int:
 @functools.cache
 def _arguments(module: str, function: str) -> frozenset[str] | None:
     """The names of the installed kernel's arguments; None if it is not installed."""
+    found = _installed(module, function)
+    return None if found is None else frozenset(inspect.signature(found).parameters)
+
+
+@functools.cache
+def _installed(module: str, function: str) -> Callable | None:
+    """The kernel's function; None if it is not installed."""
     try:
-        if importlib.util.find_spec(module) is None:
-            return None
-        return frozenset(inspect.signature(getattr(importlib.import_module(module), function)).parameters)
-    except (ImportError, AttributeError, OSError):  # the package is missing, or was built for another torch
-        return None
+        if importlib.util.find_spec(module) is not None:
+            return getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, OSError):  # a part is missing, or it was built for another torch
+        pass
+    return None
+
+
+@functools.cache
+def _from_hub(module: str, function: str) -> Callable:
+    """The function of a kernel on the hub. Raises whatever the package `kernels` raises."""
+    from kernels import get_kernel
+
+    name, version = ON_HUB[module]
+    return getattr(get_kernel(name, version=version), function)

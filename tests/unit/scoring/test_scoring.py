@@ -1,5 +1,7 @@
 """Packed, prefix-shared scoring against two plain forwards: values, gradients, and layouts that must fail."""
 
+import sys
+
 import numpy as np
 import oracle
 import pytest
@@ -442,6 +444,46 @@ def test_a_kernel_that_will_not_do_is_refused_with_what_works(monkeypatch, wante
     )
     with pytest.raises(UserError, match=f"--attention {wanted} {says}"):
         attention.usable(wanted, KernelConfig(), torch.bfloat16, capability)
+
+
+FROM_HUB = """
+from types import SimpleNamespace
+
+def flash_attn_varlen_func(q, k, v, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0):
+    return q
+
+def get_kernel(name, version):
+    assert (name, version) == ("kernels-community/flash-attn3", 1)
+    {body}
+"""
+
+
+@pytest.mark.parametrize(
+    ("body", "found"),
+    [
+        ("return SimpleNamespace(flash_attn_varlen_func=flash_attn_varlen_func)", True),
+        ("raise RuntimeError('no build for this torch')", False),
+    ],
+)
+def test_flash_attention_3_comes_from_the_hub_if_it_is_asked_for(body, found, monkeypatch, tmp_path):
+    """A stand-in for the package `kernels`: the real one finds a build on a GPU alone."""
+    (tmp_path / "kernels.py").write_text(FROM_HUB.format(body=body))
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "kernels", raising=False)
+    attention._from_hub.cache_clear()
+    facts = KernelConfig(), torch.bfloat16, (9, 0)
+    try:
+        assert attention.usable("auto", *facts)[0] == "varlen" and "kernels" not in sys.modules
+        if found:
+            assert attention.usable("flash_attention_3", *facts) == ["flash_attention_3"]
+        else:
+            with pytest.raises(
+                UserError, match="flash_attention_3 cannot be had from the hub: no build for this torch"
+            ):
+                attention.usable("flash_attention_3", *facts)
+    finally:
+        sys.modules.pop("kernels", None)
+        attention._from_hub.cache_clear()
 
 
 def test_torchs_own_kernel_is_known_by_the_arguments_that_it_takes(monkeypatch):
