@@ -235,9 +235,9 @@ def with_scoring(plan: Plan, shape: Shape) -> Plan:
     config = filled(plan.options, plan.model, plan.machine)
     footprint = Footprint(shape, plan.options, config, plan.machine)
     tokens, room = plan.options.micro_batch_tokens, footprint.learned_bytes
-    while 2 * tokens <= MOST_SCORED and footprint.scored_bytes(2 * tokens) <= room:
-        tokens *= 2
-    return dataclasses.replace(plan, options=plan.options.replace(scoring_tokens=tokens))
+    larger = [2**n * tokens for n in range(16, 0, -1) if 2**n * tokens <= MOST_SCORED]
+    most = next((size for size in larger if footprint.scored_bytes(size) <= room), tokens)
+    return dataclasses.replace(plan, options=plan.options.replace(scoring_tokens=most))
 
 
 def tokens_on_cpu(longest_pair: int) -> int:

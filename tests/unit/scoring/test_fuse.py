@@ -24,11 +24,10 @@ CHANGED = {"gpt2": 2, "stablelm": 4, "cohere": 7, "mixtral": 9}
 
 @pytest.mark.parametrize("name", known_models())
 def test_it_computes_what_transformers_does(name, tmp_path, monkeypatch):
-    """Captured whole. Kernels are made for one of the models: the C++ compiler takes seconds for each."""
-    if name != "google/gemma-7b-it":
-        monkeypatch.setattr(fuse, "_compiled", functools.cache(functools.partial(
-            torch.compile, dynamic=True, fullgraph=True, backend="aot_eager")))  # fmt: skip
-        monkeypatch.setattr(fuse, "_GATED", {})
+    """Captured whole. Kernels, for which the C++ compiler takes seconds each, are made in test_curves."""
+    captured = functools.partial(torch.compile, dynamic=True, fullgraph=True, backend="aot_eager")
+    monkeypatch.setattr(fuse, "_compiled", functools.cache(captured))
+    monkeypatch.setattr(fuse, "_GATED", {})
     plain = AutoModelForCausalLM.from_pretrained(tiny.make(name, tmp_path / "model"))
     fused = copy.deepcopy(plain)
     changed = fuse.parts(fused)
@@ -50,12 +49,13 @@ def test_it_computes_what_transformers_does(name, tmp_path, monkeypatch):
     assert not counters["graph_break"]
 
 
-def test_the_norms_compute_by_their_own_weight():
+def test_the_norms_compute_by_their_own_weight(monkeypatch):
     """A compiled function must not keep the first module's weight."""
     x, norms = torch.randn(5, 16), [LlamaRMSNorm(16, eps) for eps in (1e-6, 1e-6, 0.5)]
     for number, norm in enumerate(norms):
         norm.weight.data.fill_(number + 1.0)
     expected = [norm(x) for norm in norms]
+    monkeypatch.setattr(fuse, "_compiled", functools.cache(functools.partial(torch.compile, backend="aot_eager")))
     for norm in norms:
         fuse._norm(norm)
     for norm, result in zip(norms, expected, strict=True):
