@@ -93,8 +93,8 @@ class Options:
     fuse: Annotated[
         Literal["auto", "on", "off"],
         Help(
-            "Compile the layers' norms, rotations and gated activations, each to one kernel. auto: on a GPU, where "
-            "the model's architecture is known and it works."
+            "Compile the layers' norms, rotations and gated activations, each to one kernel. Numbers change by "
+            "rounding alone. auto: on a GPU, for the twelve models' architectures, if a try at the start works."
         ),
     ] = "auto"
     gradients: Annotated[
@@ -127,9 +127,9 @@ class Options:
     scoring_tokens: Annotated[
         int | None,
         Help(
-            "The most tokens in a micro-batch that is scored without gradients, for the reference table and the "
-            "held-out pairs. By default as many as take no more memory than training, and on CPU or with "
-            "--reference_model no more than --micro_batch_tokens."
+            "The most tokens in a micro-batch without gradients: for the reference table and the held-out pairs. More "
+            "of them are faster where weights come from a drive or over a slow link. By default as many as fit in "
+            "the memory of a training micro-batch; on CPU, or with --reference_model, as many as in training."
         ),
     ] = None
 

@@ -163,6 +163,7 @@ def describe(run: "Run") -> str:
     return (
         f"{options.model} ({run.model.parameters / 1e6:,.1f} M parameters, {how}), loss {losses}, ZeRO stage "
         f"{run.ds_config['zero_optimization']['stage']}, {options.precision}, {run.attention} attention, "
+        f"{'compiled small functions, ' if options.fuse == 'on' else ''}"
         f"{world.from_environment().size} rank(s): "
         f"{run.schedule.steps} steps of {options.global_batch_pairs} of {len(run.train_pairs)} pairs, "
         f"{len(run.eval_pairs)} held out{start} -> {run.folder}"

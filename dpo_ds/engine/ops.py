@@ -14,6 +14,7 @@ import itertools
 import json
 import os
 import shutil
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -22,7 +23,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from dpo_ds.checksums import Files, difference, is_sealed, measured, sealed
-from dpo_ds.errors import UserError, files_of
+from dpo_ds.errors import UserError, files_of, one_line
 from dpo_ds.files import write_whole
 from dpo_ds.ranks import console
 
@@ -53,17 +54,31 @@ def build_in_turns(speaks: bool) -> None:
         with _turn(folder, speaks):
             _await_others(folder, speaks)
             _remove_damaged(folder, speaks)
-            if any(folder.glob("*.so")):
-                loaded = plain(self, verbose)
-            else:
-                if speaks:
-                    _say(f"DeepSpeed's {self.name} is compiled for this machine, once; it can take minutes ({folder})")
-                with console.working(f"compiling DeepSpeed's {self.name}"):
+            with _said_of_compiler(self.name):
+                if any(folder.glob("*.so")):
                     loaded = plain(self, verbose)
+                else:
+                    if speaks:
+                        _say(f"DeepSpeed's {self.name} is compiled for this machine; it can take minutes ({folder})")
+                    with console.working(f"compiling DeepSpeed's {self.name}"):
+                        loaded = plain(self, verbose)
             _keep_checksums(folder)
             return loaded
 
     OpBuilder.jit_load = jit_load
+
+
+@contextlib.contextmanager
+def _said_of_compiler(op: str) -> Iterator[None]:
+    """Turns a compiler's failure into a UserError."""
+    try:
+        yield
+    except (subprocess.CalledProcessError, RuntimeError) as error:
+        compiler = os.environ.get("CXX", "c++")
+        raise UserError(
+            f"DeepSpeed's {op} cannot be compiled here with {compiler} ({one_line(error, 200)}): set CXX to a g++ that "
+            "works"
+        ) from error
 
 
 def require_builder(op: str, folder: Path) -> None:
@@ -103,11 +118,14 @@ def _remove_damaged(folder: Path, speaks: bool) -> None:
 
 
 def _keep_checksums(folder: Path) -> None:
-    """Writes the checksums of the op that was compiled here. A folder that cannot be written keeps none."""
-    names = sorted(file.name for file in folder.glob("*.so"))
-    if names and sorted(_checksums(folder)) != names:
-        with contextlib.suppress(OSError):
-            write_whole(folder / CHECKSUMS, json.dumps(sealed({"files": measured(folder, names)})))
+    """Writes the checksums of the op that was compiled here. A folder that cannot be written keeps none.
+
+    They were right before the op was loaded. So what differs now has been compiled again, by another compiler.
+    """
+    with contextlib.suppress(OSError):
+        files = measured(folder, sorted(file.name for file in folder.glob("*.so")))
+        if files and files != _checksums(folder):
+            write_whole(folder / CHECKSUMS, json.dumps(sealed({"files": files})))
 
 
 def _checksums(folder: Path) -> Files:

@@ -55,7 +55,11 @@ def decide(options: Options, model: Model, on_gpu: bool) -> Options:
     if options.fuse == "auto":
         changes["fuse"] = "on" if on_gpu and parts(model.skeleton) else "off"
     elif options.fuse == "on" and not parts(model.skeleton):
-        raise UserError(f"--fuse on: no rule is known for {model.name}'s layers: leave it out")
+        kind = model.config.get_text_config().model_type
+        raise UserError(
+            f"--fuse on knows the layers of the twelve models that python -m dpo_ds.models lists, but not those of "
+            f"{kind}: leave it out"
+        )
     if options.learning_rate is None:
         changes["learning_rate"] = model.size_class.learning_rate * (10 if options.lora else 1)
     if options.recomputed_layers is not None and options.recomputed_layers > model.layers:

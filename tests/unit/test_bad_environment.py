@@ -52,6 +52,9 @@ def cases(place, port: int) -> dict[str, tuple[dict, str]]:
         "no compiler": (
             {"environment": {"CXX": "/nowhere/c++", "TORCH_EXTENSIONS_DIR": f"{place}/new ops"}},
             "with /nowhere/c++, which is not installed: install g++"),
+        "a compiler that fails": (
+            {"environment": {"CXX": "/bin/false", "TORCH_EXTENSIONS_DIR": f"{place}/other ops"}},
+            "cannot be compiled here with /bin/false"),
         "an ASCII locale": (
             {"locale": "ascii", "argv": ["--model=Modèle/日本"]}, r"--model Mod\xe8le/\u65e5\u672c is not a local"),
         "a limit of memory": (

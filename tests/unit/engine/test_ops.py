@@ -48,6 +48,14 @@ def compiled(tmp_path):
     return tmp_path
 
 
+def test_an_op_that_was_compiled_again_is_whole(compiled, capsys):
+    """ninja compiles an op again if its command has changed, without a word."""
+    (compiled / "cpu_adam.so").write_bytes(b"op of another compiler")
+    ops._keep_checksums(compiled)
+    ops._remove_damaged(compiled, speaks=True)
+    assert (compiled / "cpu_adam.so").exists() and capsys.readouterr().err == ""
+
+
 @pytest.mark.parametrize("harm", HARM)
 def test_a_damaged_op_is_removed_and_named(harm, compiled, capsys):
     ops._remove_damaged(compiled, speaks=True)
