@@ -59,7 +59,8 @@ def build_in_turns(speaks: bool) -> None:
                     loaded = plain(self, verbose)
                 else:
                     if speaks:
-                        _say(f"DeepSpeed's {self.name} is compiled for this machine; it can take minutes ({folder})")
+                        where = f"it can take minutes ({folder})"
+                        _say(f"DeepSpeed's {self.name} is compiled for this machine, once; {where}")
                     with console.working(f"compiling DeepSpeed's {self.name}"):
                         loaded = plain(self, verbose)
             _keep_checksums(folder)

@@ -82,7 +82,7 @@ def require_here(options: Options) -> None:
 
     ranks = world.from_environment().size
     if options.machine is not None:
-        named(options.machine)
+        named(options.machine)  # an unknown name comes first, with the nearest one
     if options.gpus is not None and options.gpus != ranks:
         raise UserError(
             f"--gpus {options.gpus} plans for another machine than this, where {ranks} rank(s) run: leave it out, or "

@@ -89,8 +89,8 @@ class Precomputed(Fixed):
     before the policy comes.
     """
 
-    training: np.ndarray  # float32, flat; with the held-out ones set at the latest by `begin`
-    held_out: np.ndarray
+    training: np.ndarray  # float32, flat; set by `begin` if the policy scores
+    held_out: np.ndarray  # likewise
     policy: Engine  # set by attach
 
     def __init__(self, run: Run):

@@ -16,20 +16,12 @@ from dpo_ds.losses.table import Settings, losses_of
 from dpo_ds.models.adapter import find_adapter
 from dpo_ds.models.files import fetch_weights, load_tokenizer
 from dpo_ds.plan.footprint import ScoringFootprint
-from dpo_ds.plan.plan import Plan
 from dpo_ds.plan.refuse import for_run
-from dpo_ds.ranks.collectives import on_rank_0, one_after_another
+from dpo_ds.ranks.collectives import one_after_another
 from dpo_ds.ranks.world import World
 from dpo_ds.runs import folders
 from dpo_ds.runs.data import read_dataset, read_pairs
-from dpo_ds.runs.loadable import (
-    Loadable,
-    adapter_hashes_of,
-    find_loadable,
-    fused_where_it_works,
-    hashes_of,
-    require_same_tokens,
-)
+from dpo_ds.runs.loadable import Loadable, adapter_hashes_of, hashes_of, plan_and_find, require_same_tokens
 from dpo_ds.runs.named import Named
 
 # Of a run that is evaluated, unless the command line says otherwise: how pairs become tokens, and in which precision.
@@ -114,12 +106,6 @@ def scoring(named: Named, options: Options) -> Options:
     )
 
 
-def plan_of(named: Named, options: Options) -> Plan:
-    """Raises UserError if scoring with this model does not fit the machine."""
-    with said_of(named.option):
-        return for_run(scoring(named, options), ScoringFootprint)
-
-
 def prepare(policy: Named, reference: Named | None, options: Options, here: World, own_pairs: bool) -> Prepared:
     """Prepares the evaluation. Raises UserError, on every rank, for whatever cannot work.
 
@@ -145,9 +131,8 @@ def prepare(policy: Named, reference: Named | None, options: Options, here: Worl
 
 def _side(named: Named, options: Options, here: World) -> Side:
     """A model with its plan, before its weights."""
-    planned = fused_where_it_works(on_rank_0(lambda: plan_of(named, options).options), options.fuse)
     with said_of(named.option):
-        found = find_loadable(planned, here)
+        planned, found = plan_and_find(lambda: for_run(scoring(named, options), ScoringFootprint), options, here)
     if used := swap_folders(reference_config(found.ds_config)):
         one_after_another(lambda: require_nvme(used))
     if (name := named.adapter) is not None:

@@ -1,5 +1,6 @@
 """A model that an engine can be built of: the checks that precede its weights, then the weights and their hashes."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from dpo_ds.models.files import weight_files, weights_hashes
 from dpo_ds.models.find import find_model
 from dpo_ds.models.headers import require_fit
 from dpo_ds.models.model import Model, torch_dtype
+from dpo_ds.plan.plan import Plan
 from dpo_ds.ranks import console
 from dpo_ds.ranks.collectives import on_rank_0
 from dpo_ds.ranks.world import World
@@ -42,6 +44,15 @@ def find_loadable(options: Planned, here: World) -> Loadable:
     kernel = on_rank_0(lambda: _kernel(options, model))
     ds_config = fill_tier(options.ds_config, options, model, here.size, torch.cuda.is_available())
     return Loadable(model, Path(model.source), ds_config, kernel)
+
+
+def plan_and_find(plan: Callable[[], Plan], asked: Options, here: World) -> tuple[Planned, Loadable]:
+    """The options of rank 0's plan, as far as they hold on this machine, and --model. asked: the user's options.
+
+    Raises UserError, on every rank, for a plan that does not fit, and as fused_where_it_works and find_loadable do.
+    """
+    planned = fused_where_it_works(on_rank_0(lambda: plan().options), asked.fuse)
+    return planned, find_loadable(planned, here)
 
 
 def fused_where_it_works(planned: Planned, asked: str) -> Planned:

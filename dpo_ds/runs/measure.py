@@ -36,7 +36,7 @@ from dpo_ds.plan.seconds import SHORTEST, SHOWN_PAIRS, dealt, duration, steps_of
 from dpo_ds.ranks import collectives, console, hang
 from dpo_ds.ranks.collectives import on_rank_0, one_after_another
 from dpo_ds.ranks.world import World
-from dpo_ds.runs.loadable import Loadable, find_loadable, fused_where_it_works
+from dpo_ds.runs.loadable import Loadable, plan_and_find
 from dpo_ds.runs.shared import require_shared
 from dpo_ds.scoring.packed import PackedBatch, pack
 
@@ -108,8 +108,7 @@ def measure(options: Options, here: World, plan: Plan | None) -> Measured:
 
     Raises UserError for what a run would be refused for before its data is read.
     """
-    planned = fused_where_it_works(on_rank_0(lambda: (plan or for_run(options)).options), options.fuse)
-    found = find_loadable(planned, here)
+    planned, found = plan_and_find(lambda: plan or for_run(options), options, here)
     require_compiler(planned.ds_config, found.ds_config, torch.cuda.is_available())
     if used := swap_folders(found.ds_config):
         one_after_another(lambda: require_nvme(used))

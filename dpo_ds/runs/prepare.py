@@ -38,8 +38,8 @@ from dpo_ds.runs.loadable import (
     Loadable,
     adapter_hashes_of,
     find_loadable,
-    fused_where_it_works,
     hashes_of,
+    plan_and_find,
     require_same_tokens,
 )
 from dpo_ds.runs.lock import Lock
@@ -125,9 +125,8 @@ def prepare(options: Options, here: World, plan: Plan | None = None, claim: bool
     run's folder is not touched: for commands that need a run's pairs and models, but do not train.
     """
     # The plan comes before any download. It is made for rank 0's machine.
-    planned = fused_where_it_works(on_rank_0(lambda: (plan or for_run(options)).options), options.fuse)
+    planned, policy = plan_and_find(lambda: plan or for_run(options), options, here)
     folder = _folder_of(planned)
-    policy = find_loadable(planned, here)
     model, ds_config = policy.model, policy.ds_config
     tokenizer = load_tokenizer(model)
     require_compiler(planned.ds_config, ds_config, torch.cuda.is_available())

@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from dpo_ds.ranks import console
+
 NORMS = frozenset(
     {"LlamaRMSNorm", "MistralRMSNorm", "MixtralRMSNorm", "Qwen2RMSNorm", "Phi3RMSNorm", "GemmaRMSNorm"}
     | {"CohereLayerNorm"}
@@ -85,7 +87,7 @@ def _norm_of(kind: type, **constants: float) -> Callable:
 
 
 def _gate(module: Any) -> None:
-    gated = _gated(type(module.act_fn), module.act_fn)
+    gated = _gated(module.act_fn)
 
     def forward(self, x):
         return self.down_proj(gated(self.gate_proj(x), self.up_proj(x)))
@@ -94,7 +96,7 @@ def _gate(module: Any) -> None:
 
 
 def _gate_in_one(module: Any) -> None:
-    gated = _gated(type(module.activation_fn), module.activation_fn)
+    gated = _gated(module.activation_fn)
 
     def forward(self, x):
         return self.down_proj(gated(*self.gate_up_proj(x).chunk(2, dim=-1)))
@@ -103,15 +105,16 @@ def _gate_in_one(module: Any) -> None:
 
 
 def _experts(module: Any) -> None:
-    gated = _gated(type(module.act_fn), module.act_fn)
+    gated = _gated(module.act_fn)
     module._apply_gate = lambda both: gated(*both.chunk(2, dim=-1))
 
 
 _GATED: dict[type, Callable] = {}
 
 
-def _gated(kind: type, activation: torch.nn.Module) -> Callable:
+def _gated(activation: torch.nn.Module) -> Callable:
     """activation(gate) * up: one function for each kind of activation, which has no state."""
+    kind = type(activation)
     if kind not in _GATED:
         plain = copy.deepcopy(activation)  # ZeRO-3 will put hooks on the model's own, which would be compiled as well
         _GATED[kind] = _compiled(_of_its_own(lambda gate, up: plain(gate) * up))
@@ -121,12 +124,18 @@ def _gated(kind: type, activation: torch.nn.Module) -> Callable:
 def _rotation(module: Any) -> None:
     """The layer's own forward, which finds the compiled rotation under the name of the plain one."""
     plain = type(module).forward
-    if ROTATION not in plain.__code__.co_names:  # another package has wrapped it
+    if ROTATION not in plain.__code__.co_names:
+        _say_left(type(module).__name__)
         return
     names = {**plain.__globals__, ROTATION: _compiled(plain.__globals__[ROTATION])}
     own = types.FunctionType(plain.__code__, names, plain.__name__, plain.__defaults__, plain.__closure__)
     own.__kwdefaults__ = plain.__kwdefaults__
     module.forward = types.MethodType(own, module)
+
+
+@functools.cache
+def _say_left(name: str) -> None:
+    console.say(f"the rotation in {name} is not compiled: another package has wrapped that layer's forward")
 
 
 def _activation(module: Any) -> None:

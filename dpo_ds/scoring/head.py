@@ -107,6 +107,7 @@ def _replace_adapter(head: Any) -> None:
         return self.base_layer(hidden, targets, budget, tied, collisions, low, up_layer)
 
     def forward_up(self, low, inputs=None):
+        """inputs: HeadInputs; or, where no targets are given, the base's result."""
         if not isinstance(inputs, HeadInputs):
             return plain_up(low, inputs)
         return fused_logps(inputs) if head.left_out else fused_logps(inputs, low, self.weight)

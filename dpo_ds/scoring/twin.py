@@ -268,6 +268,7 @@ def _problem(
     trust_remote_code: bool,
     fused: bool,
 ) -> str | None:
+    """What is wrong with the twin's scores by a kernel, with compiled functions or without; None if nothing is."""
     small = twin(config, head_dim=attention.head_dim_of(config.get_text_config()))
     if getattr(small.get_text_config(), "num_experts_per_tok", None):
         # Use all experts: with fewer, bf16's rounding would decide which of them a token goes to.
